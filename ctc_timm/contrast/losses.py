@@ -1,0 +1,331 @@
+"""The two losses of CTC, arXiv 2203.03871.
+
+Both hold a projector from features to embeddings and the banks that the embeddings are contrasted with.
+
+Letters: B batch, D feature size, E embedding size, N instances in the training set, K negatives an image,
+R rows that a whole batch shares.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import streaming
+from .banks import across_processes, momentum_update, new_bank
+from .negatives import WHOLE_BANK_RATIO
+
+EPS = 1e-7
+
+
+def check_settings(feature_dim: int, num_instances: int, embed_dim: int, temperature: float, momentum: float) -> None:
+    """Refuse settings that no loss can work with.
+
+    Raises:
+        ValueError: A size below one, a temperature that is not a positive number, a momentum outside [0, 1).
+    """
+    sizes = {'feature_dim': feature_dim, 'num_instances': num_instances, 'embed_dim': embed_dim}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f'{name} must be at least 1, got {value}')
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f'temperature must be a positive number, got {temperature}')
+    if not 0 <= momentum < 1:
+        raise ValueError(f'momentum must be in [0, 1), got {momentum}')
+
+
+def _working(features: Tensor, projector: nn.Linear) -> Tensor:
+    """Features in the projector's precision: half-precision bodies must not make half-precision contrasts."""
+    return features.to(projector.weight.dtype)
+
+
+def _no_autocast(features: Tensor) -> torch.autocast:
+    return torch.autocast(features.device.type, enabled=False)
+
+
+class InstanceDiscriminationLoss(nn.Module):
+    """Stage one: tell each training image from all others (paper section 3.2).
+
+        v = normalize(projector(features))
+        loss = mean_b cross_entropy(v @ bank.T / temperature, index)
+
+    No [B, N] tensor is stored, see `streaming`.
+
+        loss = InstanceDiscriminationLoss(feature_dim=512, num_instances=50_000)
+        features_BD, logits_BC = features_and_logits(model, images)
+        value = loss(features_BD, index_B)
+        value.backward()
+
+    Args:
+        feature_dim: D.
+        num_instances: N.
+        embed_dim: E.
+        temperature: Of the softmax.
+        momentum: Share of the old bank row in the new one.
+        train_projector: Whether the projector gets gradients. The published code leaves it a fixed random
+            projection, and so does the default.
+        generator: Source of the first bank.
+
+    Attributes:
+        projector: Linear, D -> E.
+        bank: [N, E], unit rows.
+
+    Raises:
+        ValueError: See `check_settings`.
+    """
+
+    bank: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_instances: int,
+        embed_dim: int = 128,
+        temperature: float = 0.1,
+        momentum: float = 0.9,
+        train_projector: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(feature_dim, num_instances, embed_dim, temperature, momentum)
+        self.temperature = temperature
+        self.momentum = momentum
+        self.projector = nn.Linear(feature_dim, embed_dim).requires_grad_(train_projector)
+        self.register_buffer('bank', new_bank(num_instances, embed_dim, generator))
+
+    def forward(self, features_BD: Tensor, index_B: Tensor, lam_B: Tensor | None = None) -> Tensor:
+        """Loss of a batch; in training mode the images' bank rows are updated afterwards.
+
+        Args:
+            features_BD: Pooled features, [B, D].
+            index_B: Position of each image in the training set, [B].
+            lam_B: For Mixup and CutMix, the share of image b itself in the mixed image, [B]; the rest is
+                image B - 1 - b, timm's partner. None when nothing is mixed.
+
+        Returns:
+            Scalar.
+        """
+        with _no_autocast(features_BD):
+            v_BE = F.normalize(self.projector(_working(features_BD, self.projector)), dim=1)
+            own_B = (v_BE * self.bank[index_B]).sum(dim=1)
+            if lam_B is not None:
+                partner_B = (v_BE * self.bank[index_B.flip(0)]).sum(dim=1)
+                lam_B = lam_B.to(own_B.dtype)
+                own_B = lam_B * own_B + (1 - lam_B) * partner_B
+            spread_B = streaming.logsumexp_scores(v_BE, self.bank, self.temperature)
+            loss = (spread_B - own_B / self.temperature).mean()
+        if self.training:
+            momentum_update(self.bank, index_B, v_BE, self.momentum)
+        return loss
+
+    def extra_repr(self) -> str:
+        return f'temperature={self.temperature}, momentum={self.momentum}, instances={self.bank.shape[0]}'
+
+
+class TemporalContrastLoss(nn.Module):
+    """Stage two: keep today's features close to what the information bank saw in the same images (section 3.3).
+
+    The present embedding is contrasted with the bank of past embeddings and the past embedding with the bank
+    of present ones, each by noise-contrastive estimation with K negatives an image:
+
+        out = exp(<bank[rows], v> / temperature) / normalizer        with rows = [index, negatives]
+        loss = -mean_b( log(p / (p + q + eps)) + sum_k log(q / (n_k + q + eps)) ),   q = K / N
+
+    and the two directions are added. A normalizer is set once, by the first step, to N * mean(unnormalised out).
+
+        loss = TemporalContrastLoss(feature_dim=512, num_instances=50_000)
+        loss.refresh(features_BD, index_B)                     # once, over the whole training set
+        value = loss(present_BD, past_BD, index_B, negatives_BK)
+
+    Args:
+        feature_dim: D.
+        num_instances: N.
+        embed_dim: E.
+        num_negatives: K.
+        temperature: Of the contrast, at least 0.012 so that exp(1 / temperature) fits in float32.
+        momentum: Share of the old bank row in the new one.
+        generator: Source of the first banks.
+
+    Attributes:
+        present_projector, past_projector: Linear, D -> E, both trained.
+        present_bank, past_bank: [N, E], unit rows.
+        present_normalizer, past_normalizer: Scalars, zero until the first step in training mode.
+
+    Raises:
+        ValueError: See `check_settings`; K below one; a temperature below 0.012.
+    """
+
+    present_bank: Tensor
+    past_bank: Tensor
+    present_normalizer: Tensor
+    past_normalizer: Tensor
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_instances: int,
+        embed_dim: int = 128,
+        num_negatives: int = 16384,
+        temperature: float = 0.1,
+        momentum: float = 0.9,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(feature_dim, num_instances, embed_dim, temperature, momentum)
+        if num_negatives < 1:
+            raise ValueError(f'num_negatives must be at least 1, got {num_negatives}')
+        if temperature < 0.012:
+            raise ValueError(
+                f'temperature must be at least 0.012 here, exp(1 / temperature) overflows; got {temperature}'
+            )
+        self.num_negatives = num_negatives
+        self.temperature = temperature
+        self.momentum = momentum
+        self.present_projector = nn.Linear(feature_dim, embed_dim)
+        self.past_projector = nn.Linear(feature_dim, embed_dim)
+        self.register_buffer('present_bank', new_bank(num_instances, embed_dim, generator))
+        self.register_buffer('past_bank', new_bank(num_instances, embed_dim, generator))
+        self.register_buffer('present_normalizer', torch.zeros(()))
+        self.register_buffer('past_normalizer', torch.zeros(()))
+
+    def forward(
+        self,
+        present_BD: Tensor,
+        past_BD: Tensor,
+        index_B: Tensor,
+        negatives: Tensor | None,
+        negative_weights_BR: Tensor | None = None,
+        positives_B: Tensor | None = None,
+        lam_B: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of a batch; in training mode both banks' rows of the images are updated afterwards.
+
+        Args:
+            present_BD: Features of the model being trained, [B, D].
+            past_BD: Features of the information bank for the same images, [B, D].
+            index_B: Position of each image in the training set, [B].
+            negatives: Rows of other classes: [B, K], each image's own; [R], the same for the whole batch; or
+                None, the whole bank (R = N).
+            negative_weights_BR: With the same rows for the whole batch, how much each counts for each image,
+                [B, R]; zero where it is no negative. None counts every row once.
+            positives_B: Row of each image's positive, [B]; the image itself when None.
+            lam_B: For Mixup and CutMix, as in `InstanceDiscriminationLoss`.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: Negatives that are neither [B, K], [R] nor None.
+        """
+        own_rows = negatives is not None and negatives.ndim == 2 and negatives.shape[0] == index_B.shape[0]
+        if not (own_rows or negatives is None or negatives.ndim == 1):
+            raise ValueError(f'negatives must be [B, K], [R] or None, got shape {tuple(negatives.shape)}')
+        positives_B = index_B if positives_B is None else positives_B
+        with _no_autocast(present_BD):
+            present_BE, past_BE = self._embed(present_BD, past_BD)
+            loss = self._direction(
+                present_BE, self.past_bank, self.present_normalizer,
+                positives_B, negatives, negative_weights_BR, lam_B,
+            ) + self._direction(
+                past_BE, self.present_bank, self.past_normalizer,
+                positives_B, negatives, negative_weights_BR, lam_B,
+            )  # fmt: skip
+        if self.training:
+            momentum_update(self.present_bank, index_B, present_BE, self.momentum)
+            momentum_update(self.past_bank, index_B, past_BE, self.momentum)
+        return loss
+
+    @torch.no_grad()
+    def refresh(self, features_BD: Tensor, index_B: Tensor) -> None:
+        """Fill the rows of these images in both banks from one model's features, without momentum.
+
+        Args:
+            features_BD: Features of the model when the temporal stage starts, [B, D].
+            index_B: Position of each image in the training set, [B].
+        """
+        with _no_autocast(features_BD):
+            present_BE, past_BE = self._embed(features_BD, features_BD)
+        momentum_update(self.present_bank, index_B, present_BE, momentum=0.0)
+        momentum_update(self.past_bank, index_B, past_BE, momentum=0.0)
+
+    def _embed(self, present_BD: Tensor, past_BD: Tensor) -> tuple[Tensor, Tensor]:
+        present_BE = self.present_projector(_working(present_BD, self.present_projector))
+        past_BE = self.past_projector(_working(past_BD, self.past_projector))
+        return F.normalize(present_BE, dim=1), F.normalize(past_BE, dim=1)
+
+    def _direction(
+        self,
+        v_BE: Tensor,
+        bank_NE: Tensor,
+        normalizer: Tensor,
+        positives_B: Tensor,
+        negatives: Tensor | None,
+        weights_BR: Tensor | None,
+        lam_B: Tensor | None,
+    ) -> Tensor:
+        """One direction: embeddings of one model against the bank of the other."""
+        rate = self.num_negatives / bank_NE.shape[0]
+        gathered = negatives is not None and negatives.ndim == 2
+        if gathered and bank_NE.shape[0] <= WHOLE_BANK_RATIO * negatives.shape[1]:
+            weights_BR = _multiplicity(negatives, bank_NE.shape[0], v_BE.dtype)
+            negatives, gathered = None, False
+        rows_RE = bank_NE if negatives is None or gathered else bank_NE[negatives]
+        if weights_BR is None and not gathered:
+            weights_BR = v_BE.new_ones(v_BE.shape[0], rows_RE.shape[0])
+
+        score_B = (v_BE * bank_NE[positives_B]).sum(dim=1) / self.temperature
+        if self.training and not normalizer.any():
+            if gathered:
+                total, count = v_BE.new_zeros(()), v_BE.new_zeros(())
+                for b in range(v_BE.shape[0]):
+                    ones_1K = v_BE.new_ones(1, negatives.shape[1])
+                    part = streaming.mean_density(v_BE[b : b + 1], bank_NE[negatives[b]], ones_1K, self.temperature)
+                    total, count = total + part[0], count + part[1]
+            else:
+                total, count = streaming.mean_density(v_BE, rows_RE, weights_BR, self.temperature)
+            total = total + score_B.detach().exp().sum()
+            _set_normalizer(normalizer, total, count + v_BE.shape[0], bank_NE.shape[0])
+
+        positive_B = self._positive(score_B, normalizer, rate)
+        if lam_B is not None:
+            partner_B = (v_BE * bank_NE[positives_B.flip(0)]).sum(dim=1) / self.temperature
+            lam_B = lam_B.to(positive_B.dtype)
+            positive_B = lam_B * positive_B + (1 - lam_B) * self._positive(partner_B, normalizer, rate)
+
+        settings = (self.temperature, normalizer, rate, EPS)
+        if gathered:
+            negative_B = streaming.negative_terms_gathered(v_BE, bank_NE, negatives, *settings)
+        else:
+            negative_B = streaming.negative_terms(v_BE, rows_RE, weights_BR, *settings)
+        return (positive_B + negative_B).mean()
+
+    @staticmethod
+    def _positive(score_B: Tensor, normalizer: Tensor, rate: float) -> Tensor:
+        """-log(p / (p + q + eps)) written as log1p, which has no infinity at p = 0 times zero in its gradient."""
+        density_B = score_B.exp() / normalizer
+        return torch.log1p((rate + EPS) / density_B)
+
+    def extra_repr(self) -> str:
+        return (
+            f'temperature={self.temperature}, momentum={self.momentum}, negatives={self.num_negatives}, '
+            f'instances={self.present_bank.shape[0]}'
+        )
+
+
+def _multiplicity(negatives_BK: Tensor, num_instances: int, dtype: torch.dtype) -> Tensor:
+    """How often each row is a negative of each image, [B, N]; draws with replacement can name a row twice."""
+    count_BN = torch.zeros(negatives_BK.shape[0], num_instances, dtype=dtype, device=negatives_BK.device)
+    return count_BN.scatter_add_(1, negatives_BK, count_BN.new_ones(()).expand(negatives_BK.shape))
+
+
+@torch.no_grad()
+def _set_normalizer(normalizer: Tensor, total: Tensor, count: Tensor, num_instances: int) -> None:
+    """The mean density over the batches of all processes, times N; the same everywhere."""
+    sums = torch.stack([total, count]).to(torch.float64 if total.device.type != 'mps' else torch.float32)
+    if across_processes():
+        dist.all_reduce(sums)
+    normalizer.copy_(sums[0] / sums[1] * num_instances)

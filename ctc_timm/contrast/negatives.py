@@ -1,0 +1,216 @@
+"""Which bank rows an image is contrasted with: rows of other classes only, drawn on the training device.
+
+Letters: B batch, N instances, K negatives an image, R rows shared by a batch, M rows of other classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MODES = ('sampled', 'shared')
+POSITIVES = ('exact', 'relaxed')
+
+
+# With fewer bank rows per negative than this it is cheaper to score the whole bank, a matrix product, and to
+# weight the rows than to gather each image's own.
+WHOLE_BANK_RATIO = 12
+
+
+class Draw(NamedTuple):
+    """One step's rows.
+
+    Attributes:
+        negatives: [B, K], each image's own rows; [R], rows for the whole batch; None, the whole bank, R = N.
+        weights_BR: How much each of the batch's rows counts for each image, [B, R], zero for rows that are no
+            negatives of it. None with rows of each image's own.
+        positives_B: The positive's row for each image, [B].
+    """
+
+    negatives: Tensor | None
+    weights_BR: Tensor | None
+    positives_B: Tensor
+
+
+class NegativeSampler:
+    """Draws negatives, and positives of the same class, with a generator of its own.
+
+    `sampled` gives each image K rows of other classes, without repetition where there are that many and with
+    repetition where there are not, as in the paper's code. `shared` draws K rows of the whole set once for the
+    batch and leaves out, image by image, those of the image's class; the rest are weighted K over their number,
+    so that an image's loss has the same expectation as with K rows of its own.
+
+        sampler = NegativeSampler(labels_N, num_negatives=16384)
+        negatives, weights_BR, positives_B = sampler.draw(index_B)
+
+    Args:
+        labels_N: Class of each training image, [N], integers from 0.
+        num_negatives: K.
+        mode: 'sampled' or 'shared'.
+        positives: 'exact' takes the image itself, 'relaxed' a random image of its class.
+        seed: Of the generator. Processes that train together share it for `shared` and differ by `rank` for
+            `sampled`.
+        rank: This process's number among those that train together.
+        device: Where to draw.
+
+    Raises:
+        ValueError: K below one, fewer than two classes, an unknown mode, labels that are not [N] integers.
+    """
+
+    def __init__(
+        self,
+        labels_N: Tensor,
+        num_negatives: int = 16384,
+        mode: str = 'sampled',
+        positives: str = 'exact',
+        seed: int = 42,
+        rank: int = 0,
+        device: torch.device | str = 'cpu',
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f'negatives must be one of {", ".join(MODES)}, got {mode!r}')
+        if positives not in POSITIVES:
+            raise ValueError(f'positives must be one of {", ".join(POSITIVES)}, got {positives!r}')
+        if num_negatives < 1:
+            raise ValueError(f'num_negatives must be at least 1, got {num_negatives}')
+        labels_N = torch.as_tensor(labels_N)
+        if labels_N.ndim != 1 or labels_N.is_floating_point():
+            raise ValueError(f'labels must be [N] integers, got {labels_N.dtype} of shape {tuple(labels_N.shape)}')
+        if labels_N.numel() and int(labels_N.min()) < 0:
+            raise ValueError(f'labels must not be negative, got {int(labels_N.min())}')
+        sizes_C = torch.bincount(labels_N.long())
+        if int((sizes_C > 0).sum()) < 2:
+            raise ValueError('negatives come from other classes, but the data set has fewer than two classes')
+        self.num_negatives = num_negatives
+        self.mode = mode
+        self.positives = positives
+        self.device = torch.device(device)
+        self.generator = torch.Generator(device=self.device)
+        self.generator.manual_seed(seed if mode == 'shared' else seed + 7919 * rank)
+        self._labels_N = labels_N.long().to(self.device)
+        # Rows sorted by class make every class one run, so that "the rows of other classes" is two runs.
+        self._by_class_N = torch.argsort(self._labels_N, stable=True)
+        self._sizes_C = sizes_C.to(self.device)
+        self._starts_C = self._sizes_C.cumsum(0) - self._sizes_C
+
+    @property
+    def num_instances(self) -> int:
+        """N."""
+        return self._labels_N.numel()
+
+    def draw(self, index_B: Tensor, partner_B: Tensor | None = None) -> Draw:
+        """Rows to contrast these images with.
+
+        Args:
+            index_B: Position of each image in the training set, [B].
+            partner_B: For Mixup and CutMix, the position of the image mixed into each, [B]: with `shared`
+                negatives its class is left out too.
+
+        Returns:
+            See `Draw`.
+        """
+        labels_B = self._labels_N[index_B]
+        positives_B = self._same_class(labels_B) if self.positives == 'relaxed' else index_B
+        partners_B = None if partner_B is None else self._labels_N[partner_B]
+        if self.mode == 'shared':
+            rows_R = self._shared_rows()
+            other_BR = self._other_class(labels_B, partners_B, self._labels_N[rows_R])
+            share_B1 = self.num_negatives / other_BR.sum(dim=1, keepdim=True).clamp_(min=1)
+            return Draw(rows_R, other_BR * share_B1, positives_B)
+        others_B = self.num_instances - self._sizes_C[labels_B]
+        if partners_B is not None:
+            others_B = others_B - self._sizes_C[partners_B] * (partners_B != labels_B)
+        if int(others_B.min()) < self.num_negatives:
+            return Draw(self._with_repetition(labels_B, partners_B), None, positives_B)
+        if self.num_instances > WHOLE_BANK_RATIO * self.num_negatives:
+            return Draw(self._distinct_rows(labels_B, partners_B), None, positives_B)
+        return Draw(None, self._distinct_mask(labels_B, partners_B), positives_B)
+
+    def _shared_rows(self) -> Tensor:
+        """K rows of the whole set, [R], without repetition where there are that many."""
+        N, K = self.num_instances, self.num_negatives
+        if K > N:
+            return torch.randint(N, (K,), generator=self.generator, device=self.device)
+        return torch.randperm(N, generator=self.generator, device=self.device)[:K]
+
+    @staticmethod
+    def _other_class(labels_B: Tensor, partners_B: Tensor | None, labels_R: Tensor) -> Tensor:
+        """Which rows are of neither the image's class nor its partner's, [B, R]."""
+        other_BR = labels_B[:, None] != labels_R[None, :]
+        if partners_B is not None:
+            other_BR &= partners_B[:, None] != labels_R[None, :]
+        return other_BR
+
+    def _same_class(self, labels_B: Tensor) -> Tensor:
+        """A uniformly random image of each image's class, itself included, [B]."""
+        share_B = torch.rand(labels_B.shape, generator=self.generator, device=self.device, dtype=torch.float64)
+        offset_B = (share_B * self._sizes_C[labels_B]).long()
+        return self._by_class_N[self._starts_C[labels_B] + offset_B]
+
+    def _distinct_mask(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
+        """Which K rows are each image's negatives, [B, N]; every K of its other-class rows equally likely.
+
+        The rows with the K smallest of N random keys. Where the K-th key ties with the next, which float32
+        keys do now and then, that image is drawn again; as a tie says nothing about which rows are in it,
+        that leaves all choices equally likely.
+        """
+        own_BN = ~self._other_class(labels_B, partners_B, self._labels_N)
+        keys_BN = torch.rand(own_BN.shape, generator=self.generator, device=self.device).masked_fill_(own_BN, 2.0)
+        mask_BN = keys_BN <= keys_BN.kthvalue(self.num_negatives, dim=1, keepdim=True).values
+        tied_B = mask_BN.sum(dim=1) != self.num_negatives
+        if bool(tied_B.any()):
+            mask_BN[tied_B] = self._distinct_mask(labels_B[tied_B], None if partners_B is None else partners_B[tied_B])
+        return mask_BN
+
+    def _distinct_rows(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
+        """K different other-class rows for each image, [B, K], when N is many times K.
+
+        Random rows are struck out where they repeat or are of the image's class, and the first K that are left
+        are taken, which is sampling without repetition by rejection.
+        """
+        classes = len(self._sizes_C)
+        kept = 1 - 2 * float(self._sizes_C.max()) / self.num_instances
+        surplus = int(self.num_negatives * (1.1 / max(kept, 0.05))) + 64
+        rows_B = []
+        for b, label in enumerate(labels_B.tolist()):
+            own = {label} if partners_B is None else {label, int(partners_B[b])}
+            keep_C = torch.ones(classes, dtype=torch.bool, device=self.device)
+            keep_C[list(own)] = False
+            found = self._labels_N.new_empty(0)
+            while found.numel() < self.num_negatives:
+                more = torch.randint(self.num_instances, (surplus,), generator=self.generator, device=self.device)
+                found = torch.cat([found, more[keep_C[self._labels_N[more]]]])
+                found = found[_first_appearances(found)]
+            rows_B.append(found[: self.num_negatives])
+        return torch.stack(rows_B)
+
+    def _with_repetition(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
+        """K other-class rows for each image, repetitions allowed, [B, K]."""
+        weights_BN = self._other_class(labels_B, partners_B, self._labels_N)
+        # An image whose partner's class leaves no other class at all falls back on its own class's others.
+        empty_B = ~weights_BN.any(dim=1)
+        if bool(empty_B.any()):
+            weights_BN[empty_B] = self._other_class(labels_B[empty_B], None, self._labels_N)
+        counts_B1 = weights_BN.sum(dim=1, keepdim=True)
+        shape = (labels_B.numel(), self.num_negatives)
+        share_BK = torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float64)
+        rank_BK = (share_BK * counts_B1).long() + 1
+        return torch.searchsorted(weights_BN.cumsum(dim=1), rank_BK)
+
+    def get_state(self) -> dict[str, Any]:
+        """The generator's state."""
+        return {'generator': self.generator.get_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue the draws of the sampler whose `get_state` this is."""
+        self.generator.set_state(state['generator'].cpu())
+
+
+def _first_appearances(values: Tensor) -> Tensor:
+    """Mask of the places where a value appears for the first time, [n]."""
+    ordered, order = values.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return torch.zeros_like(first).scatter_(0, order, first)

@@ -1,0 +1,356 @@
+"""CTC as a timm training task: the two stages and everything they remember.
+
+Letters: B batch, C classes, D feature size, N training images.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.task.classification import resolve_classification_loss
+from timm.utils import ModelEmaV3, unwrap_model
+from torch import Tensor
+
+from ..backbones import feature_dim, features_and_logits
+from .losses import InstanceDiscriminationLoss, TemporalContrastLoss
+from .negatives import Draw, NegativeSampler
+
+_logger = logging.getLogger(__name__)
+
+STAGES = ('instance', 'temporal')
+
+
+class Body(nn.Module):
+    """A timm model whose forward gives features and logits, so that both can be compiled and wrapped as one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, ...] to features [B, D] and logits [B, C]."""
+        return features_and_logits(self.model, images)
+
+
+class Trainable(nn.Module):
+    """All that has gradients: the model and both losses' projectors, one module so that DDP sees one forward.
+
+    The banks are left out of DDP's buffer broadcast: every process already holds the same ones, see `banks`.
+    """
+
+    def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: TemporalContrastLoss) -> None:
+        super().__init__()
+        self.body = Body(model)
+        self.instance = instance
+        self.temporal = temporal
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.startswith(('instance.', 'temporal.'))
+        ]
+
+    def forward(
+        self,
+        images: Tensor,
+        index_B: Tensor | None = None,
+        lam_B: Tensor | None = None,
+        past_BD: Tensor | None = None,
+        draw: Draw | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, C] and the contrast of the stage: temporal with past features, else instance, if any."""
+        features_BD, logits_BC = self.body(images)
+        if index_B is None:
+            return logits_BC, None
+        if past_BD is None:
+            return logits_BC, self.instance(features_BD, index_B, lam_B)
+        assert draw is not None
+        contrast = self.temporal(
+            features_BD, past_BD, index_B, draw.negatives, draw.weights_BR, draw.positives_B, lam_B
+        )
+        return logits_BC, contrast
+
+    def no_weight_decay(self) -> set[str]:
+        """The model's own exceptions, under this module's names (read by timm's optimiser factory)."""
+        model = self.body.model
+        exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+        return {f'body.model.{name}' for name in exempt}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The model's layers, then the projectors with its head (read by timm for layer-wise learning rates)."""
+        model = self.body.model
+        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('body.model.'), last)
+
+
+class CTCTask(TrainingTask):
+    """Contrastive temporal coding (arXiv 2203.03871) around any timm model with a classification head.
+
+    The instance stage adds instance discrimination to the task's loss. `start_temporal_stage` freezes a copy of
+    the model as the information bank; from then on temporal contrast is added instead.
+
+        task = CTCTask(model, labels=labels_N)
+        result = task(images, targets, index_B)
+        result['loss'].backward()
+        ...
+        task.start_temporal_stage(loader)
+
+    Args:
+        model: A timm model with a head.
+        labels: Class of each training image, [N] integers; the position is the image's index.
+        criterion: The task's loss on logits and targets; made from `criterion_kwargs` by timm when None.
+        criterion_kwargs: For timm's `create_classification_loss`: smoothing, loss_type, soft_targets, ...
+        embed_dim: E.
+        num_negatives: K of the temporal stage.
+        negatives: 'sampled' or 'shared', see `NegativeSampler`.
+        positives: 'exact' or 'relaxed', see `NegativeSampler`.
+        instance_weight: Of the instance term (alpha); zero leaves it out.
+        temporal_weight: Of the temporal term (beta); zero leaves it out.
+        instance_temperature: Of the instance term.
+        temporal_temperature: Of the temporal term.
+        instance_momentum: Of the instance stage's bank.
+        temporal_momentum: Of the temporal stage's two banks.
+        train_projector: Train the instance stage's projector; the published code does not.
+        seed: Of the banks' first values and of the negatives.
+        rank: This process's number among those that train together.
+        device: Device for the task's tensors.
+        dtype: Dtype for the task's tensors.
+        verbose: Log what is set up.
+
+    Raises:
+        ValueError: A model without a head, labels outside the model's classes, and all that the losses and the
+            sampler refuse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Tensor,
+        criterion: nn.Module | Callable | None = None,
+        criterion_kwargs: dict[str, Any] | None = None,
+        *,
+        embed_dim: int = 128,
+        num_negatives: int = 16384,
+        negatives: str = 'sampled',
+        positives: str = 'exact',
+        instance_weight: float = 0.5,
+        temporal_weight: float = 1.0,
+        instance_temperature: float = 0.1,
+        temporal_temperature: float = 0.1,
+        instance_momentum: float = 0.9,
+        temporal_momentum: float = 0.9,
+        train_projector: bool = False,
+        seed: int = 42,
+        rank: int = 0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        for name, weight in (('instance_weight', instance_weight), ('temporal_weight', temporal_weight)):
+            if not weight >= 0:
+                raise ValueError(f'{name} must not be negative, got {weight}')
+        dim = feature_dim(model)
+        labels = torch.as_tensor(labels)
+        num_instances = labels.numel()
+        generator = torch.Generator().manual_seed(seed)
+        self.stage = 'instance'
+        self.instance_weight = instance_weight
+        self.temporal_weight = temporal_weight
+        self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        self.sampler = NegativeSampler(
+            labels, num_negatives, mode=negatives, positives=positives, seed=seed, rank=rank, device=self.device
+        )
+        classes = int(labels.max()) + 1
+        if classes > model.num_classes:
+            raise ValueError(f'label {classes - 1} is outside the {model.num_classes} classes of the model')
+        self.trainable_module: nn.Module = Trainable(
+            model,
+            InstanceDiscriminationLoss(
+                dim, num_instances, embed_dim, instance_temperature, instance_momentum, train_projector, generator
+            ),
+            TemporalContrastLoss(
+                dim, num_instances, embed_dim, num_negatives, temporal_temperature, temporal_momentum, generator
+            ),
+        ).to(self.device)
+        self.information_bank: Body | None = None
+        self._compile_kwargs: dict[str, Any] | None = None
+        if self.verbose:
+            _logger.info(f'CTCTask: {num_instances} instances, D={dim}, E={embed_dim}, K={num_negatives} {negatives}')
+
+    @property
+    def model(self) -> nn.Module:
+        """The backbone with its classifier, as timm made it."""
+        return unwrap_model(self.trainable_module).body.model
+
+    @property
+    def instance(self) -> InstanceDiscriminationLoss:
+        """The instance stage's loss."""
+        return unwrap_model(self.trainable_module).instance
+
+    @property
+    def temporal(self) -> TemporalContrastLoss:
+        """The temporal stage's loss."""
+        return unwrap_model(self.trainable_module).temporal
+
+    def train(self, mode: bool = True) -> CTCTask:
+        """Set training mode; the information bank stays in evaluation mode."""
+        super().train(mode)
+        if self.information_bank is not None:
+            self.information_bank.eval()
+        return self
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        target: Tensor,
+        index: Tensor,
+        lam: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """One step's forward pass and losses.
+
+        Args:
+            input: Images, [B, 3, H, W], mixed already where Mixup or CutMix is used.
+            target: Classes [B], or whatever the criterion takes (soft targets [B, C]).
+            index: Position of each image in the training set, [B].
+            lam: With Mixup or CutMix, the share of image b itself in mixed image b, [B]; the rest is image
+                B - 1 - b, timm's partner.
+
+        Returns:
+            'loss' (task_loss + weight * ctc_loss), 'output' (logits [B, C]), 'task_loss', 'ctc_loss'.
+        """
+        if self.stage == 'temporal' and self.temporal_weight > 0:
+            assert self.information_bank is not None
+            with torch.no_grad():
+                past_BD, _ = self.information_bank(input)
+            draw = self.sampler.draw(index, index.flip(0) if lam is not None else None)
+            output, ctc_loss = self.trainable_module(input, index, lam, past_BD, draw)
+            weight = self.temporal_weight
+        elif self.stage == 'instance' and self.instance_weight > 0:
+            output, ctc_loss = self.trainable_module(input, index, lam)
+            weight = self.instance_weight
+        else:
+            output, ctc_loss = self.trainable_module(input)
+            weight = 0.0
+        task_loss = self.criterion(output, target)
+        if ctc_loss is None:
+            ctc_loss = torch.zeros_like(task_loss)
+        return {
+            'loss': task_loss + weight * ctc_loss,
+            'output': output,
+            'task_loss': task_loss.detach(),
+            'ctc_loss': ctc_loss.detach(),
+        }
+
+    @torch.no_grad()
+    def start_temporal_stage(self, loader: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Freeze the model as the information bank and fill both banks of the temporal stage.
+
+        Args:
+            loader: One pass over the training set, batches of (images, targets, index). With several processes
+                each gives a share, all the same number of batches of the same size.
+
+        Raises:
+            RuntimeError: The temporal stage has started already.
+        """
+        if self.stage == 'temporal':
+            raise RuntimeError('the temporal stage has started already')
+        self._freeze()
+        assert self.information_bank is not None
+        for images, _, index in loader:
+            features_BD, _ = self.information_bank(images.to(self.device))
+            self.temporal.refresh(features_BD, index.to(self.device))
+        self.stage = 'temporal'
+
+    def _freeze(self) -> None:
+        # Compiled or not is a property of the module that deepcopy would carry along; the copy is made plain.
+        bank = Body(deepcopy(self.model)).requires_grad_(False).eval()
+        if self._compile_kwargs is not None:
+            bank.compile(**self._compile_kwargs)
+        self.information_bank = bank
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> CTCTask:
+        """Wrap what has gradients in DistributedDataParallel.
+
+        Each stage leaves the other's projectors without gradients, hence `find_unused_parameters`.
+        """
+        from torch.nn.parallel import DistributedDataParallel
+
+        ddp_kwargs.setdefault('find_unused_parameters', True)
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:  # type: ignore[override]
+        """Compile the backbone's pass, in place so that no wrapper's prefix reaches a saved name."""
+        self._compile_kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
+        unwrap_model(self.trainable_module).body.compile(**self._compile_kwargs)
+        self.model.compile(**self._compile_kwargs)
+        return self.model
+
+    def setup_ema(
+        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Keep an exponential moving average of the backbone alone; banks have a momentum of their own."""
+        self.trainable_module_ema = ModelEmaV3(self.model, decay=decay, use_warmup=use_warmup, device=device, **kwargs)
+        return self.trainable_module_ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Move the average towards the backbone."""
+        if self.has_ema():
+            self.trainable_module_ema.update(self.model, step=step)
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The plain timm model, or its moving average."""
+        if module is not None:
+            return module
+        return self.get_trainable_module(ema=True) if ema else self.model
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """All that a resume needs beyond the backbone's own weights.
+
+        Returns:
+            'stage', 'instance' and 'temporal' (projectors, banks and normalizers), 'sampler' (the generator's
+            state), and in the temporal stage 'information_bank'. Empty for the moving average.
+        """
+        if ema:
+            return {}
+        state: dict[str, Any] = {
+            'stage': self.stage,
+            'instance': self.instance.state_dict(),
+            'temporal': self.temporal.state_dict(),
+            'sampler': self.sampler.get_state(),
+        }
+        if self.information_bank is not None:
+            state['information_bank'] = self.information_bank.model.state_dict()
+        return state
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Continue from what `get_task_state` gave.
+
+        Raises:
+            RuntimeError: Banks or projectors of another size.
+        """
+        if not state or ema:
+            return
+        self.instance.load_state_dict(state['instance'], strict=strict)
+        self.temporal.load_state_dict(state['temporal'], strict=strict)
+        self.sampler.load_state(state['sampler'])
+        if 'information_bank' in state:
+            self._freeze()
+            assert self.information_bank is not None
+            self.information_bank.model.load_state_dict(state['information_bank'], strict=strict)
+            self.information_bank.to(self.device)
+        else:
+            self.information_bank = None
+        self.stage = state['stage']

@@ -1,0 +1,1 @@
+"""What it is for: measurements, and every picture drawn from them."""

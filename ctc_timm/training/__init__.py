@@ -1,0 +1,1 @@
+"""Running it, through Accelerate."""

@@ -1,0 +1,97 @@
+"""Accuracy of a model on a split: timm's evaluator, with accuracy by class."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.data.loader import PrefetchLoader
+from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
+from torch import nn
+from tqdm import tqdm
+
+
+class PerClassEvaluator(ClassificationEvaluator):
+    """timm's evaluator, that also counts each class's images and hits.
+
+    Args:
+        num_classes: C.
+        device: Where the counts are kept.
+        max_samples: This process's images that are not padding.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device, max_samples: int | None = None) -> None:
+        self.num_classes = num_classes
+        super().__init__(device, max_samples=max_samples)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.per_class_2C = torch.zeros(2, self.num_classes, dtype=torch.int64, device=self.device)
+
+    @torch.no_grad()
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Add a batch: logits [B, C] and classes [B]."""
+        before = self.num_samples
+        super().update(output, target)
+        count = self.num_samples - before
+        output, target = output[:count], target[:count]
+        hit = output.argmax(dim=1) == target
+        self.per_class_2C[0] += torch.bincount(target, minlength=self.num_classes)
+        self.per_class_2C[1] += torch.bincount(target[hit], minlength=self.num_classes)
+
+    def per_class(self, distributed: bool = False) -> list[float | None]:
+        """Accuracy of each class in percent, [C]; None where the split has no image of it."""
+        totals = self.per_class_2C.clone()
+        if distributed:
+            torch.distributed.all_reduce(totals)
+        images, hits = totals.tolist()
+        return [100 * hit / count if count else None for count, hit in zip(images, hits)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: PrefetchLoader,
+    accelerator: Accelerator,
+    num_classes: int,
+    channels_last: bool = False,
+    description: str = 'validate',
+    position: int = 0,
+) -> OrderedDict[str, Any]:
+    """Run a model over a split.
+
+    Args:
+        model: Gives logits; left in evaluation mode.
+        loader: Of `data.create_eval_loader`.
+        accelerator: For precision and processes.
+        num_classes: C.
+        channels_last: Memory layout of the images.
+        description: For the progress bar.
+        position: Row of the progress bar.
+
+    Returns:
+        'loss', 'top1', 'top5' (percent), 'per_class' (percent, [C]), 'num_images'; over all processes, each
+        image counted once.
+    """
+    model.eval()
+    several = accelerator.num_processes > 1
+    evaluator = PerClassEvaluator(num_classes, accelerator.device, evaluation_sample_limit(loader))
+    bar = tqdm(
+        loader, description, leave=False, disable=not accelerator.is_main_process, position=position, dynamic_ncols=True
+    )
+    for images, targets in bar:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = model(images)
+        evaluator.update(output, targets)
+    metrics: OrderedDict[str, Any] = evaluator.compute(distributed=several)
+    metrics['per_class'] = evaluator.per_class(distributed=several)
+    counts = evaluator.counts[0].clone()
+    if several:
+        torch.distributed.all_reduce(counts)
+    metrics['num_images'] = int(counts)
+    return metrics

@@ -1,0 +1,139 @@
+"""Training images with their index, in an order that is a pure function of (seed, epoch).
+
+The index that reaches the banks is that of the image delivered: timm skips an image that can't be read and
+delivers the next one, and the skip is counted. Augmentation of an image is a function of (seed, epoch, index)
+alone, so neither the number of workers nor an interruption changes what a run sees.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import ImageDataset
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, get_worker_info
+
+
+class _IndexedReader:
+    """A timm reader that also says which sample it read."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
+        image, target, *_ = self._reader[index]
+        return image, target, index
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == '_reader':  # not there yet while a worker process unpickles this object
+            raise AttributeError(name)
+        return getattr(self._reader, name)
+
+
+class IndexedDataset(Dataset):
+    """A map-style image dataset whose targets are [target, index delivered, index asked for].
+
+    timm's collate and prefetch carry such a target through unchanged, as one [B, 3] tensor.
+
+    Args:
+        dataset: timm's `ImageDataset`, or any map-style dataset of (image, target) with a `transform`.
+        seed: With it each sample's augmentation is seeded by (seed, epoch, index); None leaves the random state
+            alone, for transforms that draw nothing.
+    """
+
+    def __init__(self, dataset: Any, seed: int | None = None) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        if isinstance(dataset, ImageDataset):
+            if not isinstance(dataset.reader, _IndexedReader):
+                dataset.reader = _IndexedReader(dataset.reader)
+            dataset.additional_features = ['index']
+
+    @property
+    def transform(self) -> Any:
+        """The image transform; timm's loader sets it."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.seed is None:
+            image, target, delivered = self._read(index)
+        else:
+            with _seeded(self.seed, epoch, index):
+                image, target, delivered = self._read(index)
+        return image, torch.tensor([int(target), delivered, index])
+
+    def _read(self, index: int) -> tuple[Any, Any, int]:
+        image, target, *rest = self.dataset[index]
+        return image, target, rest[0] if rest else index
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Seed the random states that image transforms draw from; in the main process put them back afterwards."""
+    restore = get_worker_info() is None
+    if restore:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if restore:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index): a seeded shuffle an epoch, split over processes batch by batch.
+
+    Together the processes' i-th batches are the i-th batch that one process with the global batch size would
+    see. The last, incomplete batch is dropped.
+
+    Args:
+        num_instances: N.
+        batch_size: Of one process.
+        seed: Of the shuffles.
+        rank: This process.
+        world_size: How many processes.
+
+    Attributes:
+        epoch: Set it before iterating.
+        first: Batch of the epoch to begin at.
+    """
+
+    def __init__(self, num_instances: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_instances = num_instances
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.first = 0
+
+    def __len__(self) -> int:
+        return self.num_instances // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_instances)
+        for i in range(self.first, len(self)):
+            start = (i * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]

@@ -1,0 +1,399 @@
+"""A training run from flags to weights: epochs, evaluation, trackers, progress."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from timm.layers import convert_sync_batchnorm
+from timm.utils import distribute_bn, random_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..contrast.task import CTCTask
+from ..errors import UserError
+from . import checkpoints, data, mixing, models, optimization, schedules, stages
+from .arguments import Parser, positive_int, probability
+from .checkpoints import RunFolder
+from .evaluation import evaluate
+
+_logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare every flag of a training run."""
+    data.add_dataset_arguments(parser)
+    models.add_arguments(parser)
+    stages.add_arguments(parser)
+    schedules.add_arguments(parser)
+    optimization.add_arguments(parser)
+    data.add_augmentation_arguments(parser)
+    mixing.add_arguments(parser)
+    models.add_execution_arguments(parser)
+    checkpoints.add_arguments(parser)
+    group = parser.add_argument_group('Run')
+    group.add_argument('--seed', type=int, default=42, metavar='S', help='of everything random')
+    group.add_argument(
+        '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
+    )
+    group.add_argument('--amp', action='store_true', help='mixed precision')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='its type')
+    group.add_argument('--model-ema', action='store_true', help='keep a moving average; it is what is saved')
+    group.add_argument('--model-ema-decay', type=probability, default=0.9998, metavar='D', help='its decay')
+    group.add_argument('--model-ema-warmup', action='store_true', help='warm its decay up')
+    group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it on the CPU')
+    group.add_argument('--log-with', metavar='TRACKER', help="Accelerate's trackers: tensorboard, wandb, ...")
+    group.add_argument('--eval-interval', type=positive_int, default=1, metavar='N', help='epochs between evaluations')
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        args: Flags of `add_arguments`.
+
+    Raises:
+        UserError: Anything in the flags or the data that cannot work; nothing has been written then.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        resume = checkpoints.find_resume(args)
+        self.run = checkpoints.run_of_state(resume) if resume else RunFolder(Path(args.output) / run_name(args))
+        self.accelerator = self._accelerator()
+        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.device = self.accelerator.device
+        random_seed(args.seed, rank)
+
+        with self.accelerator.main_process_first():
+            train = data.open_split(args, args.train_split, is_training=True, batch_size=args.batch_size)
+            val = data.open_split(args, args.val_split)
+        if train.labels_N is None and args.mode == 'ctc':
+            stages.create_task(args, nn.Identity(), None, self.device)
+        self.num_instances = 0 if train.labels_N is None else len(train.labels_N)
+        self.model = models.create_model(args, args.num_classes or train.num_classes)
+        self.num_classes: int = self.model.num_classes
+        data.check_labels(train, self.num_classes, args.train_split)
+        data.check_labels(val, self.num_classes, args.val_split)
+        self.config = data.data_config(args, self.model)
+        self._prepare_model()
+
+        self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank)
+        self.mixup = mixing.create_mixup(args, self.num_classes)
+        if self.mixup is not None and args.batch_size % 2:
+            raise UserError(f'--batch-size {args.batch_size}: must be even with --mixup or --cutmix')
+        self.loader: data.TrainLoader | data.StreamLoader
+        if train.labels_N is None:
+            self.loader = data.StreamLoader(train.dataset, args, self.config, self.device)
+        else:
+            self.loader = data.TrainLoader(train.dataset, args, self.config, self.device, rank, world_size)
+        self.eval_loader = data.create_eval_loader(val.dataset, args, self.config, self.device, world_size > 1)
+
+        if args.torchcompile:
+            self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if args.model_ema:
+            self.task.setup_ema(
+                decay=args.model_ema_decay,
+                use_warmup=args.model_ema_warmup,
+                device=torch.device('cpu') if args.model_ema_force_cpu else None,
+            )
+        args.lr = optimization.resolve_lr(args, world_size)
+        module = self.task.get_trainable_module()
+        assert module is not None
+        optimizer = optimization.create_optimizer(args, module)
+        self.steps_per_epoch = data.steps_per_epoch(len(self.loader), args.grad_accum_steps)
+        self.schedule = schedules.TwoStageSchedule(optimizer, args, self.steps_per_epoch, args.mode == 'ctc')
+        self.task.trainable_module = self.accelerator.prepare_model(module)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+
+        self.epoch = 0
+        self.updates = 0
+        self.best: tuple[float, int] | None = None
+        if resume:
+            self._resume(resume)
+        if self.accelerator.is_main_process:
+            if not resume:
+                self.run.create(args)
+                self.run.write_config(self.model, self.config)
+            else:
+                self.run.forget_from(self.epoch)
+        if args.log_with:
+            self.accelerator.init_trackers('ctc-timm', {k: v for k, v in vars(args).items() if _loggable(v)})
+
+    def _accelerator(self) -> Accelerator:
+        args = self.args
+        handlers = [DistributedDataParallelKwargs(find_unused_parameters=args.mode == 'ctc')]
+        precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
+        try:
+            return Accelerator(
+                mixed_precision=precision,
+                log_with=args.log_with,
+                project_config=ProjectConfiguration(project_dir=str(self.run.path), logging_dir=str(self.run.path)),
+                kwargs_handlers=handlers,
+            )
+        except (ValueError, ImportError) as error:
+            raise UserError(f'--log-with {args.log_with} or --amp: {" ".join(str(error).split())}') from None
+
+    def _prepare_model(self) -> None:
+        args = self.args
+        if args.grad_checkpointing:
+            self.model.set_grad_checkpointing(True)
+        if args.sync_bn and self.accelerator.num_processes > 1:
+            if self.device.type == 'cpu':
+                raise UserError('--sync-bn: PyTorch synchronises batch norm on accelerators only, not on the CPU')
+            self.model = convert_sync_batchnorm(self.model)
+        self.model.to(self.device)
+        if args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a state must agree on with the run that continues it."""
+        return {
+            'architecture': models.architecture(self.model),
+            'num_classes': self.num_classes,
+            'num_instances': self.num_instances,
+            'mode': self.args.mode,
+        }
+
+    def _resume(self, state: Path) -> None:
+        progress = checkpoints.load_state(self.accelerator, self.task, state, self._facts())
+        self.epoch = progress['epoch']
+        self.updates = progress['updates']
+        self.best = (progress['best_top1'], progress['best_epoch']) if progress['best_epoch'] is not None else None
+        self.say(f'continuing {self.run.path} at epoch {self.epoch} of {self.schedule.num_epochs}')
+
+    def say(self, text: str) -> None:
+        """Print a line, from the main process, above the progress bars."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+    def fit(self) -> None:
+        """Train to the end of the last epoch, saving after each."""
+        self._announce()
+        started = time.monotonic()
+        first = self.epoch
+        while self.epoch < self.schedule.num_epochs:
+            epoch = self.epoch
+            if isinstance(self.task, CTCTask) and epoch == self.schedule.temporal_start:
+                self._start_temporal_stage()
+            train = self._train_epoch(epoch)
+            last = epoch == self.schedule.num_epochs - 1
+            metrics: dict[str, Any] = {}
+            if last or (epoch + 1) % self.args.eval_interval == 0:
+                metrics = self._evaluate()
+            self._finish_epoch(epoch, train, metrics)
+            spent = time.monotonic() - started
+            left = spent / (self.epoch - first) * (self.schedule.num_epochs - self.epoch)
+            self.say(self._line(epoch, train, metrics) + (f'  {_clock(left)} left' if left >= 1 else ''))
+        self.accelerator.wait_for_everyone()
+        self._conclude(time.monotonic() - started)
+        if self.args.log_with:
+            self.accelerator.end_training()
+
+    def _start_temporal_stage(self) -> None:
+        assert isinstance(self.task, CTCTask)
+        source = data.open_split(self.args, self.args.train_split)
+        loader = data.RefreshLoader(source, self.args, self.config, self.device, self.accelerator.num_processes > 1)
+        bar = tqdm(loader, 'fill the banks', leave=False, disable=not self.accelerator.is_main_process)
+        with self.accelerator.autocast():
+            self.task.start_temporal_stage(bar)
+        self.say('temporal stage: the model is frozen as the information bank, and the banks are filled from it')
+
+    def _train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training set; mean losses over the epoch."""
+        args, accelerator, task = self.args, self.accelerator, self.task
+        stage = self.schedule.stage(epoch) if isinstance(task, CTCTask) else 'vanilla'
+        task.train()
+        self.loader.set_epoch(epoch)
+        total, accumulate = len(self.loader), args.grad_accum_steps
+        mix = self.mixup if not args.mixup_off_epoch or epoch < args.mixup_off_epoch else None
+        sums: dict[str, Tensor] = {}
+        skipped = self.loader.skipped
+        bar = tqdm(
+            self.loader,
+            f'epoch {epoch} of {self.schedule.num_epochs} ({stage})',
+            total=total,
+            leave=False,
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        self.schedule.step(epoch)
+        batch = -1
+        for batch, (images, targets, index) in enumerate(bar):
+            in_group = min(accumulate, total - batch // accumulate * accumulate)
+            last_of_group = (batch + 1) % accumulate == 0 or batch + 1 == total
+            images, targets, lam = self._mix(images, targets, mix)
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            module = task.get_trainable_module()
+            waiting = contextlib.nullcontext() if last_of_group else accelerator.no_sync(module)
+            with waiting:
+                with accelerator.autocast():
+                    result = task(images, targets, index, lam) if isinstance(task, CTCTask) else task(images, targets)
+                accelerator.backward(result['loss'] / in_group)
+            for key in ('loss', 'task_loss', 'ctc_loss'):
+                if key in result:
+                    sums[key] = sums.get(key, 0) + result[key].detach()
+            if last_of_group:
+                self._update(epoch, batch // accumulate)
+            if (batch + 1) % args.log_interval == 0 or batch + 1 == total:
+                self._log_step(epoch, batch, sums, bar)
+        if batch < 0:
+            raise UserError(f'--dataset {args.dataset}: the training split gave no batch')
+        means = {key: value / (batch + 1) for key, value in sums.items()}
+        if accelerator.num_processes > 1:
+            means = {k: accelerator.reduce(v, 'mean') for k, v in means.items()}
+        numbers = {key: float(value) for key, value in means.items()}
+        if isinstance(self.loader, data.TrainLoader):
+            count = torch.tensor(self.loader.skipped - skipped, device=self.device)
+            numbers['skipped'] = int(accelerator.reduce(count, 'sum'))
+        return numbers
+
+    def _mix(
+        self, images: Tensor, targets: Tensor, mix: mixing.InstanceMixup | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if mix is not None:
+            return mix(images, targets)
+        if self.mixup is not None:  # mixing has ended, but the criterion still takes soft targets
+            smoothing = self.args.smoothing
+            one_hot = nn.functional.one_hot(targets, self.num_classes).to(images.dtype)
+            targets = one_hot * (1 - smoothing) + smoothing / self.num_classes
+        return images, targets, None
+
+    def _update(self, epoch: int, update: int) -> None:
+        """One optimiser step with the gradients that are there."""
+        optimization.clip_gradients(self.accelerator, self.task, self.args)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        self.task.update_ema(step=self.updates)
+        if self.schedule.on_updates and update + 1 < self.steps_per_epoch:
+            self.schedule.step(epoch, update + 1)
+
+    def _log_step(self, epoch: int, batch: int, sums: dict[str, Tensor], bar: tqdm) -> None:
+        row = {key: float(value) / (batch + 1) for key, value in sums.items()}
+        row['lr'] = self.optimizer.param_groups[0]['lr']
+        bar.set_postfix({key: f'{value:.4g}' for key, value in row.items()}, refresh=False)
+        self.accelerator.log({f'train/{k}': v for k, v in row.items()}, step=self.updates)
+        if self.accelerator.is_main_process:
+            self.run.log({'epoch': epoch, 'batch': batch + 1, 'update': self.updates, **row})
+
+    def _evaluate(self) -> dict[str, Any]:
+        if self.accelerator.num_processes > 1 and self.args.dist_bn:
+            distribute_bn(self.model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+        model = self.task.get_eval_model(ema=self.task.has_ema())
+        assert model is not None
+        metrics = evaluate(model, self.eval_loader, self.accelerator, self.num_classes, self.args.channels_last)
+        return {key: metrics[key] for key in ('loss', 'top1', 'top5')}
+
+    def _finish_epoch(self, epoch: int, train: dict[str, float], metrics: dict[str, Any]) -> None:
+        """Write the epoch's numbers, weights and state."""
+        lr = self.optimizer.param_groups[0]['lr']
+        stage = self.schedule.stage(epoch) if isinstance(self.task, CTCTask) else 'vanilla'
+        if metrics and (self.best is None or metrics['top1'] > self.best[0]):
+            self.best = (metrics['top1'], epoch)
+        self.epoch = epoch + 1
+        evaluation = {f'eval/{key}': value for key, value in metrics.items()}
+        self.accelerator.log({'epoch': epoch, **evaluation}, step=self.updates)
+        if self.accelerator.is_main_process:
+            blank = {key: metrics.get(key, '') for key in ('loss', 'top1', 'top5')}
+            self.run.log_epoch(epoch, train, blank, lr)
+            self.run.log({'epoch': epoch, 'stage': stage, **train, **evaluation, 'lr': lr})
+            self._save_weights(epoch, metrics)
+        progress = {
+            **self._facts(),
+            'epoch': self.epoch,
+            'updates': self.updates,
+            'stage': self.task.stage if isinstance(self.task, CTCTask) else 'vanilla',
+            'best_top1': self.best[0] if self.best else None,
+            'best_epoch': self.best[1] if self.best else None,
+        }
+        checkpoints.save_state(self.accelerator, self.task, self.run, progress, self.args.checkpoint_hist)
+
+    def _save_weights(self, epoch: int, metrics: dict[str, Any]) -> None:
+        model = self.task.get_eval_model(ema=self.task.has_ema())
+        assert model is not None
+        model = getattr(model, 'module', model)  # the moving average wraps its copy
+        facts = {**self._facts(), 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
+        self.run.save_weights('last', model, facts)
+        if self.best is not None and self.best[1] == epoch:
+            self.run.save_weights('best', model, facts)
+        every = checkpoints.keep_interval(self.args, self.schedule.num_epochs)
+        marks = (self.schedule.temporal_start - 1, self.schedule.num_epochs - 1)
+        if every and (epoch % every == every - 1 or epoch in marks):
+            self.run.save_weights(f'weights/epoch-{epoch:04d}', model, facts)
+
+    def _line(self, epoch: int, train: dict[str, float], metrics: dict[str, Any]) -> str:
+        stage = self.schedule.stage(epoch) if isinstance(self.task, CTCTask) else 'vanilla'
+        parts = [f'epoch {epoch:>3}', f'{stage:<8}', f'loss {train["loss"]:.4f}']
+        if 'ctc_loss' in train:
+            parts.append(f'(task {train["task_loss"]:.4f}, ctc {train["ctc_loss"]:.4f})')
+        if metrics:
+            parts.append(f'val loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f}%, top-5 {metrics["top5"]:.2f}%')
+        parts.append(f'lr {self.optimizer.param_groups[0]["lr"]:.3g}')
+        if train.get('skipped'):
+            parts.append(f'{train["skipped"]:.0f} unreadable')
+        return '  '.join(parts)
+
+    def _announce(self) -> None:
+        args = self.args
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        images = f'{self.num_instances:,} images' if self.num_instances else 'a stream of images'
+        self.say(
+            f'{args.mode}: {models.architecture(self.model)} ({parameters:.2f}M parameters, {self.num_classes} '
+            f'classes) on {images} of {args.dataset or args.data_dir or args.data or "digits"}, '
+            f'{self.schedule.num_epochs} epochs, batch {args.batch_size} on {self.accelerator.num_processes} '
+            f'process(es), {self.device}, to {self.run.path}'
+        )
+
+    def _conclude(self, seconds: float) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        from ..measure.plots import plot_run
+
+        pictures = plot_run(self.run.path)
+        best = f'best top-1 {self.best[0]:.2f}% at epoch {self.best[1]}' if self.best else 'not evaluated'
+        run = self.run.path
+        self.say(
+            f'\ndone in {_clock(seconds)}: {best}\n'
+            f'  weights   {run / "best.safetensors"}, {run / "last.safetensors"}, {run / "weights"}/\n'
+            f'  numbers   {self.run.summary}, {self.run.metrics}\n'
+            f'  pictures  {", ".join(str(p) for p in pictures)}\n'
+            f'next:\n'
+            f'  python validate.py {run}\n'
+            f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
+        )
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The run's folder under `--output`.
+
+    Raises:
+        UserError: A name that would leave the output folder.
+    """
+    if args.experiment:
+        name = Path(args.experiment)
+        if name.is_absolute() or '..' in name.parts:
+            raise UserError(f'--experiment {args.experiment}: must be a name inside --output {args.output}')
+        return str(name)
+    where = args.dataset or args.data_dir or args.data or 'digits'
+    words = [datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, Path(where).name, args.mode]
+    return '-'.join(''.join(c if c.isalnum() or c in '._' else '_' for c in word) for word in words)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s' if minutes else f'{seconds}s'
+
+
+def _loggable(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str))

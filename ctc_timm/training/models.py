@@ -1,0 +1,118 @@
+"""The model to train, by timm's flags."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import resolve_model_input_args
+from torch import nn
+
+from ..backbones import has_classification_head
+from ..errors import UserError, nearest
+from .arguments import KeyValues, positive_int, probability
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare timm's model flags."""
+    group = parser.add_argument_group('Model')
+    group.add_argument(
+        '--model', default='resnet50', metavar='NAME', help='any timm name, hf-hub:REPO or local-dir:FOLDER'
+    )
+    group.add_argument('--pretrained', action='store_true', help="start from the name's pretrained weights")
+    group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from these weights')
+    group.add_argument(
+        '--num-classes', type=positive_int, metavar='N', help="outputs; the data set's classes when not given"
+    )
+    group.add_argument('--gp', metavar='POOL', help='global pooling type')
+    group.add_argument('--drop', type=probability, default=0.0, metavar='P', help='dropout before the classifier')
+    group.add_argument('--drop-path', type=probability, metavar='P', help='stochastic depth')
+    group.add_argument('--drop-block', type=probability, metavar='P', help='drop block')
+    group.add_argument('--bn-momentum', type=probability, metavar='M', help='batch norm momentum')
+    group.add_argument('--bn-eps', type=float, metavar='EPS', help='batch norm epsilon')
+    group.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the model'
+    )
+
+
+def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare timm's flags for how a model runs."""
+    group = parser.add_argument_group('Execution')
+    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
+    group.add_argument('--torchcompile-mode', metavar='MODE', help="torch.compile's mode")
+    group.add_argument('--sync-bn', action='store_true', help='batch norm over all processes')
+    group.add_argument(
+        '--dist-bn',
+        choices=('reduce', 'broadcast', ''),
+        default='reduce',
+        help='how processes share batch norm statistics after an epoch',
+    )
+
+
+def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+    """The model that the flags describe.
+
+    Args:
+        args: Model and data flags.
+        num_classes: Outputs; None leaves the model's own.
+
+    Raises:
+        UserError: An unknown model, weights that do not exist or do not fit, arguments that it refuses.
+    """
+    name = args.model
+    if ':' not in name and not timm.is_model(name):
+        arch = timm.get_arch_name(name)
+        raise UserError(f'--model {name}: unknown to timm{nearest(arch, timm.list_models())}')
+    channels = args.in_chans or (args.input_size[0] if args.input_size else None)
+    options: dict[str, Any] = dict(
+        in_chans=channels,
+        num_classes=num_classes,
+        drop_rate=args.drop or None,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        **args.model_kwargs,
+    )
+    try:
+        resolved = resolve_model_input_args(name, vars(args), **options)
+        model = timm.create_model(pretrained=args.pretrained, **{k: v for k, v in resolved.items() if v is not None})
+    except UserError as error:
+        raise UserError(f'--model {name}: {error}') from None
+    except (RuntimeError, ValueError, TypeError, FileNotFoundError, AssertionError, NotImplementedError) as error:
+        raise UserError(f'--model {name}: {_one_line(error)}') from None
+    if args.initial_checkpoint:
+        load_weights(model, args.initial_checkpoint, '--initial-checkpoint')
+    if not has_classification_head(model):
+        raise UserError(f'--model {name}: has no classification head to train; choose a model with one')
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path, flag: str) -> None:
+    """Load a weights file into a model, all of it.
+
+    Raises:
+        UserError: No such file, not a weights file, or weights of another architecture.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f'{flag} {path}: no such file')
+    try:
+        timm.models.load_checkpoint(model, str(file))
+    except Exception as error:
+        raise UserError(f'{flag} {path}: not weights of this model: {_one_line(error)}') from None
+
+
+def architecture(model: nn.Module) -> str:
+    """The name of the model's architecture in timm's registry."""
+    return model.pretrained_cfg.get('architecture') or type(model).__name__
+
+
+def _one_line(error: BaseException) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + '...'

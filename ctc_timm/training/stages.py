@@ -1,0 +1,112 @@
+"""The task to train: CTC's two stages, or plain classification, by flags."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask, TrainingTask
+from torch import Tensor, nn
+
+from ..contrast.negatives import MODES, POSITIVES
+from ..contrast.task import CTCTask
+from ..errors import UserError
+from . import mixing
+from .arguments import momentum, non_negative_float, positive_float, positive_int, probability
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of CTC, and timm's of the task's own loss."""
+    group = parser.add_argument_group('Contrastive temporal coding')
+    group.add_argument('--mode', choices=('ctc', 'vanilla'), default='ctc', help='ctc, or plain supervised training')
+    group.add_argument(
+        '--instance-weight', type=non_negative_float, default=0.5, metavar='W', help="instance term's weight (alpha)"
+    )
+    group.add_argument(
+        '--temporal-weight', type=non_negative_float, default=1.0, metavar='W', help="temporal term's weight (beta)"
+    )
+    group.add_argument(
+        '--instance-temperature', type=positive_float, default=0.1, metavar='T', help='of the instance term'
+    )
+    group.add_argument(
+        '--temporal-temperature', type=positive_float, default=0.1, metavar='T', help='of the temporal term'
+    )
+    group.add_argument(
+        '--instance-momentum', type=momentum, default=0.9, metavar='M', help="of the instance stage's bank"
+    )
+    group.add_argument(
+        '--temporal-momentum', type=momentum, default=0.9, metavar='M', help="of the temporal stage's banks"
+    )
+    group.add_argument('--num-negatives', type=positive_int, default=16384, metavar='K', help='negatives an image')
+    group.add_argument(
+        '--negatives', choices=MODES, default='sampled', help='K rows of each image, or one draw for the batch'
+    )
+    group.add_argument(
+        '--positives', choices=POSITIVES, default='exact', help='the image itself, or a random one of its class'
+    )
+    group.add_argument('--embed-dim', type=positive_int, default=128, metavar='E', help='embedding size')
+    group.add_argument('--train-projector', action='store_true', help="train the instance stage's projector too")
+    group = parser.add_argument_group("Task's loss")
+    group.add_argument('--smoothing', type=probability, default=0.1, metavar='F', help='label smoothing')
+    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
+    group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
+    group.add_argument('--bce-target-thresh', type=probability, metavar='F', help='binarise mixed targets above this')
+
+
+def create_task(
+    args: argparse.Namespace,
+    model: nn.Module,
+    labels_N: Tensor | None,
+    device: torch.device,
+    rank: int = 0,
+) -> TrainingTask:
+    """The task that the flags describe.
+
+    Args:
+        args: The flags above and the Mixup flags.
+        model: With a head.
+        labels_N: Class of each training image, [N]; None for streaming sets.
+        device: Where to train.
+        rank: This process.
+
+    Raises:
+        UserError: CTC on a streaming set, a set of one class, a temperature too low.
+    """
+    criterion: dict[str, Any] = dict(
+        loss_type='bce' if args.bce_loss else None,
+        smoothing=args.smoothing,
+        soft_targets=mixing.is_active(args),
+        bce_target_thresh=args.bce_target_thresh if args.bce_loss else None,
+        bce_sum=args.bce_sum,
+    )
+    if args.mode == 'vanilla':
+        return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+    if labels_N is None:
+        raise UserError(
+            f'--dataset {args.dataset}: a streaming data set gives its images no stable index, which --mode ctc '
+            f'needs; use a map-style reader such as hfds/NAME or --data-dir FOLDER, or --mode vanilla'
+        )
+    try:
+        return CTCTask(
+            model,
+            labels_N,
+            criterion_kwargs=criterion,
+            embed_dim=args.embed_dim,
+            num_negatives=args.num_negatives,
+            negatives=args.negatives,
+            positives=args.positives,
+            instance_weight=args.instance_weight,
+            temporal_weight=args.temporal_weight,
+            instance_temperature=args.instance_temperature,
+            temporal_temperature=args.temporal_temperature,
+            instance_momentum=args.instance_momentum,
+            temporal_momentum=args.temporal_momentum,
+            train_projector=args.train_projector,
+            seed=args.seed,
+            rank=rank,
+            device=device,
+            verbose=False,
+        )
+    except ValueError as error:
+        raise UserError(f'--mode ctc: {error}') from None

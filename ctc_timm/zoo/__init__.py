@@ -1,0 +1,1 @@
+"""Its weights and its architectures, as timm models."""

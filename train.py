@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Train any timm model with contrastive temporal coding.
+
+accelerate launch train.py                                      # the embedded digits, both stages
+accelerate launch train.py -c recipes/cifar100_small.yaml --dataset hfds/FOLDER
+accelerate launch train.py --model resnet50 --data-dir IMAGES --epochs 100
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import ctc_timm  # noqa: F401  (registers the models)
+from ctc_timm.training import checkpoints
+from ctc_timm.training.arguments import Parser, parse, run_script
+from ctc_timm.training.loop import Trainer, add_arguments
+
+RECIPES = Path(__file__).resolve().parent / 'recipes'
+
+
+def resumed(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
+    """The arguments of the run that `--resume` names: continuing needs no flag typed again."""
+    state = checkpoints.find_resume(args)
+    if state is None:
+        return None
+    run = checkpoints.run_of_state(state)
+    known = {k: v for k, v in run.args().items() if k not in ('config', 'resume', 'output', 'experiment')}
+    return known, str(run.path / 'args.yaml')
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split('\n')[0])
+    add_arguments(parser)
+    Trainer(parse(parser, default_recipe=RECIPES / 'digits.yaml', presets=resumed)).fit()
+
+
+if __name__ == '__main__':
+    run_script(main)
