@@ -54,7 +54,8 @@ class DigitsReader(Reader):
         name = match['name'] if match else None
         if match is None or name not in ('train', *_EVAL_SPLITS):
             raise UserError(
-                f"split {split!r} of the digits does not exist; use 'train' or 'validation', or a slice of one as in 'train[:500]'"
+                f"split {split!r} of the digits does not exist; use 'train' or 'validation', "
+                f"or a slice of one as in 'train[:500]'"
             )
         train_x, train_y, eval_x, eval_y = _load()
         images, labels = (train_x, train_y) if name == 'train' else (eval_x, eval_y)

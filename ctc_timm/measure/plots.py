@@ -47,52 +47,54 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
         rows = list(csv.DictReader(file))
     change = _stage_change(run / 'metrics.jsonl')
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(3, 1, figsize=(7, 8), sharex=True)
-        _losses(axes[0], rows)
-        _accuracy(axes[1], rows)
-        axes[2].plot(*_series(rows, 'lr'), color=GREY, drawstyle='steps-mid')
-        axes[2].set_ylabel('learning rate')
-        axes[2].set_yscale('log' if all(float(row['lr']) > 0 for row in rows) else 'linear')
-        axes[2].set_xlabel('epoch')
-        axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+        has_contrast = 'train_ctc_loss' in rows[0]
+        figure, panels = plt.subplots(4 if has_contrast else 3, 1, figsize=(7, 10 if has_contrast else 8), sharex=True)
+        axes = list(panels)
+        _task_loss(axes[0], rows)
+        if has_contrast:
+            _contrast(axes[1], rows, change)
+        _accuracy(axes[-2], rows)
+        _learning_rate(axes[-1], rows)
         for ax in axes:
-            _mark(ax, change)
+            if change is not None:
+                ax.axvline(change, color=GREY, linestyle='-.', linewidth=1.2)
         if change is not None:
-            for text, side in (('instance stage ', 'right'), (' temporal stage', 'left')):
-                axes[0].annotate(
-                    text,
-                    (change, 1.0),
-                    xycoords=('data', 'axes fraction'),
-                    ha=side,
-                    va='bottom',
-                    color=GREY,
-                    annotation_clip=False,
-                )
+            for text, side in (('instance stage  ', 'right'), ('  temporal stage', 'left')):
+                place = {'xy': (change, 1.0), 'xycoords': ('data', 'axes fraction')}
+                axes[0].annotate(text, **place, ha=side, va='bottom', color=GREY, annotation_clip=False)
         figure.suptitle(run.name, fontsize=11)
-        file_path = run / 'plots' / 'training.png'
-        file_path.parent.mkdir(exist_ok=True)
-        figure.savefig(file_path, dpi=130)
+        picture = run / 'plots' / 'training.png'
+        picture.parent.mkdir(exist_ok=True)
+        figure.savefig(picture, dpi=130)
         plt.close(figure)
-    return [file_path]
+    return [picture]
 
 
-def _losses(ax: Axes, rows: list[dict[str, Any]]) -> None:
-    if 'train_ctc_loss' in rows[0]:
-        ax.plot(*_series(rows, 'train_task_loss'), color=BLUE, label='task, training')
-        ax.plot(*_series(rows, 'eval_loss'), color=BLUE, linestyle=':', label='task, validation')
-        ax.set_ylabel('task loss (nats)')
-        other = ax.twinx()
-        other.spines['right'].set_visible(True)
-        other.grid(False)
-        other.plot(*_series(rows, 'train_ctc_loss'), color=VERMILION, linestyle='--', label='CTC term (right axis)')
-        other.set_ylabel('CTC term (nats)', color=VERMILION)
-        lines = [*ax.get_lines(), *other.get_lines()]
-        ax.legend(lines, [str(line.get_label()) for line in lines], loc='upper right')
-        return
-    ax.plot(*_series(rows, 'train_loss'), color=BLUE, label='training')
+def _task_loss(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    training = 'train_task_loss' if 'train_task_loss' in rows[0] else 'train_loss'
+    ax.plot(*_series(rows, training), color=BLUE, label='training')
     ax.plot(*_series(rows, 'eval_loss'), color=BLUE, linestyle=':', label='validation')
-    ax.set_ylabel('loss (nats)')
+    ax.set_ylabel('task loss (nats)')
     ax.legend(loc='upper right')
+
+
+def _contrast(ax: Axes, rows: list[dict[str, Any]], change: float | None) -> None:
+    """The two stages' terms are different sums, so each has a line and a scale of its own."""
+    epochs, values = _series(rows, 'train_ctc_loss')
+    if change is None:
+        ax.plot(epochs, values, color=VERMILION)
+        ax.set_ylabel('CTC term (nats)')
+        return
+    before = sum(epoch < change for epoch in epochs)
+    after = ax.twinx()
+    after.grid(False)
+    after.spines['right'].set_visible(True)
+    for target, part, style, side in (
+        (ax, slice(before), {'color': VERMILION, 'marker': 'o', 'markersize': 3}, 'instance'),
+        (after, slice(before, None), {'color': PURPLE, 'linestyle': '--', 'marker': 's', 'markersize': 3}, 'temporal'),
+    ):
+        target.plot(epochs[part], values[part], **style)
+        target.set_ylabel(f'{side} term (nats)', color=style['color'])
 
 
 def _accuracy(ax: Axes, rows: list[dict[str, Any]]) -> None:
@@ -100,6 +102,15 @@ def _accuracy(ax: Axes, rows: list[dict[str, Any]]) -> None:
     ax.plot(*_series(rows, 'eval_top5'), color=ORANGE, linestyle='--', marker='s', markersize=3, label='top-5')
     ax.set_ylabel('validation accuracy (%)')
     ax.legend(loc='lower right')
+
+
+def _learning_rate(ax: Axes, rows: list[dict[str, Any]]) -> None:
+    epochs, rates = _series(rows, 'lr')
+    ax.plot(epochs, rates, color=GREEN, drawstyle='steps-mid')
+    ax.set_ylabel('learning rate')
+    ax.set_yscale('log' if all(rate > 0 for rate in rates) else 'linear')
+    ax.set_xlabel('epoch')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _series(rows: list[dict[str, Any]], column: str) -> tuple[list[int], list[float]]:
@@ -117,8 +128,3 @@ def _stage_change(metrics: Path) -> float | None:
             stages[row['epoch']] = row['stage']
     temporal = [epoch for epoch, stage in stages.items() if stage == 'temporal']
     return min(temporal) - 0.5 if temporal and len(temporal) < len(stages) else None
-
-
-def _mark(ax: Axes, change: float | None) -> None:
-    if change is not None:
-        ax.axvline(change, color=GREY, linestyle='-.', linewidth=1.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,17 @@ from .indexed import EpochBatches, IndexedDataset
 STREAMING = ('hfids', 'tfds', 'wds')
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare timm's flags for where images come from and how they are sized and normalised."""
+def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
+    """Declare timm's flags for where images come from and how they are sized and normalised.
+
+    Args:
+        parser: Gets the flags.
+        positional: Whether the folder may stand without a flag, as in timm's training script.
+    """
     group = parser.add_argument_group('Data')
-    group.add_argument('data', nargs='?', metavar='DIR', help='folder with the images, same as --data-dir')
+    parser.set_defaults(data=None)
+    if positional:
+        group.add_argument('data', nargs='?', metavar='DIR', help='folder with the images, same as --data-dir')
     group.add_argument('--data-dir', metavar='DIR', help='folder with the images')
     group.add_argument(
         '--dataset',
@@ -122,7 +130,9 @@ def open_split(args: argparse.Namespace, split: str, is_training: bool = False, 
         UserError: Nothing there, an empty class folder, a split that does not exist, labels missing.
     """
     root = args.data_dir or args.data
-    name = args.dataset or ('' if root else digits.NAME)
+    name = args.dataset
+    if not name and not root:
+        raise UserError('name the data: --dataset NAME (digits, hfds/..., torch/...) or --data-dir FOLDER')
     what = f'--dataset {name}' if name else f'--data-dir {root}'
     mode = args.input_img_mode or ('L' if (args.in_chans or 3) == 1 else 'RGB')
     if name == digits.NAME:
@@ -233,8 +243,8 @@ def check_labels(source: Source, num_classes: int, split: str) -> None:
     if len(outside):
         i = int(outside[0])
         raise UserError(
-            f'--num-classes {num_classes}: label {int(source.labels_N[i])} of image {i} of split {split!r} lies outside; '
-            f'{source.name} needs at least {int(source.labels_N.max()) + 1}'
+            f'--num-classes {num_classes}: label {int(source.labels_N[i])} of image {i} of split {split!r} lies '
+            f'outside; {source.name} needs at least {int(source.labels_N.max()) + 1}'
         )
 
 
@@ -295,7 +305,7 @@ class TrainLoader:
             interpolation=args.train_interpolation,
             mean=config['mean'],
             std=config['std'],
-            num_workers=args.workers,
+            num_workers=worker_count(args),
             pin_memory=args.pin_mem,
             device=device,
         )
@@ -357,7 +367,7 @@ class StreamLoader:
             interpolation=args.train_interpolation,
             mean=config['mean'],
             std=config['std'],
-            num_workers=args.workers,
+            num_workers=worker_count(args),
             pin_memory=args.pin_mem,
             device=device,
         )
@@ -396,7 +406,7 @@ def create_eval_loader(
         std=config['std'],
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
-        num_workers=args.workers,
+        num_workers=worker_count(args),
         distributed=distributed,
         pin_memory=args.pin_mem,
         device=device,
@@ -431,6 +441,12 @@ class RefreshLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for images, rows_B3 in self._loader:
             yield images, rows_B3[:, 0], rows_B3[:, 1]
+
+
+def worker_count(args: argparse.Namespace) -> int:
+    """`--workers`, but no more than there are processors to run them on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(args.workers, usable)
 
 
 def steps_per_epoch(batches: int, accumulation: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -11,6 +12,20 @@ from timm.data.loader import PrefetchLoader
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from tqdm import tqdm
+
+
+def progress_bar(batches: Any, description: str, accelerator: Accelerator) -> tqdm:
+    """A bar over batches, with ETA, from the main process; a log file gets a line now and then instead."""
+    interval = 0.2 if sys.stderr.isatty() else 60
+    return tqdm(
+        batches,
+        description,
+        leave=False,
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+        mininterval=interval,
+        delay=0 if sys.stderr.isatty() else interval,
+    )
 
 
 class PerClassEvaluator(ClassificationEvaluator):
@@ -59,7 +74,6 @@ def evaluate(
     num_classes: int,
     channels_last: bool = False,
     description: str = 'validate',
-    position: int = 0,
 ) -> OrderedDict[str, Any]:
     """Run a model over a split.
 
@@ -70,7 +84,6 @@ def evaluate(
         num_classes: C.
         channels_last: Memory layout of the images.
         description: For the progress bar.
-        position: Row of the progress bar.
 
     Returns:
         'loss', 'top1', 'top5' (percent), 'per_class' (percent, [C]), 'num_images'; over all processes, each
@@ -79,9 +92,7 @@ def evaluate(
     model.eval()
     several = accelerator.num_processes > 1
     evaluator = PerClassEvaluator(num_classes, accelerator.device, evaluation_sample_limit(loader))
-    bar = tqdm(
-        loader, description, leave=False, disable=not accelerator.is_main_process, position=position, dynamic_ncols=True
-    )
+    bar = progress_bar(loader, description, accelerator)
     for images, targets in bar:
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)

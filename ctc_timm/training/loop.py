@@ -23,7 +23,7 @@ from ..errors import UserError
 from . import checkpoints, data, mixing, models, optimization, schedules, stages
 from .arguments import Parser, positive_int, probability
 from .checkpoints import RunFolder
-from .evaluation import evaluate
+from .evaluation import evaluate, progress_bar
 
 _logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class Trainer:
         assert isinstance(self.task, CTCTask)
         source = data.open_split(self.args, self.args.train_split)
         loader = data.RefreshLoader(source, self.args, self.config, self.device, self.accelerator.num_processes > 1)
-        bar = tqdm(loader, 'fill the banks', leave=False, disable=not self.accelerator.is_main_process)
+        bar = progress_bar(loader, 'fill the banks', self.accelerator)
         with self.accelerator.autocast():
             self.task.start_temporal_stage(bar)
         self.say('temporal stage: the model is frozen as the information bank, and the banks are filled from it')
@@ -217,14 +217,7 @@ class Trainer:
         mix = self.mixup if not args.mixup_off_epoch or epoch < args.mixup_off_epoch else None
         sums: dict[str, Tensor] = {}
         skipped = self.loader.skipped
-        bar = tqdm(
-            self.loader,
-            f'epoch {epoch} of {self.schedule.num_epochs} ({stage})',
-            total=total,
-            leave=False,
-            disable=not accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
+        bar = progress_bar(self.loader, f'epoch {epoch} of {self.schedule.num_epochs} ({stage})', accelerator)
         self.schedule.step(epoch)
         batch = -1
         for batch, (images, targets, index) in enumerate(bar):

@@ -1,0 +1,129 @@
+"""A model from wherever its weights are: a run's folder, a weights file, a timm name, the Hub, a local folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .errors import UserError, nearest
+
+
+@dataclass
+class Loaded:
+    """A model with its weights, and where they came from.
+
+    Attributes:
+        model: In evaluation mode.
+        name: Short, for tables and file names.
+        weights: File, or name at the Hub or in timm.
+        run: The folder of the run that trained it, if it is one of ours.
+        run_args: That run's arguments, or empty.
+    """
+
+    model: nn.Module
+    name: str
+    weights: str
+    run: Path | None
+    run_args: dict[str, Any]
+
+
+def load_model(source: str, architecture: str = '', flag: str = '--model', **options: Any) -> Loaded:
+    """Load a model.
+
+    Args:
+        source: A run's folder (its best.safetensors), a weights file, any timm name (its pretrained weights),
+            `hf-hub:REPO` or `local-dir:FOLDER`.
+        architecture: For a weights file that does not say what it is, and lies in no run.
+        flag: What to call the source in error messages.
+        **options: For `timm.create_model`: num_classes, in_chans, ... None leaves the weights' own.
+
+    Raises:
+        UserError: Nothing there, or nothing that fits.
+    """
+    options = {k: v for k, v in options.items() if v is not None}
+    path = Path(source)
+    if path.is_dir():
+        weights = path / 'best.safetensors'
+        if not weights.is_file():
+            weights = path / 'last.safetensors'
+        if not weights.is_file():
+            raise UserError(f'{flag} {source}: a folder without best.safetensors or last.safetensors is no run')
+        return _from_file(weights, source, architecture, flag, options)
+    if path.is_file():
+        return _from_file(path, source, architecture, flag, options)
+    if path.suffix in ('.safetensors', '.pth', '.pt', '.bin', '.tar'):
+        raise UserError(f'{flag} {source}: no such file')
+    if ':' not in source and not timm.is_model(source):
+        near = nearest(timm.get_arch_name(source), timm.list_models())
+        raise UserError(f'{flag} {source}: no run folder, weights file or timm model of that name{near}')
+    try:
+        model = timm.create_model(source, pretrained=True, **options)
+    except Exception as error:
+        raise UserError(f'{flag} {source}: {_short(error)}') from None
+    return Loaded(model.eval(), source.replace('/', '_').replace(':', '_'), source, None, {})
+
+
+def run_of(source: str | Path) -> Path | None:
+    """The run's folder that a source is, or lies in; None for anything else."""
+    path = Path(source).resolve()
+    if not path.exists():
+        return None
+    near = [path] if path.is_dir() else list(path.parents[:2])
+    return next((p for p in near if (p / 'config.json').is_file()), None)
+
+
+def run_arguments(run: Path | None) -> dict[str, Any]:
+    """The arguments that a run was trained with, empty where there is no run."""
+    file = run / 'args.yaml' if run is not None else None
+    return yaml.safe_load(file.read_text(encoding='utf-8')) if file and file.is_file() else {}
+
+
+def _from_file(weights: Path, source: str, architecture: str, flag: str, options: dict[str, Any]) -> Loaded:
+    run = run_of(weights)
+    arguments: dict[str, Any] = {}
+    if run is not None and not architecture:
+        config = json.loads((run / 'config.json').read_text(encoding='utf-8'))
+        architecture = config['architecture']
+        arguments = {'num_classes': config['num_classes'], **config.get('model_args', {})}
+        data_facts = {k: v for k, v in config['pretrained_cfg'].items() if k not in ('num_classes', 'architecture')}
+        options = {'pretrained_cfg_overlay': data_facts, **options}
+    elif not architecture:
+        facts = _metadata(weights)
+        architecture = facts.get('architecture', '')
+        if 'num_classes' in facts:
+            arguments = {'num_classes': int(facts['num_classes'])}
+        if not architecture:
+            raise UserError(
+                f'{flag} {source}: the file does not say which architecture it is for; name it with --model'
+            )
+    if not timm.is_model(architecture):
+        raise UserError(f'{flag} {source}: is for {architecture!r}, which timm does not know')
+    try:
+        model = timm.create_model(architecture, **{**arguments, **options})
+        timm.models.load_checkpoint(model, str(weights))
+    except Exception as error:
+        raise UserError(f'{flag} {source}: not weights of {architecture}: {_short(error)}') from None
+    name = f'{run.name}-{weights.stem}' if run is not None else weights.stem
+    return Loaded(model.eval(), name, str(weights), run, run_arguments(run))
+
+
+def _metadata(weights: Path) -> dict[str, str]:
+    if weights.suffix != '.safetensors':
+        return {}
+    try:
+        with safe_open(weights, framework='pt') as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
+def _short(error: BaseException) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + '...'

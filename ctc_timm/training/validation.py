@@ -1,0 +1,145 @@
+"""`validate.py`: accuracy of a model from anywhere on a data set, to results.json and CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..errors import UserError
+from ..sources import Loaded, load_model
+from . import data
+from .arguments import KeyValues, Parser, positive_int
+from .evaluation import evaluate
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare the flags of a validation, by timm's names."""
+    parser.add_argument(
+        'source', nargs='?', metavar='MODEL', help='run folder, weights file, timm name, hf-hub: or local-dir:'
+    )
+    group = parser.add_argument_group('Model')
+    group.add_argument('--model', default='', metavar='NAME', help='timm name, hf-hub: or local-dir:')
+    group.add_argument('--checkpoint', default='', metavar='FILE', help='weights file or run folder')
+    group.add_argument('--num-classes', type=positive_int, metavar='N', help="outputs; the weights' own when not given")
+    group.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the model'
+    )
+    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
+    group.add_argument('--amp', action='store_true', help='mixed precision')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='its type')
+    data.add_dataset_arguments(parser, positional=False)
+    group = parser.add_argument_group('Validation')
+    group.add_argument('--split', default='', metavar='NAME', help='same as --val-split')
+    group.add_argument(
+        '--output',
+        default='',
+        metavar='DIR',
+        help="where the results go; the run's validation/ or results/NAME when not given",
+    )
+
+
+def validate(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and write.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        UserError: A model or data that can't be had, or that do not fit each other.
+    """
+    source = args.source or args.checkpoint or args.model
+    if not source:
+        raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
+    architecture = args.model if source != args.model else ''
+    accelerator = Accelerator(
+        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
+    )
+    loaded = load_model(
+        source,
+        architecture,
+        flag='--checkpoint',
+        num_classes=args.num_classes,
+        in_chans=args.in_chans,
+        **args.model_kwargs,
+    )
+    split = args.split or args.val_split
+    with accelerator.main_process_first():
+        opened = data.open_split(args, split)
+    num_classes: int = loaded.model.num_classes
+    data.check_labels(opened, num_classes, split)
+    config = data.data_config(args, loaded.model)
+    model = loaded.model.to(accelerator.device)
+    loader = data.create_eval_loader(opened.dataset, args, config, accelerator.device, accelerator.num_processes > 1)
+    metrics = evaluate(model, loader, accelerator, num_classes, args.channels_last)
+    results = _results(loaded, model, opened, split, config, metrics)
+    if accelerator.is_main_process:
+        folder = Path(args.output) if args.output else (loaded.run or Path('results') / loaded.name) / 'validation'
+        _write(folder, results)
+        print(_table(results, folder))
+    accelerator.wait_for_everyone()
+    return results
+
+
+def _results(
+    loaded: Loaded,
+    model: nn.Module,
+    opened: data.Source,
+    split: str,
+    config: dict[str, Any],
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    names = getattr(getattr(opened.dataset, 'reader', opened.dataset), 'class_to_idx', None) or {}
+    by_index = {index: name for name, index in names.items()}
+    per_class = [
+        {'class': index, 'name': str(by_index.get(index, index)), 'top1': accuracy}
+        for index, accuracy in enumerate(metrics['per_class'])
+        if accuracy is not None
+    ]
+    return {
+        'model': model.pretrained_cfg.get('architecture', type(model).__name__),
+        'weights': loaded.weights,
+        'parameters': sum(p.numel() for p in model.parameters()),
+        'dataset': opened.name,
+        'split': split,
+        'num_images': metrics['num_images'],
+        'input_size': list(config['input_size']),
+        'interpolation': config['interpolation'],
+        'crop_pct': config['crop_pct'],
+        'loss': metrics['loss'],
+        'top1': metrics['top1'],
+        'top5': metrics['top5'],
+        'mean_per_class': sum(row['top1'] for row in per_class) / max(len(per_class), 1),
+        'per_class': per_class,
+    }
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'results.json').write_text(json.dumps(results, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    flat = {k: v for k, v in results.items() if not isinstance(v, list)}
+    for name, rows in (('results.csv', [flat]), ('per_class.csv', results['per_class'])):
+        with (folder / name).open('w', encoding='utf-8', newline='') as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _table(results: dict[str, Any], folder: Path) -> str:
+    worst = sorted(results['per_class'], key=lambda row: row['top1'])[:3]
+    hardest = ', '.join('{name} {top1:.1f} %'.format(**row) for row in worst)
+    return (
+        f'{results["model"]} ({results["weights"]}) on {results["num_images"]:,} images of {results["dataset"]}, '
+        f'split {results["split"]}\n'
+        f'  top-1           {results["top1"]:7.3f} %\n'
+        f'  top-5           {results["top5"]:7.3f} %\n'
+        f'  mean per class  {results["mean_per_class"]:7.3f} %\n'
+        f'  loss            {results["loss"]:7.4f}\n'
+        f'  hardest         {hardest}\n'
+        f'  written to {folder / "results.json"}, results.csv, per_class.csv'
+    )

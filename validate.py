@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Measure a model's accuracy on a data set.
+
+accelerate launch validate.py runs/NAME                         # a run, on what it was trained on
+accelerate launch validate.py runs/NAME/weights/epoch-0005.safetensors --dataset digits
+accelerate launch validate.py resnet50 --data-dir IMAGES --split validation
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ctc_timm.sources import run_arguments, run_of
+from ctc_timm.training.arguments import Parser, parse, run_script
+from ctc_timm.training.validation import add_arguments, validate
+
+
+def of_the_run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
+    """The data flags of the run that is measured, unless other data are named."""
+    source = args.source or args.checkpoint
+    if not source or args.dataset or args.data_dir:
+        return None
+    run_args = run_arguments(run_of(source))
+    keys = (
+        'dataset',
+        'data_dir',
+        'data',
+        'val_split',
+        'class_map',
+        'input_key',
+        'target_key',
+        'input_img_mode',
+        'workers',
+    )
+    found = {key: run_args[key] for key in keys if run_args.get(key) is not None}
+    if 'data' in found:
+        found['data_dir'] = found.pop('data')
+    return (found, 'args.yaml') if found else None
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split('\n')[0])
+    add_arguments(parser)
+    validate(parse(parser, presets=of_the_run))
+
+
+if __name__ == '__main__':
+    run_script(main)
