@@ -12,7 +12,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import streaming
@@ -20,6 +19,7 @@ from .banks import across_processes, momentum_update, new_bank
 from .negatives import WHOLE_BANK_RATIO
 
 EPS = 1e-7
+_NO_DIRECTION = 1e-8
 
 
 def check_settings(feature_dim: int, num_instances: int, embed_dim: int, temperature: float, momentum: float) -> None:
@@ -43,6 +43,15 @@ def _working(features: Tensor, projector: nn.Linear) -> Tensor:
     return features.to(projector.weight.dtype)
 
 
+def unit(vectors_BE: Tensor) -> Tensor:
+    """Each row over its length, [B, E]; a zero row has no direction and stays zero, in its gradient too.
+
+    `F.normalize` gives such a row a gradient of 1e12, which one dead image would send through the whole model.
+    """
+    length_B1 = vectors_BE.norm(dim=1, keepdim=True)
+    return vectors_BE * torch.where(length_B1 > _NO_DIRECTION, 1 / length_B1.clamp_min(_NO_DIRECTION), 0.0)
+
+
 def _no_autocast(features: Tensor) -> torch.autocast:
     return torch.autocast(features.device.type, enabled=False)
 
@@ -50,7 +59,7 @@ def _no_autocast(features: Tensor) -> torch.autocast:
 class InstanceDiscriminationLoss(nn.Module):
     """Stage one: tell each training image from all others (paper section 3.2).
 
-        v = normalize(projector(features))
+        v = unit(projector(features))
         loss = mean_b cross_entropy(v @ bank.T / temperature, index)
 
     No [B, N] tensor is stored, see `streaming`.
@@ -110,7 +119,7 @@ class InstanceDiscriminationLoss(nn.Module):
             Scalar.
         """
         with _no_autocast(features_BD):
-            v_BE = F.normalize(self.projector(_working(features_BD, self.projector)), dim=1)
+            v_BE = unit(self.projector(_working(features_BD, self.projector)))
             own_B = (v_BE * self.bank[index_B]).sum(dim=1)
             if lam_B is not None:
                 partner_B = (v_BE * self.bank[index_B.flip(0)]).sum(dim=1)
@@ -255,7 +264,7 @@ class TemporalContrastLoss(nn.Module):
     def _embed(self, present_BD: Tensor, past_BD: Tensor) -> tuple[Tensor, Tensor]:
         present_BE = self.present_projector(_working(present_BD, self.present_projector))
         past_BE = self.past_projector(_working(past_BD, self.past_projector))
-        return F.normalize(present_BE, dim=1), F.normalize(past_BE, dim=1)
+        return unit(present_BE), unit(past_BE)
 
     def _direction(
         self,

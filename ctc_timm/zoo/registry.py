@@ -15,6 +15,7 @@ from typing import Any
 from timm.models import (
     DefaultCfg,
     PretrainedCfg,
+    _registry,
     get_pretrained_cfg,
     is_model,
     list_models,
@@ -76,7 +77,9 @@ def register_all() -> None:
 
 def _cfgs(arch: str) -> DefaultCfg:
     """The configs of `<arch>_ctc` by tag; the first one is the default. Catalogued weights will come here."""
-    cfg = get_pretrained_cfg(arch)
+    # timm's public look-up copies deeply, which over all architectures is most of the time `import ctc_timm`
+    # may take. Its table is only read here, and what is taken from it doesn't change.
+    cfg = getattr(_registry, '_model_pretrained_cfgs', {}).get(arch) or get_pretrained_cfg(arch)
     kept = {key: getattr(cfg, key) for key in KEPT} if cfg else {}
     return DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**kept)})
 

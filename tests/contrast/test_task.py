@@ -1,0 +1,253 @@
+"""The task: its two stages, what it remembers, and that without CTC it is timm's own."""
+
+import copy
+import os
+import socket
+
+import pytest
+import timm
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from timm.task import ClassificationTask, TrainingTask
+
+from ctc_timm import CTCTask, features_and_logits
+
+N, B, C = 48, 8, 6
+SMALL = {'embed_dim': 16, 'num_negatives': 12}
+
+
+def build(**options):
+    torch.manual_seed(0)
+    model = timm.create_model('cifar_resnet20', num_classes=C)
+    return CTCTask(model, labels=torch.arange(N) % C, **{**SMALL, **options})
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randperm(N, generator=generator)[:B]
+    return torch.randn(B, 3, 16, 16, generator=generator), index % C, index
+
+
+def loader():
+    generator = torch.Generator().manual_seed(9)
+    images = torch.randn(N, 3, 16, 16, generator=generator)
+    for start in range(0, N, B):
+        index = torch.arange(start, start + B)
+        yield images[start : start + B], index % C, index
+
+
+def step(task, optimizer, seed, **more):
+    task.train()
+    result = task(*batch(seed), **more)
+    optimizer.zero_grad()
+    result['loss'].backward()
+    optimizer.step()
+    return result
+
+
+def test_is_a_timm_task_with_named_results():
+    task = build()
+    assert isinstance(task, TrainingTask) and task.stage == 'instance'
+    result = task.train()(*batch())
+    assert set(result) == {'loss', 'output', 'task_loss', 'ctc_loss'}
+    torch.testing.assert_close(result['loss'], result['task_loss'] + 0.5 * result['ctc_loss'])
+    images, targets, _ = batch()
+    torch.testing.assert_close(result['task_loss'], F.cross_entropy(result['output'], targets))
+
+
+def test_without_weights_it_is_plain_classification():
+    # The same steps through timm's own task give the same model.
+    task = build(instance_weight=0, temporal_weight=0)
+    plain = ClassificationTask(copy.deepcopy(task.model))
+    optimizers = [torch.optim.SGD(t.get_trainable_module().parameters(), 0.1) for t in (task, plain)]
+    for seed in range(3):
+        if seed == 2:
+            task.start_temporal_stage(loader())
+        step(task, optimizers[0], seed)
+        images, targets, _ = batch(seed)
+        plain.train()
+        optimizers[1].zero_grad()
+        plain(images, targets)['loss'].backward()
+        optimizers[1].step()
+    for (name, value), other in zip(task.model.state_dict().items(), plain.trainable_module.state_dict().values()):
+        assert torch.equal(value, other), name
+
+
+def test_temporal_stage_freezes_the_past():
+    task = build()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), 0.1, momentum=0.9)
+    for seed in range(3):
+        step(task, optimizer, seed)
+    projectors = copy.deepcopy(task.temporal.present_projector)
+    frozen = copy.deepcopy(task.model).eval()
+    task.start_temporal_stage(loader())
+    assert task.stage == 'temporal'
+    # Both banks hold the frozen model's embeddings of every image.
+    for images, _, index in loader():
+        features, _ = features_and_logits(frozen, images)
+        expected = F.normalize(projectors(features), dim=1)
+        torch.testing.assert_close(task.temporal.present_bank[index], expected.detach(), rtol=1e-4, atol=1e-5)
+    for seed in range(3, 6):
+        result = step(task, optimizer, seed)
+        torch.testing.assert_close(result['loss'].detach(), result['task_loss'] + result['ctc_loss'])
+    for (name, value), past in zip(frozen.state_dict().items(), task.information_bank.model.state_dict().values()):
+        assert torch.equal(value, past), name
+    assert not task.information_bank.training
+    assert not torch.equal(task.model.fc.weight, task.information_bank.model.fc.weight)
+    assert task.temporal.past_projector.weight.grad.abs().sum() > 0
+    with pytest.raises(RuntimeError, match='already'):
+        task.start_temporal_stage(loader())
+
+
+def test_each_stage_leaves_the_others_projectors_alone():
+    task = build()
+    before = copy.deepcopy({'i': task.instance.projector.state_dict(), 't': task.temporal.state_dict()})
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    step(task, optimizer, 0)
+    for key, value in task.temporal.state_dict().items():
+        assert torch.equal(value, before['t'][key]), key
+    task.start_temporal_stage(loader())
+    step(task, optimizer, 1)
+    for key, value in task.instance.projector.state_dict().items():
+        assert torch.equal(value, before['i'][key]), key
+    assert not torch.equal(task.temporal.present_projector.weight, before['t']['present_projector.weight'])
+
+
+@pytest.mark.parametrize('negatives', ['sampled', 'shared'])
+@pytest.mark.parametrize('when', ['instance', 'temporal'])
+def test_state_continues_where_it_stopped(negatives, when):
+    def start():
+        task = build(negatives=negatives)
+        return task, torch.optim.SGD(task.get_trainable_module().parameters(), 0.1, momentum=0.9)
+
+    task, optimizer = start()
+    step(task, optimizer, 0)
+    if when == 'temporal':
+        task.start_temporal_stage(loader())
+    step(task, optimizer, 1)
+    saved = copy.deepcopy((task.get_checkpoint_state(), optimizer.state_dict()))
+    expected = [step(task, optimizer, seed)['loss'].item() for seed in (2, 3)]
+
+    torch.manual_seed(5)
+    task, optimizer = start()
+    task.load_checkpoint_state(saved[0]['state_dict'], saved[0]['task_state'])
+    optimizer.load_state_dict(saved[1])
+    assert task.stage == when
+    assert [step(task, optimizer, seed)['loss'].item() for seed in (2, 3)] == expected
+
+
+def test_mixed_images_mix_the_instance_term():
+    # One lambda for all: the loss is the mean of both indices' losses, weighted by it.
+    torch.manual_seed(0)
+    task = build().eval()
+    images, targets, index = batch()
+    lam = torch.full((B,), 0.3)
+    soft = 0.3 * F.one_hot(targets, C) + 0.7 * F.one_hot(targets.flip(0), C)
+    task.criterion = timm.loss.SoftTargetCrossEntropy()
+    result = task(images, soft.float(), index, lam)
+    features, logits = features_and_logits(task.model, images)
+    own, partner = task.instance(features, index), task.instance(features, index.flip(0))
+    torch.testing.assert_close(result['ctc_loss'], (0.3 * own + 0.7 * partner).detach())
+    expected = 0.3 * F.cross_entropy(logits, targets) + 0.7 * F.cross_entropy(logits, targets.flip(0))
+    torch.testing.assert_close(result['task_loss'], expected.detach())
+
+
+@pytest.mark.parametrize(
+    'options, truth',
+    [
+        ({'smoothing': 0.2}, lambda x, y: F.cross_entropy(x, y, label_smoothing=0.2)),
+        (
+            {'loss_type': 'bce', 'smoothing': 0.0},
+            lambda x, y: F.binary_cross_entropy_with_logits(x, F.one_hot(y, C).float()),
+        ),
+    ],
+)
+def test_timm_criteria(options, truth):
+    task = build(criterion_kwargs=options)
+    images, targets, index = batch()
+    result = task(images, targets, index)
+    torch.testing.assert_close(result['task_loss'], truth(result['output'], targets).detach())
+
+
+def test_moving_average_is_of_the_backbone():
+    task = build()
+    task.setup_ema(decay=0.5)
+    start = task.model.fc.weight.clone()
+    step(task, torch.optim.SGD(task.get_trainable_module().parameters(), 0.1), 0)
+    task.update_ema()
+    average = task.get_eval_model(ema=True)
+    torch.testing.assert_close(average.module.fc.weight, (start + task.model.fc.weight) / 2)
+    assert set(average.module.state_dict()) == set(task.model.state_dict())
+
+
+def test_compiled_body_gives_the_same_losses_and_names():
+    plain, compiled = build(), build()
+    compiled.compile(backend='eager')
+    for stage in ('instance', 'temporal'):
+        losses = [task.train()(*batch())['loss'].item() for task in (plain, compiled)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5), stage
+        if stage == 'instance':
+            for task in (plain, compiled):
+                task.start_temporal_stage(loader())
+    assert list(compiled.get_trainable_module().state_dict()) == list(plain.get_trainable_module().state_dict())
+
+
+def test_what_cannot_work():
+    model = timm.create_model('cifar_resnet20', num_classes=C)
+    for options, words in (
+        ({'labels': torch.arange(N) % (C + 1)}, f'label {C} is outside'),
+        ({'labels': torch.zeros(N, dtype=torch.long)}, 'two classes'),
+        ({'num_negatives': 0}, 'num_negatives'),
+        ({'instance_temperature': 0}, 'temperature'),
+        ({'temporal_momentum': 1.0}, 'momentum'),
+        ({'instance_weight': -1}, 'instance_weight'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            CTCTask(model, **{'labels': torch.arange(N) % C, **options})
+    with pytest.raises(ValueError, match='head'):
+        CTCTask(timm.create_model('cifar_resnet20', num_classes=0), labels=torch.arange(N) % C)
+
+
+def _process(rank, world, port, folder):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    import ctc_timm  # noqa: F401
+
+    torch.manual_seed(0)
+    # Without batch norm, whose statistics are each process's own, processes and their union agree.
+    model = timm.create_model('test_vit', num_classes=C, img_size=32, global_pool='avg')
+    task = CTCTask(model, labels=torch.arange(N) % C, negatives='shared', **SMALL).prepare_distributed()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), 0.05)
+    losses = []
+    part = slice(rank * B // world, (rank + 1) * B // world)
+    for seed in range(4):
+        if seed == 2:
+            batches = [(torch.randn(B, 3, 32, 32), None, torch.arange(s, s + B)) for s in range(0, N, B)]
+            task.start_temporal_stage([(x[part], None, i[part]) for x, _, i in batches])
+        generator = torch.Generator().manual_seed(seed)
+        index = torch.randperm(N, generator=generator)[:B]
+        images = torch.randn(B, 3, 32, 32, generator=generator)
+        result = task.train()(images[part], (index % C)[part], index[part])
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+        loss = result['loss'].detach()
+        torch.distributed.all_reduce(loss)
+        losses.append(loss / world)
+    torch.save((torch.stack(losses), task.instance.bank, task.temporal.present_bank), f'{folder}/{world}-{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    for world in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            port = probe.getsockname()[1]
+        mp.spawn(_process, (world, port, str(tmp_path)), nprocs=world)
+    one, first, second = (torch.load(tmp_path / f'{name}.pt') for name in ('1-0', '2-0', '2-1'))
+    torch.testing.assert_close(one[0], first[0], rtol=1e-4, atol=1e-5)
+    for alone, a, b in zip(one[1:], first[1:], second[1:]):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(alone, a, rtol=1e-3, atol=1e-4)
