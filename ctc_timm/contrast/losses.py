@@ -9,9 +9,11 @@ R rows that a whole batch shares.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import streaming
@@ -135,6 +137,19 @@ class InstanceDiscriminationLoss(nn.Module):
         return f'temperature={self.temperature}, momentum={self.momentum}, instances={self.bank.shape[0]}'
 
 
+class _Rows(NamedTuple):
+    """A step's negatives: rows shared by the batch (all of the bank when None), or each image's own.
+
+    `use_BR` weights the shared ones, `scale_B` an image's whole sum; `count_B` is the sum of an image's weights.
+    """
+
+    shared_R: Tensor | None
+    own_BK: Tensor | None
+    use_BR: Tensor | None
+    scale_B: Tensor | None
+    count_B: Tensor
+
+
 class TemporalContrastLoss(nn.Module):
     """Stage two: keep today's features close to what the information bank saw in the same images (section 3.3).
 
@@ -207,7 +222,8 @@ class TemporalContrastLoss(nn.Module):
         past_BD: Tensor,
         index_B: Tensor,
         negatives: Tensor | None,
-        negative_weights_BR: Tensor | None = None,
+        use_BR: Tensor | None = None,
+        scale_B: Tensor | None = None,
         positives_B: Tensor | None = None,
         lam_B: Tensor | None = None,
     ) -> Tensor:
@@ -219,8 +235,9 @@ class TemporalContrastLoss(nn.Module):
             index_B: Position of each image in the training set, [B].
             negatives: Rows of other classes: [B, K], each image's own; [R], the same for the whole batch; or
                 None, the whole bank (R = N).
-            negative_weights_BR: With the same rows for the whole batch, how much each counts for each image,
-                [B, R]; zero where it is no negative. None counts every row once.
+            use_BR: With the same rows for the whole batch, which of them are negatives of which image, [B, R]
+                booleans, or how often each counts. None counts every row once.
+            scale_B: Factor of each image's sum over its negatives, [B]; one when None.
             positives_B: Row of each image's positive, [B]; the image itself when None.
             lam_B: For Mixup and CutMix, as in `InstanceDiscriminationLoss`.
 
@@ -230,19 +247,12 @@ class TemporalContrastLoss(nn.Module):
         Raises:
             ValueError: Negatives that are neither [B, K], [R] nor None.
         """
-        own_rows = negatives is not None and negatives.ndim == 2 and negatives.shape[0] == index_B.shape[0]
-        if not (own_rows or negatives is None or negatives.ndim == 1):
-            raise ValueError(f'negatives must be [B, K], [R] or None, got shape {tuple(negatives.shape)}')
+        rows = self._rows(index_B.shape[0], negatives, use_BR, scale_B, present_BD.device)
         positives_B = index_B if positives_B is None else positives_B
         with _no_autocast(present_BD):
             present_BE, past_BE = self._embed(present_BD, past_BD)
-            loss = self._direction(
-                present_BE, self.past_bank, self.present_normalizer,
-                positives_B, negatives, negative_weights_BR, lam_B,
-            ) + self._direction(
-                past_BE, self.present_bank, self.past_normalizer,
-                positives_B, negatives, negative_weights_BR, lam_B,
-            )  # fmt: skip
+            loss = self._direction(present_BE, self.past_bank, self.present_normalizer, rows, positives_B, lam_B)
+            loss = loss + self._direction(past_BE, self.present_bank, self.past_normalizer, rows, positives_B, lam_B)
         if self.training:
             momentum_update(self.present_bank, index_B, present_BE, self.momentum)
             momentum_update(self.past_bank, index_B, past_BE, self.momentum)
@@ -266,57 +276,67 @@ class TemporalContrastLoss(nn.Module):
         past_BE = self.past_projector(_working(past_BD, self.past_projector))
         return unit(present_BE), unit(past_BE)
 
+    def _rows(
+        self,
+        batch_size: int,
+        negatives: Tensor | None,
+        use_BR: Tensor | None,
+        scale_B: Tensor | None,
+        device: torch.device,
+    ) -> _Rows:
+        """The negatives in the form that is cheapest to visit, with the sum of their weights."""
+        N = self.present_bank.shape[0]
+        if negatives is not None and negatives.ndim == 2 and negatives.shape[0] == batch_size:
+            count_B = torch.full((batch_size,), float(negatives.shape[1]), device=device)
+            if WHOLE_BANK_RATIO * negatives.shape[1] < N:
+                return _Rows(None, negatives, None, scale_B, count_B)
+            return _Rows(None, None, _multiplicity(negatives, N), scale_B, count_B)
+        if negatives is not None and negatives.ndim != 1:
+            raise ValueError(f'negatives must be [B, K], [R] or None, got shape {tuple(negatives.shape)}')
+        if use_BR is None:
+            count_B = torch.full((batch_size,), float(N if negatives is None else len(negatives)), device=device)
+        else:
+            count_B = use_BR.sum(dim=1)
+        return _Rows(negatives, None, use_BR, scale_B, count_B)
+
     def _direction(
         self,
         v_BE: Tensor,
         bank_NE: Tensor,
         normalizer: Tensor,
+        rows: _Rows,
         positives_B: Tensor,
-        negatives: Tensor | None,
-        weights_BR: Tensor | None,
         lam_B: Tensor | None,
     ) -> Tensor:
-        """One direction: embeddings of one model against the bank of the other."""
+        """One direction: embeddings of one model against the bank of the other.
+
+        With c = q + eps and x = <row, v> / T - log(Z c), the positive's -log(p / (p + c)) is log(1 + exp(-x)),
+        and a negative's log((n + c) / q) is log(1 + exp(x)) + log(c / q).
+        """
         rate = self.num_negatives / bank_NE.shape[0]
-        gathered = negatives is not None and negatives.ndim == 2
-        if gathered and bank_NE.shape[0] <= WHOLE_BANK_RATIO * negatives.shape[1]:
-            weights_BR = _multiplicity(negatives, bank_NE.shape[0], v_BE.dtype)
-            negatives, gathered = None, False
-        rows_RE = bank_NE if negatives is None or gathered else bank_NE[negatives]
-        if weights_BR is None and not gathered:
-            weights_BR = v_BE.new_ones(v_BE.shape[0], rows_RE.shape[0])
-
         score_B = (v_BE * bank_NE[positives_B]).sum(dim=1) / self.temperature
+        batch_RE = bank_NE if rows.shared_R is None else bank_NE[rows.shared_R]
+        scale_B = rows.scale_B if rows.scale_B is not None else torch.ones_like(score_B)
         if self.training and not normalizer.any():
-            if gathered:
-                total, count = v_BE.new_zeros(()), v_BE.new_zeros(())
-                for b in range(v_BE.shape[0]):
-                    ones_1K = v_BE.new_ones(1, negatives.shape[1])
-                    part = streaming.mean_density(v_BE[b : b + 1], bank_NE[negatives[b]], ones_1K, self.temperature)
-                    total, count = total + part[0], count + part[1]
+            if rows.own_BK is not None:
+                sums_B = streaming.exponential_sums_gathered(v_BE, bank_NE, rows.own_BK, self.temperature)
             else:
-                total, count = streaming.mean_density(v_BE, rows_RE, weights_BR, self.temperature)
-            total = total + score_B.detach().exp().sum()
-            _set_normalizer(normalizer, total, count + v_BE.shape[0], bank_NE.shape[0])
+                sums_B = streaming.exponential_sums(v_BE, batch_RE, rows.use_BR, self.temperature)
+            total = (scale_B * sums_B + score_B.detach().exp()).sum()
+            _set_normalizer(normalizer, total, (scale_B * rows.count_B + 1).sum(), bank_NE.shape[0])
 
-        positive_B = self._positive(score_B, normalizer, rate)
+        offset = (normalizer.double() * (rate + EPS)).log().to(v_BE.dtype)
+        positive_B = F.softplus(offset - score_B, threshold=50)
         if lam_B is not None:
             partner_B = (v_BE * bank_NE[positives_B.flip(0)]).sum(dim=1) / self.temperature
             lam_B = lam_B.to(positive_B.dtype)
-            positive_B = lam_B * positive_B + (1 - lam_B) * self._positive(partner_B, normalizer, rate)
-
-        settings = (self.temperature, normalizer, rate, EPS)
-        if gathered:
-            negative_B = streaming.negative_terms_gathered(v_BE, bank_NE, negatives, *settings)
+            positive_B = lam_B * positive_B + (1 - lam_B) * F.softplus(offset - partner_B, threshold=50)
+        if rows.own_BK is not None:
+            negative_B = streaming.logistic_terms_gathered(v_BE, bank_NE, rows.own_BK, self.temperature, offset)
         else:
-            negative_B = streaming.negative_terms(v_BE, rows_RE, weights_BR, *settings)
-        return (positive_B + negative_B).mean()
-
-    @staticmethod
-    def _positive(score_B: Tensor, normalizer: Tensor, rate: float) -> Tensor:
-        """-log(p / (p + q + eps)) written as log1p, which has no infinity at p = 0 times zero in its gradient."""
-        density_B = score_B.exp() / normalizer
-        return torch.log1p((rate + EPS) / density_B)
+            negative_B = streaming.logistic_terms(v_BE, batch_RE, rows.use_BR, self.temperature, offset)
+        negative_B = negative_B + rows.count_B * math.log1p(EPS / rate)
+        return (positive_B + scale_B * negative_B).mean()
 
     def extra_repr(self) -> str:
         return (
@@ -325,9 +345,9 @@ class TemporalContrastLoss(nn.Module):
         )
 
 
-def _multiplicity(negatives_BK: Tensor, num_instances: int, dtype: torch.dtype) -> Tensor:
-    """How often each row is a negative of each image, [B, N]; draws with replacement can name a row twice."""
-    count_BN = torch.zeros(negatives_BK.shape[0], num_instances, dtype=dtype, device=negatives_BK.device)
+def _multiplicity(negatives_BK: Tensor, num_instances: int) -> Tensor:
+    """How often each row is a negative of each image, [B, N]; draws with repetition can name a row twice."""
+    count_BN = torch.zeros(negatives_BK.shape[0], num_instances, device=negatives_BK.device)
     return count_BN.scatter_add_(1, negatives_BK, count_BN.new_ones(()).expand(negatives_BK.shape))
 
 

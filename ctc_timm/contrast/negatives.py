@@ -5,6 +5,7 @@ Letters: B batch, N instances, K negatives an image, R rows shared by a batch, M
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +25,15 @@ class Draw(NamedTuple):
 
     Attributes:
         negatives: [B, K], each image's own rows; [R], rows for the whole batch; None, the whole bank, R = N.
-        weights_BR: How much each of the batch's rows counts for each image, [B, R], zero for rows that are no
-            negatives of it. None with rows of each image's own.
+        use_BR: Which of the batch's rows are negatives of which image, [B, R] booleans. None with rows of each
+            image's own.
+        scale_B: Factor of each image's sum over its negatives, [B], so that they stand for K; None for one.
         positives_B: The positive's row for each image, [B].
     """
 
     negatives: Tensor | None
-    weights_BR: Tensor | None
+    use_BR: Tensor | None
+    scale_B: Tensor | None
     positives_B: Tensor
 
 
@@ -39,11 +42,11 @@ class NegativeSampler:
 
     `sampled` gives each image K rows of other classes, without repetition where there are that many and with
     repetition where there are not, as in the paper's code. `shared` draws K rows of the whole set once for the
-    batch and leaves out, image by image, those of the image's class; the rest are weighted K over their number,
-    so that an image's loss has the same expectation as with K rows of its own.
+    batch and leaves out, image by image, those of the image's class; the sum over the rest is scaled by K over
+    their number, so that an image's loss has the same expectation as with K rows of its own.
 
         sampler = NegativeSampler(labels_N, num_negatives=16384)
-        negatives, weights_BR, positives_B = sampler.draw(index_B)
+        draw = sampler.draw(index_B)
 
     Args:
         labels_N: Class of each training image, [N], integers from 0.
@@ -117,16 +120,15 @@ class NegativeSampler:
         if self.mode == 'shared':
             rows_R = self._shared_rows()
             other_BR = self._other_class(labels_B, partners_B, self._labels_N[rows_R])
-            share_B1 = self.num_negatives / other_BR.sum(dim=1, keepdim=True).clamp_(min=1)
-            return Draw(rows_R, other_BR * share_B1, positives_B)
+            return Draw(rows_R, other_BR, self.num_negatives / other_BR.sum(dim=1).clamp_(min=1), positives_B)
         others_B = self.num_instances - self._sizes_C[labels_B]
         if partners_B is not None:
             others_B = others_B - self._sizes_C[partners_B] * (partners_B != labels_B)
         if int(others_B.min()) < self.num_negatives:
-            return Draw(self._with_repetition(labels_B, partners_B), None, positives_B)
+            return Draw(self._with_repetition(labels_B, partners_B), None, None, positives_B)
         if self.num_instances > WHOLE_BANK_RATIO * self.num_negatives:
-            return Draw(self._distinct_rows(labels_B, partners_B), None, positives_B)
-        return Draw(None, self._distinct_mask(labels_B, partners_B), positives_B)
+            return Draw(self._distinct_rows(labels_B, partners_B), None, None, positives_B)
+        return Draw(None, self._distinct_mask(labels_B, partners_B, others_B), None, positives_B)
 
     def _shared_rows(self) -> Tensor:
         """K rows of the whole set, [R], without repetition where there are that many."""
@@ -149,19 +151,51 @@ class NegativeSampler:
         offset_B = (share_B * self._sizes_C[labels_B]).long()
         return self._by_class_N[self._starts_C[labels_B] + offset_B]
 
-    def _distinct_mask(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
+    def _distinct_mask(self, labels_B: Tensor, partners_B: Tensor | None, others_B: Tensor) -> Tensor:
         """Which K rows are each image's negatives, [B, N]; every K of its other-class rows equally likely.
 
-        The rows with the K smallest of N random keys. Where the K-th key ties with the next, which float32
-        keys do now and then, that image is drawn again; as a tie says nothing about which rows are in it,
-        that leaves all choices equally likely.
+        Each row gets a random byte, and the rows with the smallest bytes are taken. The level at which the K-th
+        falls is found by counting below a few levels around the expected one, and of the rows at that level as
+        many as are missing are taken at random. A byte a row is several times cheaper than sorting a random
+        number a row.
         """
         own_BN = ~self._other_class(labels_B, partners_B, self._labels_N)
+        N, K = self.num_instances, self.num_negatives
+        least, most = K / int(others_B.max()), K / int(others_B.min())
+        reach = math.ceil(256 * 6 * math.sqrt(most * max(1 - least, 0) / N)) + 1
+        levels = range(max(int(256 * least) - reach, 0), min(int(256 * most) + reach + 1, 255))
+        if len(levels) > 16 or most > 0.9:
+            return self._smallest_keys(own_BN)
+        words = torch.empty(len(labels_B), -(-N // 8), dtype=torch.int64, device=self.device)
+        words.random_(-(2**63), None, generator=self.generator)
+        bytes_BN = words.view(torch.uint8)[:, :N].masked_fill_(own_BN, 255)
+        below_LB = torch.stack([(bytes_BN < level).sum(dim=1) for level in levels])
+        crossing_B = (below_LB <= K).sum(dim=0) - 1
+        if bool(((crossing_B < 0) | (crossing_B == len(levels) - 1)).any()):
+            return self._smallest_keys(own_BN)  # six standard deviations off: once in a billion
+        level_B1 = (crossing_B + levels[0]).to(torch.uint8)[:, None]
+        missing_B = K - below_LB.gather(0, crossing_B[None])[0]
+        mask_BN = bytes_BN < level_B1
+        image, row = (bytes_BN == level_B1).nonzero(as_tuple=True)
+        keys = torch.rand(len(image), generator=self.generator, device=self.device, dtype=torch.float64)
+        order = (keys + image).argsort()
+        at_level_B = torch.bincount(image, minlength=len(labels_B))
+        place = torch.arange(len(image), device=self.device) - (at_level_B.cumsum(0) - at_level_B)[image]
+        taken = order[place < missing_B[image]]
+        mask_BN[image[taken], row[taken]] = True
+        return mask_BN
+
+    def _smallest_keys(self, own_BN: Tensor) -> Tensor:
+        """Which K rows have the smallest of N random keys, [B, N], each image's own class left out.
+
+        Where the K-th key ties with the next, which float32 keys do now and then, that image is drawn again; as
+        a tie says nothing about which rows are in it, that leaves all choices equally likely.
+        """
         keys_BN = torch.rand(own_BN.shape, generator=self.generator, device=self.device).masked_fill_(own_BN, 2.0)
         mask_BN = keys_BN <= keys_BN.kthvalue(self.num_negatives, dim=1, keepdim=True).values
         tied_B = mask_BN.sum(dim=1) != self.num_negatives
         if bool(tied_B.any()):
-            mask_BN[tied_B] = self._distinct_mask(labels_B[tied_B], None if partners_B is None else partners_B[tied_B])
+            mask_BN[tied_B] = self._smallest_keys(own_BN[tied_B])
         return mask_BN
 
     def _distinct_rows(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ small enough to stay in the processor's cache; each block gives its part of the 
 still at hand, its part of the gradient with respect to v. What is kept is one [B, E] tensor. Banks are never
 differentiated: their rows change by momentum alone.
 
-Letters: B batch, E embedding size, N rows of a bank, R rows visited, K negatives an image.
+Letters: B batch, E embedding size, N rows of a bank, R rows visited, K rows of an image's own.
 """
 
 from __future__ import annotations
@@ -74,28 +74,17 @@ def logsumexp_scores(v_BE: Tensor, bank_NE: Tensor, temperature: float) -> Tenso
     return _Streamed.apply(v_BE, value_B, attended_BE.div_(mass_B * temperature))
 
 
-def negative_terms(
-    v_BE: Tensor,
-    rows_RE: Tensor,
-    weights_BR: Tensor,
-    temperature: float,
-    normalizer: Tensor,
-    rate: float,
-    eps: float,
-) -> Tensor:
-    """The negatives' part of noise-contrastive estimation, over rows that all images of the batch share.
+def logistic_terms(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, temperature: float, offset: Tensor) -> Tensor:
+    """sum_r w_br * log(1 + exp(<v_b, row_r> / temperature - offset)) over rows that a whole batch shares.
 
-    For each image sum_r w_br * log((n_br + q + eps) / q) with n_br = exp(<v_b, row_r> / T) / Z and q = `rate`.
+    With offset = log(Z (q + eps)) this is the negatives' part of noise-contrastive estimation, see `losses`.
 
     Args:
         v_BE: Embeddings, [B, E].
         rows_RE: Rows, [R, E]; not differentiated.
-        weights_BR: How often each row counts as a negative of each image, [B, R], any real or boolean type;
-            zero leaves the row out.
-        temperature: T.
-        normalizer: Z, a scalar tensor.
-        rate: q = K / N.
-        eps: Guards the logarithm, 1e-7 in the paper's code.
+        use_BR: Which rows count for which image, [B, R] booleans, or how much each counts; None for all, once.
+        temperature: Positive scalar.
+        offset: Scalar tensor.
 
     Returns:
         [B], differentiable once with respect to `v_BE`.
@@ -104,83 +93,73 @@ def negative_terms(
     batch_size = queries_BE.shape[0]
     total_B = queries_BE.new_zeros(batch_size)
     slope_BE = torch.zeros_like(queries_BE)
-    log_normalizer = normalizer.to(queries_BE.dtype).log()
     step = rows_per_block(batch_size)
     for start in range(0, rows_RE.shape[0], step):
         block_RE = rows_RE[start : start + step].to(queries_BE.dtype)
-        use_BR = weights_BR[:, start : start + step].to(queries_BE.dtype)
-        density_BR = (queries_BE @ block_RE.T).sub_(log_normalizer).exp_()
-        pull_BR, loss_BR = _negative_part(density_BR, use_BR, rate, eps)
-        total_B += loss_BR.sum(dim=1)
+        use = None if use_BR is None else use_BR[:, start : start + step]
+        odds_BR = (queries_BE @ block_RE.T).sub_(offset).exp_()
+        if use is not None and use.dtype == torch.bool:
+            odds_BR.mul_(use)  # odds of zero add nothing, neither to the sum nor to the slope
+        value_BR = odds_BR.log1p()
+        pull_BR = odds_BR.div_(odds_BR + 1)
+        if use is not None and use.dtype != torch.bool:
+            value_BR, pull_BR = value_BR.mul_(use), pull_BR.mul_(use)
+        total_B += value_BR.sum(dim=1)
         slope_BE.addmm_(pull_BR, block_RE)
     return _Streamed.apply(v_BE, total_B, slope_BE.div_(temperature))
 
 
-def negative_terms_gathered(
-    v_BE: Tensor,
-    bank_NE: Tensor,
-    negatives_BK: Tensor,
-    temperature: float,
-    normalizer: Tensor,
-    rate: float,
-    eps: float,
+def logistic_terms_gathered(
+    v_BE: Tensor, bank_NE: Tensor, rows_BK: Tensor, temperature: float, offset: Tensor
 ) -> Tensor:
-    """`negative_terms` for K rows of each image's own, gathered one image at a time.
+    """`logistic_terms` over K rows of each image's own, gathered one image at a time.
 
     The way to go when N is so much larger than K that visiting the whole bank would cost more than gathering.
 
     Args:
         v_BE: Embeddings, [B, E].
         bank_NE: Bank, [N, E]; not differentiated.
-        negatives_BK: Row numbers, [B, K]; a row named twice counts twice.
-        temperature: T.
-        normalizer: Z, a scalar tensor.
-        rate: q = K / N.
-        eps: Guards the logarithm.
+        rows_BK: Row numbers, [B, K]; a row named twice counts twice.
+        temperature: Positive scalar.
+        offset: Scalar tensor.
 
     Returns:
         [B], differentiable once with respect to `v_BE`.
     """
     queries_BE = v_BE.detach() / temperature
-    log_normalizer = normalizer.to(queries_BE.dtype).log()
     totals, slopes = [], []
-    for query_E, negatives_K in zip(queries_BE, negatives_BK):
-        rows_KE = bank_NE.index_select(0, negatives_K).to(queries_BE.dtype)
-        density_K = (rows_KE @ query_E).sub_(log_normalizer).exp_()
-        pull_K, loss_K = _negative_part(density_K, None, rate, eps)
-        totals.append(loss_K.sum())
-        slopes.append(pull_K @ rows_KE)
+    for query_E, rows_K in zip(queries_BE, rows_BK):
+        rows_KE = bank_NE.index_select(0, rows_K).to(queries_BE.dtype)
+        odds_K = (rows_KE @ query_E).sub_(offset).exp_()
+        totals.append(odds_K.log1p().sum())
+        slopes.append(odds_K.div_(odds_K + 1) @ rows_KE)
     return _Streamed.apply(v_BE, torch.stack(totals), torch.stack(slopes).div_(temperature))
 
 
-def _negative_part(density: Tensor, use: Tensor | None, rate: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Slope n / (n + q + eps) and value log((n + q + eps) / q) of each negative, both times its weight."""
-    pull = density / (density + (rate + eps))
-    # log1p of the excess over q keeps the digits that n + q would round away in float32 when n is tiny.
-    loss = density.add_(eps).div_(rate).log1p_()
-    if use is not None:
-        pull, loss = pull.mul_(use), loss.mul_(use)
-    return pull, loss
-
-
-def mean_density(v_BE: Tensor, rows_RE: Tensor, weights_BR: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Weighted sum of exp(<v_b, row_r> / T) over all images and rows, and the sum of the weights.
+def exponential_sums(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, temperature: float) -> Tensor:
+    """sum_r w_br * exp(<v_b, row_r> / temperature), not differentiable.
 
     Args:
         v_BE: Embeddings, [B, E].
         rows_RE: Rows, [R, E].
-        weights_BR: Weights, [B, R].
-        temperature: T.
+        use_BR: As in `logistic_terms`.
+        temperature: Positive scalar.
 
     Returns:
-        Two scalars; the first over the second is a mean.
+        [B].
     """
     queries_BE = v_BE.detach() / temperature
-    total, count = queries_BE.new_zeros(()), queries_BE.new_zeros(())
+    total_B = queries_BE.new_zeros(queries_BE.shape[0])
     step = rows_per_block(queries_BE.shape[0])
     for start in range(0, rows_RE.shape[0], step):
         block_RE = rows_RE[start : start + step].to(queries_BE.dtype)
-        use_BR = weights_BR[:, start : start + step].to(queries_BE.dtype)
-        total += (queries_BE @ block_RE.T).exp_().mul_(use_BR).sum()
-        count += use_BR.sum()
-    return total, count
+        power_BR = (queries_BE @ block_RE.T).exp_()
+        total_B += (power_BR if use_BR is None else power_BR.mul_(use_BR[:, start : start + step])).sum(dim=1)
+    return total_B
+
+
+def exponential_sums_gathered(v_BE: Tensor, bank_NE: Tensor, rows_BK: Tensor, temperature: float) -> Tensor:
+    """`exponential_sums` over K rows of each image's own, [B]."""
+    queries_BE = v_BE.detach() / temperature
+    sums = [(bank_NE[rows_K].to(query_E.dtype) @ query_E).exp_().sum() for query_E, rows_K in zip(queries_BE, rows_BK)]
+    return torch.stack(sums)

@@ -69,9 +69,7 @@ class Trainable(nn.Module):
         if past_BD is None:
             return logits_BC, self.instance(features_BD, index_B, lam_B)
         assert draw is not None
-        contrast = self.temporal(
-            features_BD, past_BD, index_B, draw.negatives, draw.weights_BR, draw.positives_B, lam_B
-        )
+        contrast = self.temporal(features_BD, past_BD, index_B, *draw, lam_B)
         return logits_BC, contrast
 
     def no_weight_decay(self) -> set[str]:

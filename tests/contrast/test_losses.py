@@ -136,10 +136,10 @@ def test_shared_negatives_against_the_written_out_sum(case, block, monkeypatch):
     loss, labels, present, past, index = case
     draw = negatives.NegativeSampler(labels, 40, mode='shared').draw(index)
     weights_BN = torch.zeros(len(index), len(labels), dtype=torch.float64)
-    weights_BN[:, draw.negatives] = draw.weights_BR.double()
+    weights_BN[:, draw.negatives] = draw.use_BR * draw.scale_B[:, None].double()
     expected = plain_temporal(loss, present, past, index, weights_BN)
     (slope,) = torch.autograd.grad(expected, present)
-    value = loss(present, past, index, draw.negatives, draw.weights_BR)
+    value = loss(present, past, index, *draw[:3])
     torch.testing.assert_close(value, expected, rtol=1e-7, atol=0)
     torch.testing.assert_close(torch.autograd.grad(value, present)[0], slope, rtol=1e-7, atol=1e-12)
 
@@ -147,7 +147,7 @@ def test_shared_negatives_against_the_written_out_sum(case, block, monkeypatch):
 def test_relaxed_positives_and_mixed_images_against_the_written_out_sum(case):
     loss, labels, present, past, index = case
     draw = negatives.NegativeSampler(labels, 40, positives='relaxed').draw(index)
-    weights_BN = draw.weights_BR.double()
+    weights_BN = draw.use_BR.double()
     lam = torch.linspace(0.2, 1.0, len(index), dtype=torch.float64)
     zero = torch.zeros_like(weights_BN)
 
@@ -162,7 +162,7 @@ def test_relaxed_positives_and_mixed_images_against_the_written_out_sum(case):
     only_negatives = plain_temporal(loss, present, past, index, weights_BN) - plain_temporal(
         loss, present, past, index, zero
     )
-    value = loss(present, past, index, draw.negatives, draw.weights_BR, draw.positives_B, lam)
+    value = loss(present, past, index, *draw, lam)
     torch.testing.assert_close(value, mixed + only_negatives, rtol=1e-7, atol=0)
 
 

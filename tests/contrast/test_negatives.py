@@ -18,7 +18,7 @@ def rows_of(draw, b):
     """The rows of image b, with repetition, whatever form the draw has."""
     if draw.negatives is not None and draw.negatives.ndim == 2:
         return draw.negatives[b]
-    rows = draw.weights_BR[b].nonzero().squeeze(1)
+    rows = draw.use_BR[b].nonzero().squeeze(1)
     return rows if draw.negatives is None else draw.negatives[rows]
 
 
@@ -54,11 +54,33 @@ def test_sampled_rows_are_equally_likely(labels, ratio, monkeypatch):
     assert not hits[~others].any()
 
 
+@pytest.mark.parametrize('K', [300, 6600, 17000])
+def test_large_sets_draw_by_levels_equally_likely(K, monkeypatch):
+    # 20,000 images, classes of unequal size. Sixty images of one class draw K rows each; a row's hits are
+    # binomial, so over M rows their mean is exactly 60 K / M and their variance 60 p (1 - p) within five
+    # standard errors of a variance. Rows in a fixed order of blocks must not differ either.
+    monkeypatch.setattr(negatives, 'WHOLE_BANK_RATIO', 10**9)
+    monkeypatch.setattr(NegativeSampler, '_smallest_keys', lambda *_: pytest.fail('meant for small sets'))
+    labels = (torch.arange(20_000) * 7919 % 20_011) % 53
+    sampler = NegativeSampler(labels, num_negatives=K, seed=6)
+    image = int((labels == 5).nonzero()[0])
+    use = sampler.draw(torch.full((60,), image)).use_BR
+    assert (use.sum(dim=1) == K).all() and not use[:, labels == 5].any()
+    hits = use[:, labels != 5].sum(dim=0).double()
+    M, p = len(hits), K / len(hits)
+    variance = 60 * p * (1 - p)
+    assert abs(hits.var() - variance) < 5 * variance * (2 / M) ** 0.5 + 0.05 * variance
+    blocks = torch.stack([part.mean() for part in hits.split(M // 50)[:50]])
+    assert (blocks - 60 * p).abs().max() < 5 * (variance / (M // 50)) ** 0.5
+    overlap = (use[::2] & use[1::2]).sum(dim=1).double().mean()
+    assert abs(overlap - K * p) < 5 * (K * p * (1 - p) ** 2 / 30) ** 0.5
+
+
 def test_images_draw_independently(labels):
     # Two images of one class share K * K / M rows on average; equal draws would share K.
     sampler = NegativeSampler(labels, num_negatives=20, seed=4)
     image = int((labels == 0).nonzero()[0])
-    masks = sampler.draw(torch.full((400,), image)).weights_BR
+    masks = sampler.draw(torch.full((400,), image)).use_BR
     shared = (masks[::2] & masks[1::2]).sum(dim=1).float().mean()
     assert abs(shared - 20 * 20 / 115) < 0.5
 
@@ -80,9 +102,9 @@ def test_shared_rows_leave_out_each_images_own_class(labels):
     assert draw.negatives.shape == (50,) == (len(set(draw.negatives.tolist())),)
     for b, image in enumerate(index.tolist()):
         own = labels[draw.negatives] == labels[image]
-        assert (draw.weights_BR[b] == 0).equal(own)
-        # Weighted K over their number, they stand for K rows.
-        torch.testing.assert_close(draw.weights_BR[b].sum(), torch.tensor(50.0))
+        assert draw.use_BR[b].equal(~own)
+        # Scaled by K over their number, they stand for K rows.
+        torch.testing.assert_close(draw.use_BR[b].sum() * draw.scale_B[b], torch.tensor(50.0))
     assert NegativeSampler(labels, num_negatives=500, mode='shared').draw(index).negatives.shape == (500,)
 
 
@@ -116,9 +138,9 @@ def test_relaxed_positives_are_of_the_same_class_and_equally_likely(labels):
 
 def test_the_seed_decides(labels):
     index = torch.arange(8)
-    first, again, other = (NegativeSampler(labels, 30, seed=s).draw(index).weights_BR for s in (1, 1, 2))
+    first, again, other = (NegativeSampler(labels, 30, seed=s).draw(index).use_BR for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    ranks = [NegativeSampler(labels, 30, seed=1, rank=r).draw(index).weights_BR for r in (0, 1)]
+    ranks = [NegativeSampler(labels, 30, seed=1, rank=r).draw(index).use_BR for r in (0, 1)]
     assert not torch.equal(*ranks)
     shared = [NegativeSampler(labels, 30, 'shared', seed=1, rank=r).draw(index).negatives for r in (0, 1)]
     assert torch.equal(*shared)
@@ -128,10 +150,10 @@ def test_draws_continue_from_a_saved_state(labels):
     sampler, index = NegativeSampler(labels, 30), torch.arange(8)
     sampler.draw(index)
     state = {k: v.clone() for k, v in sampler.get_state().items()}
-    expected = sampler.draw(index).weights_BR
+    expected = sampler.draw(index).use_BR
     other = NegativeSampler(labels, 30, seed=9)
     other.load_state(state)
-    assert torch.equal(other.draw(index).weights_BR, expected)
+    assert torch.equal(other.draw(index).use_BR, expected)
 
 
 @pytest.mark.parametrize(

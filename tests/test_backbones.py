@@ -1,0 +1,186 @@
+"""`features_and_logits` and `feature_dim` against plain timm, on one architecture of every timm module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import model_entrypoint
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ctc_timm
+from ctc_timm.backbones import feature_dim, features_and_logits, has_classification_head
+
+HEADLESS = [  # timm 1.0.31's encoders, which take no classifier at all
+    *('deepseek_vit_412m_enc', 'gemma4_vit_167m_enc', 'gemma4_vit_570m_enc', 'mobilenetv5_300m_enc'),
+    *('qwen3_vit_88m_enc', 'qwen3_vit_306m_enc', 'qwen3_vit_416m_enc'),
+]
+# A head with a BatchNorm before its classifier, two heads in one, a 1x1 convolution for a classifier, and
+# whatever timm keeps for tests: small enough to compare real numbers.
+REAL = ['mobilenetv4_conv_small_035', 'levit_128s', 'cifar_wrn_16_2', *timm.list_models('test_*')]
+REAL = [name for name in REAL if not name.endswith('_ctc')]
+
+
+def small_of_each_module() -> list[str]:
+    """Of each of timm's modules the model with a head whose name promises to be small; any would do."""
+    words = ['test_', 'atto', 'femto', 'pico', 'nano', 'xxs', 'tiny', '_xs', '_t', '_s', 'b0', '18', 'small', '']
+    by_module: dict[str, list[str]] = {}
+    for name in timm.list_models(exclude_filters=['*_ctc', *HEADLESS]):
+        by_module.setdefault(model_entrypoint(name).__module__, []).append(name)
+    return [
+        min(names, key=lambda n: next(i for i, word in enumerate(words) if word in n))
+        for names in by_module.values()
+    ]
+
+
+class Kernels(TorchDispatchMode):
+    """Writes down every kernel that runs, with the shape it gives: what a model computes, without the sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.ran.append((str(func), getattr(out, 'shape', None)))
+        return out
+
+
+def kernels(call: Callable[[], Any]) -> tuple[Any, list[tuple[str, Any]]]:
+    with torch.no_grad(), Kernels() as mode:
+        out = call()
+    return out, mode.ran
+
+
+def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
+    """A seeded model of 10 classes and a batch of images for it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    return model, torch.randn(4, *model.pretrained_cfg['input_size'])
+
+
+@pytest.mark.parametrize('name', small_of_each_module())
+def test_every_module_of_timm(name: str) -> None:
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=10).eval()
+        images = torch.zeros(2, *model.pretrained_cfg['input_size'])
+    with torch.no_grad():
+        body = model.forward_features(images)
+    calls = []
+    # The body has been run; what is compared is everything after it, and how often it is asked for.
+    model.forward_features = lambda x: calls.append(x) or body
+
+    plain, after_body = kernels(lambda: model(images))
+    assert len(calls) == 1, 'timm itself'
+    wanted, to_features = kernels(lambda: model.forward_head(body, pre_logits=True))
+    state = body._version if isinstance(body, torch.Tensor) else None
+
+    (features, logits), ran = kernels(lambda: features_and_logits(model, images))
+    assert len(calls) == 2
+    assert ran[: len(after_body)] == after_body, 'logits as model(images) computes them'
+    # flatten(1) of two dimensions runs no kernel
+    assert ran[len(after_body) :] == to_features, 'features as forward_head computes them'
+    assert logits.shape == plain.shape == (2, 10)
+    assert features.shape == wanted.shape == (2, feature_dim(model))
+    assert state is None or body._version == state, 'the head changed the body it was given'
+    assert has_classification_head(model)
+
+
+@pytest.mark.parametrize('name', REAL)
+def test_numbers_in_eval_mode(name: str) -> None:
+    model, images = make(name)
+    model.eval()
+    with torch.no_grad():
+        features, logits = features_and_logits(model, images)
+        assert torch.equal(logits, model(images))
+        assert torch.equal(features, model.forward_head(model.forward_features(images), pre_logits=True))
+    assert features.std() > 0 and logits.std() > 0
+
+
+@pytest.mark.parametrize('name', REAL)
+def test_numbers_and_statistics_in_training(name: str) -> None:
+    """Seeded alike, a step of ours and a step of plain timm leave the same logits and the same buffers."""
+    results = []
+    for ours in (False, True):
+        model, images = make(name, drop_rate=0.5)
+        model.train()
+        torch.manual_seed(1)
+        logits = features_and_logits(model, images)[1] if ours else model(images)
+        results.append((logits, dict(model.named_buffers())))
+    (plain, plain_buffers), (logits, buffers) = results
+    assert torch.equal(logits, plain)
+    for key, value in plain_buffers.items():
+        assert torch.equal(buffers[key], value), key
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(norm.track_running_stats for norm in norms)
+
+
+def test_features_of_a_normalising_head_are_those_of_the_batch() -> None:
+    """The second look normalises by the batch, not by running statistics, and passes gradients."""
+    model, images = make('mobilenetv4_conv_small_035')
+    model.train()
+    features, _ = features_and_logits(model, images)
+    (twin, _), seen = make('mobilenetv4_conv_small_035'), []
+    twin.train().norm_head.register_forward_hook(lambda _, __, out: seen.append(out))
+    twin(images)
+    torch.testing.assert_close(features, twin.act2(seen[0]).flatten(1), rtol=0, atol=0)
+    features.square().sum().backward()
+    assert model.conv_stem.weight.grad.abs().sum() > 0
+    assert model.classifier.weight.grad is None
+
+
+@pytest.mark.parametrize('name', ['cifar_resnet20', 'mobilenetv4_conv_small_035'])
+def test_compiles_into_one_graph(name: str) -> None:
+    model, images = make(name)
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = features_and_logits(model, images)
+    after = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(before)
+    compiled = torch.compile(features_and_logits, backend='aot_eager', fullgraph=True)
+    for got, wanted in zip(compiled(model, images), expected):
+        torch.testing.assert_close(got, wanted)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, after[key])
+
+
+@pytest.mark.parametrize('name', HEADLESS)
+def test_encoders_have_no_head(name: str) -> None:
+    with torch.device('meta'):
+        model = timm.create_model(name)
+    assert not has_classification_head(model)
+    for call in (lambda: features_and_logits(model, torch.zeros(1)), lambda: feature_dim(model)):
+        with pytest.raises(ValueError, match=f"'{name}' has no classification head") as caught:
+            call()
+        assert isinstance(caught.value, ctc_timm.UserError) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('kwargs', [dict(num_classes=0), dict(features_only=True)])
+def test_models_made_without_a_head(kwargs: dict[str, Any]) -> None:
+    model = timm.create_model('cifar_resnet20', **kwargs)
+    assert not has_classification_head(model)
+    for call in (lambda: features_and_logits(model, torch.zeros(1, 3, 32, 32)), lambda: feature_dim(model)):
+        with pytest.raises(ValueError, match='has no classification head'):
+            call()
+    with pytest.raises(ValueError, match="'Linear' has no classification head"):
+        feature_dim(nn.Linear(2, 2))
+
+
+def test_dimension_of_a_model_that_states_none() -> None:
+    model, images = make('cifar_resnet20', global_pool='catavgmax')
+    assert feature_dim(model) == 128
+    model.train()
+    model.layer1.eval()
+    del model.head_hidden_size
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert feature_dim(model) == 128 == features_and_logits(model.eval(), images)[0].shape[1]
+    model.train()
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    assert feature_dim(model) == 128
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
