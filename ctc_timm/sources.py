@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from timm.models import get_arch_name
 
 from .errors import UserError, nearest
 
@@ -27,7 +27,7 @@ class Loaded:
         run_args: That run's arguments, or empty.
     """
 
-    model: nn.Module
+    model: Any
     name: str
     weights: str
     run: Path | None
@@ -61,7 +61,7 @@ def load_model(source: str, architecture: str = '', flag: str = '--model', **opt
     if path.suffix in ('.safetensors', '.pth', '.pt', '.bin', '.tar'):
         raise UserError(f'{flag} {source}: no such file')
     if ':' not in source and not timm.is_model(source):
-        near = nearest(timm.get_arch_name(source), timm.list_models())
+        near = nearest(get_arch_name(source), timm.list_models())
         raise UserError(f'{flag} {source}: no run folder, weights file or timm model of that name{near}')
     try:
         model = timm.create_model(source, pretrained=True, **options)

@@ -119,7 +119,7 @@ class NegativeSampler:
         partners_B = None if partner_B is None else self._labels_N[partner_B]
         if self.mode == 'shared':
             rows_R = self._shared_rows()
-            other_BR = self._other_class(labels_B, partners_B, self._labels_N[rows_R])
+            other_BR = ~self._own_class(labels_B, partners_B, self._labels_N[rows_R])
             return Draw(rows_R, other_BR, self.num_negatives / other_BR.sum(dim=1).clamp_(min=1), positives_B)
         others_B = self.num_instances - self._sizes_C[labels_B]
         if partners_B is not None:
@@ -138,12 +138,12 @@ class NegativeSampler:
         return torch.randperm(N, generator=self.generator, device=self.device)[:K]
 
     @staticmethod
-    def _other_class(labels_B: Tensor, partners_B: Tensor | None, labels_R: Tensor) -> Tensor:
-        """Which rows are of neither the image's class nor its partner's, [B, R]."""
-        other_BR = labels_B[:, None] != labels_R[None, :]
+    def _own_class(labels_B: Tensor, partners_B: Tensor | None, labels_R: Tensor) -> Tensor:
+        """Which rows are of the image's class or its partner's, [B, R]."""
+        own_BR = labels_B[:, None] == labels_R[None, :]
         if partners_B is not None:
-            other_BR &= partners_B[:, None] != labels_R[None, :]
-        return other_BR
+            own_BR |= partners_B[:, None] == labels_R[None, :]
+        return own_BR
 
     def _same_class(self, labels_B: Tensor) -> Tensor:
         """A uniformly random image of each image's class, itself included, [B]."""
@@ -154,33 +154,29 @@ class NegativeSampler:
     def _distinct_mask(self, labels_B: Tensor, partners_B: Tensor | None, others_B: Tensor) -> Tensor:
         """Which K rows are each image's negatives, [B, N]; every K of its other-class rows equally likely.
 
-        Each row gets a random byte, and the rows with the smallest bytes are taken. The level at which the K-th
-        falls is found by counting below a few levels around the expected one, and of the rows at that level as
-        many as are missing are taken at random. A byte a row is several times cheaper than sorting a random
-        number a row.
+        Each row gets a random byte, and the rows with the smallest bytes are taken: all below a level that the
+        K-th is sure to reach, and of the few levels around it the first rows by byte, ties at random. Several
+        times cheaper than sorting a random number a row.
         """
-        own_BN = ~self._other_class(labels_B, partners_B, self._labels_N)
+        own_BN = self._own_class(labels_B, partners_B, self._labels_N)
         N, K = self.num_instances, self.num_negatives
         least, most = K / int(others_B.max()), K / int(others_B.min())
-        reach = math.ceil(256 * 6 * math.sqrt(most * max(1 - least, 0) / N)) + 1
-        levels = range(max(int(256 * least) - reach, 0), min(int(256 * most) + reach + 1, 255))
-        if len(levels) > 16 or most > 0.9:
+        reach = 256 * 4 * math.sqrt(most * max(1 - least, 0) / N) + 1
+        low, high = int(256 * least - reach), int(256 * most + reach) + 1
+        if low < 0 or high > 255 or high - low > 64:
             return self._smallest_keys(own_BN)
         words = torch.empty(len(labels_B), -(-N // 8), dtype=torch.int64, device=self.device)
         words.random_(-(2**63), None, generator=self.generator)
         bytes_BN = words.view(torch.uint8)[:, :N].masked_fill_(own_BN, 255)
-        below_LB = torch.stack([(bytes_BN < level).sum(dim=1) for level in levels])
-        crossing_B = (below_LB <= K).sum(dim=0) - 1
-        if bool(((crossing_B < 0) | (crossing_B == len(levels) - 1)).any()):
-            return self._smallest_keys(own_BN)  # six standard deviations off: once in a billion
-        level_B1 = (crossing_B + levels[0]).to(torch.uint8)[:, None]
-        missing_B = K - below_LB.gather(0, crossing_B[None])[0]
-        mask_BN = bytes_BN < level_B1
-        image, row = (bytes_BN == level_B1).nonzero(as_tuple=True)
-        keys = torch.rand(len(image), generator=self.generator, device=self.device, dtype=torch.float64)
-        order = (keys + image).argsort()
-        at_level_B = torch.bincount(image, minlength=len(labels_B))
-        place = torch.arange(len(image), device=self.device) - (at_level_B.cumsum(0) - at_level_B)[image]
+        mask_BN = bytes_BN < low
+        missing_B = K - mask_BN.sum(dim=1)
+        image, row = ((bytes_BN - low) < high - low).nonzero(as_tuple=True)  # unsigned: below `low` wraps around
+        around_B = torch.bincount(image, minlength=len(labels_B))
+        if bool(((missing_B < 0) | (missing_B > around_B)).any()):
+            return self._smallest_keys(own_BN)  # four standard deviations off, whichever rows it is about
+        ties = torch.rand(len(image), generator=self.generator, device=self.device, dtype=torch.float64)
+        order = (image * 256 + bytes_BN[image, row] + ties).argsort()
+        place = torch.arange(len(image), device=self.device) - (around_B.cumsum(0) - around_B)[image]
         taken = order[place < missing_B[image]]
         mask_BN[image[taken], row[taken]] = True
         return mask_BN
@@ -222,11 +218,11 @@ class NegativeSampler:
 
     def _with_repetition(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
         """K other-class rows for each image, repetitions allowed, [B, K]."""
-        weights_BN = self._other_class(labels_B, partners_B, self._labels_N)
+        weights_BN = ~self._own_class(labels_B, partners_B, self._labels_N)
         # An image whose partner's class leaves no other class at all falls back on its own class's others.
         empty_B = ~weights_BN.any(dim=1)
         if bool(empty_B.any()):
-            weights_BN[empty_B] = self._other_class(labels_B[empty_B], None, self._labels_N)
+            weights_BN[empty_B] = ~self._own_class(labels_B[empty_B], None, self._labels_N)
         counts_B1 = weights_BN.sum(dim=1, keepdim=True)
         shape = (labels_B.numel(), self.num_negatives)
         share_BK = torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float64)

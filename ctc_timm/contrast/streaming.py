@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# About 2 MiB of float32 scores a block: it fits the second-level cache of a CPU core, and it is large enough
-# to keep a GPU's matrix units busy.
-BLOCK_SCORES = 1 << 19
+# About half a MiB of float32 scores a block: two of them fit the second-level cache of a CPU core. A GPU wants
+# blocks that fill its matrix units.
+BLOCK_SCORES = 1 << 17
+BLOCK_SCORES_GPU = 1 << 23
 
 
-def rows_per_block(batch_size: int) -> int:
-    """How many bank rows one block of scores spans, so that a block holds about `BLOCK_SCORES` numbers."""
-    return max(256, BLOCK_SCORES // max(batch_size, 1))
+def rows_per_block(queries_BE: Tensor) -> int:
+    """How many bank rows one block of scores spans."""
+    scores = BLOCK_SCORES if queries_BE.device.type == 'cpu' else BLOCK_SCORES_GPU
+    return max(256, scores // max(queries_BE.shape[0], 1))
 
 
 class _Streamed(torch.autograd.Function):
@@ -61,9 +63,11 @@ def logsumexp_scores(v_BE: Tensor, bank_NE: Tensor, temperature: float) -> Tenso
     peak_B = queries_BE.new_full((batch_size, 1), -torch.inf)
     mass_B = queries_BE.new_zeros(batch_size, 1)
     attended_BE = torch.zeros_like(queries_BE)
-    for rows_RE in bank_NE.split(rows_per_block(batch_size)):
+    step = min(rows_per_block(queries_BE), bank_NE.shape[0])
+    scratch_BR = queries_BE.new_empty(batch_size, step)
+    for rows_RE in bank_NE.split(step):
         rows_RE = rows_RE.to(queries_BE.dtype)
-        scores_BR = queries_BE @ rows_RE.T
+        scores_BR = torch.mm(queries_BE, rows_RE.T, out=scratch_BR[:, : rows_RE.shape[0]])
         new_peak_B = torch.maximum(peak_B, scores_BR.amax(dim=1, keepdim=True))
         shrink_B = (peak_B - new_peak_B).exp_()
         weights_BR = scores_BR.sub_(new_peak_B).exp_()
@@ -93,18 +97,24 @@ def logistic_terms(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, tempera
     batch_size = queries_BE.shape[0]
     total_B = queries_BE.new_zeros(batch_size)
     slope_BE = torch.zeros_like(queries_BE)
-    step = rows_per_block(batch_size)
+    step = min(rows_per_block(queries_BE), rows_RE.shape[0])
+    # Two blocks are written over and over: fresh ones would cost more in page faults than the sums themselves.
+    first_BR, second_BR = queries_BE.new_empty(batch_size, step), queries_BE.new_empty(batch_size, step)
     for start in range(0, rows_RE.shape[0], step):
         block_RE = rows_RE[start : start + step].to(queries_BE.dtype)
+        if block_RE.shape[0] < step:
+            first_BR, second_BR = first_BR[:, : block_RE.shape[0]], second_BR[:, : block_RE.shape[0]]
         use = None if use_BR is None else use_BR[:, start : start + step]
-        odds_BR = (queries_BE @ block_RE.T).sub_(offset).exp_()
+        odds_BR = torch.mm(queries_BE, block_RE.T, out=first_BR).sub_(offset).exp_()
         if use is not None and use.dtype == torch.bool:
             odds_BR.mul_(use)  # odds of zero add nothing, neither to the sum nor to the slope
-        value_BR = odds_BR.log1p()
-        pull_BR = odds_BR.div_(odds_BR + 1)
+        value_BR = torch.log1p(odds_BR, out=second_BR)
         if use is not None and use.dtype != torch.bool:
-            value_BR, pull_BR = value_BR.mul_(use), pull_BR.mul_(use)
+            value_BR.mul_(use)
         total_B += value_BR.sum(dim=1)
+        pull_BR = odds_BR.div_(torch.add(odds_BR, 1, out=second_BR))
+        if use is not None and use.dtype != torch.bool:
+            pull_BR.mul_(use)
         slope_BE.addmm_(pull_BR, block_RE)
     return _Streamed.apply(v_BE, total_B, slope_BE.div_(temperature))
 
@@ -150,7 +160,7 @@ def exponential_sums(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, tempe
     """
     queries_BE = v_BE.detach() / temperature
     total_B = queries_BE.new_zeros(queries_BE.shape[0])
-    step = rows_per_block(queries_BE.shape[0])
+    step = rows_per_block(queries_BE)
     for start in range(0, rows_RE.shape[0], step):
         block_RE = rows_RE[start : start + step].to(queries_BE.dtype)
         power_BR = (queries_BE @ block_RE.T).exp_()

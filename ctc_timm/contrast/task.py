@@ -74,13 +74,13 @@ class Trainable(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The model's own exceptions, under this module's names (read by timm's optimiser factory)."""
-        model = self.body.model
+        model: Any = self.body.model
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
         return {f'body.model.{name}' for name in exempt}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The model's layers, then the projectors with its head (read by timm for layer-wise learning rates)."""
-        model = self.body.model
+        model: Any = self.body.model
         layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
         last = max(layers.values(), default=0)
         return lambda name: layers.get(name.removeprefix('body.model.'), last)
@@ -127,7 +127,7 @@ class CTCTask(TrainingTask):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         labels: Tensor,
         criterion: nn.Module | Callable | None = None,
         criterion_kwargs: dict[str, Any] | None = None,

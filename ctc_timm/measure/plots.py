@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#666666'
-STYLE = {
+STYLE: dict[Any, Any] = {
     'axes.grid': True,
     'axes.spines.right': False,
     'axes.spines.top': False,
@@ -89,10 +89,11 @@ def _contrast(ax: Axes, rows: list[dict[str, Any]], change: float | None) -> Non
     after = ax.twinx()
     after.grid(False)
     after.spines['right'].set_visible(True)
-    for target, part, style, side in (
+    panels: tuple[tuple[Axes, slice, dict[str, Any], str], ...] = (
         (ax, slice(before), {'color': VERMILION, 'marker': 'o', 'markersize': 3}, 'instance'),
         (after, slice(before, None), {'color': PURPLE, 'linestyle': '--', 'marker': 's', 'markersize': 3}, 'temporal'),
-    ):
+    )
+    for target, part, style, side in panels:
         target.plot(epochs[part], values[part], **style)
         target.set_ylabel(f'{side} term (nats)', color=style['color'])
 

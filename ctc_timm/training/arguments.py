@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import huggingface_hub
 import yaml
 
 from ..errors import UserError, nearest
+from .indexed import UnreadableError
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,10 +27,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault('formatter_class', argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        self._declared: dict[str, Any] | None = None
         self.add_argument('-c', '--config', metavar='FILE.yaml', help='recipe whose values preset the flags')
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's own, with the nearest flags to an unknown one."""
+        known, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flag = rest[0].partition('=')[0]
+            near = nearest(flag, self._option_string_actions) if flag.startswith('-') else ''
+            self.error(f'{flag}: no such flag{near}')
+        return known
 
     def actions_by_name(self) -> dict[str, argparse.Action]:
         """Flags by the name their value is stored under."""
@@ -45,6 +57,8 @@ class Parser(argparse.ArgumentParser):
             UserError: A key that is no flag, or a value that its flag refuses.
         """
         actions = self.actions_by_name()
+        if self._declared is None:
+            self._declared = {name: action.default for name, action in actions.items()}
         for key, value in values.items():
             name = str(key).replace('-', '_')
             if name not in actions:
@@ -53,18 +67,27 @@ class Parser(argparse.ArgumentParser):
 
     def _checked(self, action: argparse.Action, value: Any, source: str) -> Any:
         """A YAML value as the flag's own type would have read it."""
-        flag = action.option_strings[-1] if action.option_strings else action.dest
+        flag = next((word for word in action.option_strings if word.startswith('--')), action.dest)
         if value is None:
+            if self._declared and self._declared[action.dest] is not None:
+                raise UserError(f'{source}: {flag} has no value; leave it out for {self._declared[action.dest]!r}')
             return None
+        if isinstance(action, KeyValues) != isinstance(value, dict):
+            wanted = 'a mapping' if isinstance(action, KeyValues) else 'no mapping'
+            raise UserError(f'{source}: {flag} takes {wanted}, got {value!r}')
+        if isinstance(value, dict):
+            return value
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise UserError(f'{source}: {flag} is a switch, true or false, got {value!r}')
             return value
         many = action.nargs in ('+', '*') or isinstance(action.nargs, int)
-        if many != isinstance(value, (list, tuple)) and not isinstance(value, dict):
-            value = [value] if many else value
-        if isinstance(value, dict):
-            return value
+        if many and not isinstance(value, (list, tuple)):
+            value = [value]
+        if isinstance(action.nargs, int) and len(value) != action.nargs:
+            raise UserError(f'{source}: {flag} takes {action.nargs} values, got {value!r}')
+        if action.nargs == '?' and isinstance(value, bool):
+            return action.const if value else None
         convert: Callable[[str], Any] = action.type if callable(action.type) else str
         out = []
         for item in value if many else [value]:
@@ -131,12 +154,13 @@ def parse(
 def run_script(main: Callable[[], None]) -> NoReturn:
     """Run a script; a `UserError` becomes one line and exit code 2.
 
-    Of several processes only the first prints it.
+    Of several processes only the first prints it, unless it is about what one of them read.
     """
+    huggingface_hub.logging.set_verbosity_error()  # a Hub out of reach is told once, not at each retry
     try:
         main()
     except UserError as error:
-        if os.environ.get('RANK', '0') == '0':
+        if os.environ.get('RANK', '0') == '0' or isinstance(error, UnreadableError):
             print(f'{Path(sys.argv[0]).name}: error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -208,5 +232,8 @@ class KeyValues(argparse.Action):
             key, equals, value = word.partition('=')
             if not equals:
                 parser.error(f'argument {option_string}: must be key=value, got {word!r}')
-            found[key] = yaml.safe_load(value)
+            try:
+                found[key] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                parser.error(f'argument {option_string}: {key} must be a YAML value, got {value!r}')
         setattr(namespace, self.dest, found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ import torch
 from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
+
+from ..errors import UserError
 
 
 class _IndexedReader:
@@ -38,24 +41,25 @@ class _IndexedReader:
         return getattr(self._reader, name)
 
 
-class IndexedDataset(Dataset):
-    """A map-style image dataset whose targets are [target, index delivered, index asked for].
+class UnreadableError(UserError):
+    """Too many images in a row can't be read.
 
-    timm's collate and prefetch carry such a target through unchanged, as one [B, 3] tensor.
+    A worker process hands its error over as text with a traceback, of which only the message is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f'{__name__}.{type(self).__name__}: '))
+
+
+class NamingDataset(Dataset):
+    """A map-style image dataset that names the file where timm gives up on unreadable images.
 
     Args:
         dataset: timm's `ImageDataset`, or any map-style dataset of (image, target) with a `transform`.
-        seed: With it each sample's augmentation is seeded by (seed, epoch, index); None leaves the random state
-            alone, for transforms that draw nothing.
     """
 
-    def __init__(self, dataset: Any, seed: int | None = None) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.seed = seed
-        if isinstance(dataset, ImageDataset):
-            if not isinstance(dataset.reader, _IndexedReader):
-                dataset.reader = _IndexedReader(dataset.reader)
-            dataset.additional_features = ['index']
 
     @property
     def transform(self) -> Any:
@@ -69,6 +73,36 @@ class IndexedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self.dataset[index]
+        except RuntimeError as error:
+            if 'consecutive samples' not in str(error):
+                raise
+            reader = self.dataset.reader
+            name = Path(str(getattr(reader, 'root', None) or '')) / str(reader.filename(index) or f'image {index}')
+            raise UnreadableError(f'{name}: unreadable, and so are those that follow: {error}') from None
+
+
+class IndexedDataset(NamingDataset):
+    """A map-style image dataset whose targets are [target, index delivered, index asked for].
+
+    timm's collate and prefetch carry such a target through unchanged, as one [B, 3] tensor.
+
+    Args:
+        dataset: timm's `ImageDataset`, or any map-style dataset of (image, target) with a `transform`.
+        seed: With it each sample's augmentation is seeded by (seed, epoch, index); None leaves the random state
+            alone, for transforms that draw nothing.
+    """
+
+    def __init__(self, dataset: Any, seed: int | None = None) -> None:
+        super().__init__(dataset)
+        self.seed = seed
+        if isinstance(dataset, ImageDataset):
+            if not isinstance(dataset.reader, _IndexedReader):
+                dataset.reader = _IndexedReader(dataset.reader)
+            dataset.additional_features = ['index']
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Tensor]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if self.seed is None:
@@ -79,7 +113,7 @@ class IndexedDataset(Dataset):
         return image, torch.tensor([int(target), delivered, index])
 
     def _read(self, index: int) -> tuple[Any, Any, int]:
-        image, target, *rest = self.dataset[index]
+        image, target, *rest = super().__getitem__(index)
         return image, target, rest[0] if rest else index
 
 

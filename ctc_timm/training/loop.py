@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn, random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..contrast.task import CTCTask
-from ..errors import UserError
+from ..errors import UserError, nearest
 from . import checkpoints, data, mixing, models, optimization, schedules, stages
 from .arguments import Parser, positive_int, probability
 from .checkpoints import RunFolder
@@ -73,17 +74,18 @@ class Trainer:
         self.device = self.accelerator.device
         random_seed(args.seed, rank)
 
+        if args.mode == 'ctc' and data.is_streaming(args.dataset):
+            raise stages.refused_stream(args)
         with self.accelerator.main_process_first():
             train = data.open_split(args, args.train_split, is_training=True, batch_size=args.batch_size)
-            val = data.open_split(args, args.val_split)
-        if train.labels_N is None and args.mode == 'ctc':
-            stages.create_task(args, nn.Identity(), None, self.device)
+            val = data.open_split(args, args.val_split, unsplit=False)
         self.num_instances = 0 if train.labels_N is None else len(train.labels_N)
         self.model = models.create_model(args, args.num_classes or train.num_classes)
         self.num_classes: int = self.model.num_classes
         data.check_labels(train, self.num_classes, args.train_split)
         data.check_labels(val, self.num_classes, args.val_split)
         self.config = data.data_config(args, self.model)
+        models.check_input(self.model, self.config['input_size'])
         self._prepare_model()
 
         self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank)
@@ -98,6 +100,7 @@ class Trainer:
         self.eval_loader = data.create_eval_loader(val.dataset, args, self.config, self.device, world_size > 1)
 
         if args.torchcompile:
+            models.check_compiler(args.torchcompile)
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         if args.model_ema:
             self.task.setup_ema(
@@ -132,6 +135,8 @@ class Trainer:
         args = self.args
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=args.mode == 'ctc')]
         precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
+        if args.log_with:
+            _check_tracker(args.log_with)
         try:
             return Accelerator(
                 mixed_precision=precision,
@@ -140,12 +145,15 @@ class Trainer:
                 kwargs_handlers=handlers,
             )
         except (ValueError, ImportError) as error:
-            raise UserError(f'--log-with {args.log_with} or --amp: {" ".join(str(error).split())}') from None
+            raise UserError(f'--amp, --amp-dtype {args.amp_dtype}: {" ".join(str(error).split())}') from None
 
     def _prepare_model(self) -> None:
         args = self.args
         if args.grad_checkpointing:
-            self.model.set_grad_checkpointing(True)
+            try:
+                self.model.set_grad_checkpointing(True)
+            except (AssertionError, AttributeError, NotImplementedError):
+                raise UserError(f'--grad-checkpointing: {models.architecture(self.model)} has none') from None
         if args.sync_bn and self.accelerator.num_processes > 1:
             if self.device.type == 'cpu':
                 raise UserError('--sync-bn: PyTorch synchronises batch norm on accelerators only, not on the CPU')
@@ -364,6 +372,15 @@ class Trainer:
             f'  python validate.py {run}\n'
             f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
         )
+
+
+def _check_tracker(name: str) -> None:
+    known = [str(tracker.value) for tracker in LoggerType]
+    installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())]
+    if name not in known:
+        raise UserError(f'--log-with {name}: no such tracker{nearest(name, known)}; Accelerate has {", ".join(known)}')
+    if name not in installed:
+        raise UserError(f'--log-with {name}: its package is not installed; installed: {", ".join(installed[1:])}')
 
 
 def run_name(args: argparse.Namespace) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import resolve_model_input_args
+import torch
+from timm.models import get_arch_name, resolve_model_input_args
 from torch import nn
 
 from ..backbones import has_classification_head
@@ -53,7 +55,7 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module:
+def create_model(args: argparse.Namespace, num_classes: int | None) -> Any:
     """The model that the flags describe.
 
     Args:
@@ -65,8 +67,7 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
     """
     name = args.model
     if ':' not in name and not timm.is_model(name):
-        arch = timm.get_arch_name(name)
-        raise UserError(f'--model {name}: unknown to timm{nearest(arch, timm.list_models())}')
+        raise UserError(f'--model {name}: unknown to timm{nearest(get_arch_name(name), timm.list_models())}')
     channels = args.in_chans or (args.input_size[0] if args.input_size else None)
     options: dict[str, Any] = dict(
         in_chans=channels,
@@ -77,20 +78,50 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> nn.Module
         global_pool=args.gp,
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
-        **args.model_kwargs,
     )
+    options.update(args.model_kwargs)
     try:
         resolved = resolve_model_input_args(name, vars(args), **options)
         model = timm.create_model(pretrained=args.pretrained, **{k: v for k, v in resolved.items() if v is not None})
     except UserError as error:
         raise UserError(f'--model {name}: {error}') from None
-    except (RuntimeError, ValueError, TypeError, FileNotFoundError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
         raise UserError(f'--model {name}: {_one_line(error)}') from None
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint, '--initial-checkpoint')
     if not has_classification_head(model):
         raise UserError(f'--model {name}: has no classification head to train; choose a model with one')
     return model
+
+
+def check_input(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Show the model one blank image of the size that the data will have.
+
+    Raises:
+        UserError: It cannot take that size.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = 'x'.join(map(str, input_size))
+        raise UserError(f'--img-size: {architecture(model)} cannot take {size} images: {_one_line(error)}') from None
+    finally:
+        model.train(training)
+
+
+def check_compiler(backend: str) -> None:
+    """Refuse a `torch.compile` backend that does not exist.
+
+    Raises:
+        UserError: Unknown.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise UserError(
+            f'--torchcompile {backend}: no such backend{nearest(backend, known)}; there are {", ".join(known)}'
+        )
 
 
 def load_weights(model: nn.Module, path: str | Path, flag: str) -> None:
@@ -108,7 +139,7 @@ def load_weights(model: nn.Module, path: str | Path, flag: str) -> None:
         raise UserError(f'{flag} {path}: not weights of this model: {_one_line(error)}') from None
 
 
-def architecture(model: nn.Module) -> str:
+def architecture(model: Any) -> str:
     """The name of the model's architecture in timm's registry."""
     return model.pretrained_cfg.get('architecture') or type(model).__name__
 

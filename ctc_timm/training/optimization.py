@@ -14,7 +14,7 @@ from timm.utils import adaptive_clip_grad
 from torch import nn
 
 from ..errors import UserError, nearest
-from .arguments import KeyValues, non_negative_float, positive_float
+from .arguments import KeyValues, momentum, non_negative_float, positive_float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--lr-base-scale', choices=('linear', 'sqrt'), help='how it scales; sqrt for adaptive optimisers, else linear'
     )
-    group.add_argument('--momentum', type=non_negative_float, default=0.9, metavar='M', help='momentum')
+    group.add_argument('--momentum', type=momentum, default=0.9, metavar='M', help='momentum')
     group.add_argument('--weight-decay', type=non_negative_float, default=2e-5, metavar='WD', help='weight decay')
     group.add_argument(
         '--filter-bias-and-bn',
@@ -77,15 +77,17 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
     Raises:
         UserError: An unknown optimiser, or settings that it refuses.
     """
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if args.opt.lower() not in known:
         raise UserError(f'--opt {args.opt}: unknown to timm{nearest(args.opt, known)}')
-    args.opt_args = args.opt_kwargs or None
-    options: dict[str, Any] = optimizer_kwargs(args)
+    options: dict[str, Any] = optimizer_kwargs(argparse.Namespace(**vars(args), opt_args=args.opt_kwargs or None))
     try:
         return create_optimizer_v2(module, **options, filter_bias_and_bn=args.filter_bias_and_bn)
-    except (TypeError, ValueError) as error:
-        raise UserError(f'--opt {args.opt}: {" ".join(str(error).split())}') from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f'--opt {args.opt} with --opt-betas {args.opt_betas} and --opt-kwargs {args.opt_kwargs}: '
+            f'{" ".join(str(error).split())}'
+        ) from None
 
 
 def clip_gradients(accelerator: Accelerator, task: TrainingTask, args: argparse.Namespace) -> None:

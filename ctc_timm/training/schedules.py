@@ -160,7 +160,7 @@ class TwoStageSchedule:
         except (AssertionError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f'--sched {args.sched}: {error}') from None
+            raise UserError(f'--sched {args.sched}: {error or "the schedule refuses its settings"}') from None
 
     def stage(self, epoch: int) -> str:
         """'instance' or 'temporal'."""

@@ -54,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--bce-target-thresh', type=probability, metavar='F', help='binarise mixed targets above this')
 
 
+def refused_stream(args: argparse.Namespace) -> UserError:
+    """What to tell who asks for CTC on a streaming set."""
+    return UserError(
+        f'--dataset {args.dataset}: a streaming data set gives its images no stable index, which --mode ctc '
+        f'needs; use a map-style reader such as hfds/NAME or --data-dir FOLDER, or --mode vanilla'
+    )
+
+
 def create_task(
     args: argparse.Namespace,
     model: nn.Module,
@@ -83,10 +91,7 @@ def create_task(
     if args.mode == 'vanilla':
         return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
     if labels_N is None:
-        raise UserError(
-            f'--dataset {args.dataset}: a streaming data set gives its images no stable index, which --mode ctc '
-            f'needs; use a map-style reader such as hfds/NAME or --data-dir FOLDER, or --mode vanilla'
-        )
+        raise refused_stream(args)
     try:
         return CTCTask(
             model,
@@ -109,4 +114,7 @@ def create_task(
             verbose=False,
         )
     except ValueError as error:
-        raise UserError(f'--mode ctc: {error}') from None
+        # Of what the losses refuse, the flags let pass only a temporal temperature too low.
+        low = str(error).startswith('temperature')
+        flag = f'--temporal-temperature {args.temporal_temperature}' if low else '--mode ctc'
+        raise UserError(f'{flag}: {error}') from None

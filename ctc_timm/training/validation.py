@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from ..errors import UserError
 from ..sources import Loaded, load_model
 from . import data
 from .arguments import KeyValues, Parser, positive_int
 from .evaluation import evaluate
+from .models import check_input
 
 
 def add_arguments(parser: Parser) -> None:
@@ -57,23 +57,19 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     if not source:
         raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
     architecture = args.model if source != args.model else ''
+    flag = '--model' if source == args.model else '--checkpoint' if source == args.checkpoint else 'MODEL'
     accelerator = Accelerator(
         mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
-    )
-    loaded = load_model(
-        source,
-        architecture,
-        flag='--checkpoint',
-        num_classes=args.num_classes,
-        in_chans=args.in_chans,
-        **args.model_kwargs,
     )
     split = args.split or args.val_split
     with accelerator.main_process_first():
         opened = data.open_split(args, split)
+    options = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
+    loaded = load_model(source, architecture, flag=flag, **options)
     num_classes: int = loaded.model.num_classes
     data.check_labels(opened, num_classes, split)
     config = data.data_config(args, loaded.model)
+    check_input(loaded.model, config['input_size'])
     model = loaded.model.to(accelerator.device)
     loader = data.create_eval_loader(opened.dataset, args, config, accelerator.device, accelerator.num_processes > 1)
     metrics = evaluate(model, loader, accelerator, num_classes, args.channels_last)
@@ -88,16 +84,14 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
 
 def _results(
     loaded: Loaded,
-    model: nn.Module,
+    model: Any,
     opened: data.Source,
     split: str,
     config: dict[str, Any],
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    names = getattr(getattr(opened.dataset, 'reader', opened.dataset), 'class_to_idx', None) or {}
-    by_index = {index: name for name, index in names.items()}
     per_class = [
-        {'class': index, 'name': str(by_index.get(index, index)), 'top1': accuracy}
+        {'class': index, 'name': opened.class_names.get(index, str(index)), 'top1': accuracy}
         for index, accuracy in enumerate(metrics['per_class'])
         if accuracy is not None
     ]

@@ -43,9 +43,7 @@ class _FullResolution:
         for info in self.feature_info:
             info['reduction'] = max(info['reduction'] // 4, 1)
 
-    def forward_intermediates(
-        self, x: torch.Tensor, indices: Indices = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward_intermediates(self, x: torch.Tensor, indices: Indices = None, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, which takes five feature levels for granted."""
         taken, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, taken, *args, **kwargs)  # type: ignore[misc]
@@ -151,9 +149,7 @@ class CifarShuffleNetV2(EfficientNet):
             first = InvertedResidual(before, after, stride=2)
             rest = [InvertedResidual(after, after, stride=1) for _ in range(depth - 1)]
             self.blocks.append(nn.Sequential(first, *rest))
-            self.feature_info.append(
-                dict(module=f'blocks.{i}', num_chs=after, stage=i + 1, reduction=2 ** (i + 1))
-            )
+            self.feature_info.append(dict(module=f'blocks.{i}', num_chs=after, stage=i + 1, reduction=2 ** (i + 1)))
         self.stage_ends = [info['stage'] for info in self.feature_info]
 
         self.conv_head = create_conv2d(channels[-1], num_features, 1)
@@ -198,9 +194,7 @@ def _resnet(variant: str, pretrained: bool, num_levels: int, given: dict[str, An
     """A post-activation ResNet; what the caller gave wins over the variant's own arguments."""
     own = dict(own, zero_init_last=False)  # the plain start that ResNets for CIFAR are published with
     feature_cfg = dict(out_indices=tuple(range(num_levels)))
-    return build_model_with_cfg(
-        CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given)
-    )
+    return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given))
 
 
 def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, given: dict[str, Any]) -> nn.Module:
@@ -214,9 +208,7 @@ def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, given: 
         conv_layer=create_conv2d,
     )
     feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model_with_cfg(
-        CifarResNetV2, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given)
-    )
+    return build_model_with_cfg(CifarResNetV2, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given))
 
 
 @register_model
@@ -285,6 +277,4 @@ def _half(channels: int) -> int:
 def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ShuffleNetV2 for 32x32 images."""
     feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model_with_cfg(
-        CifarShuffleNetV2, 'cifar_shufflenetv2', pretrained, feature_cfg=feature_cfg, **kwargs
-    )
+    return build_model_with_cfg(CifarShuffleNetV2, 'cifar_shufflenetv2', pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -41,8 +42,11 @@ def small_of_each_module() -> list[str]:
     ]
 
 
-def on_meta(name: str, **kwargs: object) -> nn.Module:
-    with torch.device('meta'):
+def on_meta(name: str, **kwargs: Any) -> nn.Module:
+    """A model without values. Drawing initial ones would take most of the time, so nothing is drawn."""
+    with torch.device('meta'), pytest.MonkeyPatch.context() as patch:
+        for in_place in ('uniform_', 'normal_', 'erfinv_', 'mul_', 'add_', 'clamp_', 'fill_', 'zero_'):
+            patch.setattr(torch.Tensor, in_place, lambda self, *_, **__: self)
         return timm.create_model(name, **kwargs)
 
 
