@@ -213,6 +213,7 @@ class TrainLoader:
             pin_memory=inner.pin_memory,
             worker_init_fn=inner.worker_init_fn,
             persistent_workers=inner.persistent_workers,
+            generator=torch.Generator(),  # workers' seeds must not draw from the state that dropout draws from
         )
         self._loader: PrefetchLoader = loader
         self.skipped = 0

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn, random_seed
 from torch import Tensor, nn
@@ -21,7 +26,7 @@ from tqdm import tqdm
 
 from ..contrast.task import CTCTask
 from ..errors import UserError, nearest
-from . import checkpoints, data, mixing, models, optimization, schedules, stages
+from . import checkpoints, data, mixing, models, optimization, processes, schedules, stages
 from .arguments import Parser, positive_int, probability
 from .checkpoints import RunFolder
 from .evaluation import evaluate, progress_bar
@@ -45,8 +50,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
     )
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='its type')
+    processes.add_precision_arguments(group)
     group.add_argument('--model-ema', action='store_true', help='keep a moving average; it is what is saved')
     group.add_argument('--model-ema-decay', type=probability, default=0.9998, metavar='D', help='its decay')
     group.add_argument('--model-ema-warmup', action='store_true', help='warm its decay up')
@@ -70,6 +74,7 @@ class Trainer:
         resume = checkpoints.find_resume(args)
         self.run = checkpoints.run_of_state(resume) if resume else RunFolder(Path(args.output) / run_name(args))
         self.accelerator = self._accelerator()
+        self.run = RunFolder(broadcast_object_list([str(self.run.path)])[0])  # its name holds the time
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
         random_seed(args.seed, rank)
@@ -134,18 +139,14 @@ class Trainer:
     def _accelerator(self) -> Accelerator:
         args = self.args
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=args.mode == 'ctc')]
-        precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
         if args.log_with:
             _check_tracker(args.log_with)
-        try:
-            return Accelerator(
-                mixed_precision=precision,
-                log_with=args.log_with,
-                project_config=ProjectConfiguration(project_dir=str(self.run.path), logging_dir=str(self.run.path)),
-                kwargs_handlers=handlers,
-            )
-        except (ValueError, ImportError) as error:
-            raise UserError(f'--amp, --amp-dtype {args.amp_dtype}: {" ".join(str(error).split())}') from None
+        return processes.create_accelerator(
+            args,
+            log_with=args.log_with,
+            project_config=ProjectConfiguration(project_dir=str(self.run.path), logging_dir=str(self.run.path)),
+            kwargs_handlers=handlers,
+        )
 
     def _prepare_model(self) -> None:
         args = self.args

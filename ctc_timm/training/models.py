@@ -136,7 +136,7 @@ def load_weights(model: nn.Module, path: str | Path, flag: str) -> None:
     try:
         timm.models.load_checkpoint(model, str(file))
     except Exception as error:
-        raise UserError(f'{flag} {path}: not weights of this model: {_one_line(error)}') from None
+        raise UserError(f'{flag} {path}: not weights of {architecture(model)}: {_one_line(error)}') from None
 
 
 def architecture(model: Any) -> str:

@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from ..errors import UserError
 from ..sources import Loaded, load_model
 from . import data
 from .arguments import KeyValues, Parser, positive_int
 from .evaluation import evaluate
 from .models import check_input
+from .processes import add_precision_arguments, create_accelerator
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,8 +30,7 @@ def add_arguments(parser: Parser) -> None:
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the model'
     )
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='its type')
+    add_precision_arguments(group)
     data.add_dataset_arguments(parser, positional=False)
     group = parser.add_argument_group('Validation')
     group.add_argument('--split', default='', metavar='NAME', help='same as --val-split')
@@ -58,9 +56,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
     architecture = args.model if source != args.model else ''
     flag = '--model' if source == args.model else '--checkpoint' if source == args.checkpoint else 'MODEL'
-    accelerator = Accelerator(
-        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None
-    )
+    accelerator = create_accelerator(args)
     split = args.split or args.val_split
     with accelerator.main_process_first():
         opened = data.open_split(args, split)
