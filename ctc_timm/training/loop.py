@@ -119,6 +119,8 @@ class Trainer:
         optimizer = optimization.create_optimizer(args, module)
         self.steps_per_epoch = data.steps_per_epoch(len(self.loader), args.grad_accum_steps)
         self.schedule = schedules.TwoStageSchedule(optimizer, args, self.steps_per_epoch, args.mode == 'ctc')
+        if args.mode == 'ctc':  # kept with the run, so that a resume for more epochs does not move it
+            args.temporal_start_epoch = schedules.temporal_start(args)
         self.task.trainable_module = self.accelerator.prepare_model(module)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
 
@@ -174,6 +176,11 @@ class Trainer:
 
     def _resume(self, state: Path) -> None:
         progress = checkpoints.load_state(self.accelerator, self.task, state, self._facts())
+        if self.args.mode == 'ctc' and progress['stage'] != self.schedule.stage(progress['epoch'] - 1):
+            raise UserError(
+                f'--temporal-start-epoch {self.args.temporal_start_epoch}: {state} is in its {progress["stage"]} stage '
+                f'after {progress["epoch"]} epochs; leave the flag out to go on as before'
+            )
         self.epoch = progress['epoch']
         self.updates = progress['updates']
         self.best = (progress['best_top1'], progress['best_epoch']) if progress['best_epoch'] is not None else None

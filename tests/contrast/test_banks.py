@@ -1,11 +1,7 @@
 """Bank updates against a loop, and the same banks in every process."""
 
-import os
-import socket
-
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_processes
 
 from ctc_timm.contrast.banks import momentum_update, new_bank
 
@@ -38,9 +34,7 @@ def test_an_image_twice_in_a_batch_counts_once():
     assert torch.equal(bank, expected)
 
 
-def _process(rank, world, port, folder):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=world)
+def _updates(rank, world):
     generator = torch.Generator().manual_seed(7)
     bank = new_bank(40, 6, generator)
     for _ in range(5):
@@ -48,15 +42,10 @@ def _process(rank, world, port, folder):
         embedding = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=1)
         mine = slice(rank * 8 // world, (rank + 1) * 8 // world)
         momentum_update(bank, index[mine], embedding[mine], 0.9)
-    torch.save(bank, f'{folder}/{world}-{rank}.pt')
-    dist.destroy_process_group()
+    return bank
 
 
 def test_two_processes_hold_the_bank_that_one_would(tmp_path):
-    for world in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_process, (world, port, str(tmp_path)), nprocs=world)
-    one, first, second = (torch.load(tmp_path / f'{name}.pt') for name in ('1-0', '2-0', '2-1'))
+    (one,) = run_processes(_updates, 1, tmp_path)
+    first, second = run_processes(_updates, 2, tmp_path)
     assert torch.equal(one, first) and torch.equal(one, second)

@@ -1,14 +1,12 @@
 """The task: its two stages, what it remembers, and that without CTC it is timm's own."""
 
 import copy
-import os
-import socket
 
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from processes import run_processes
 from timm.task import ClassificationTask, TrainingTask
 
 from ctc_timm import CTCTask, features_and_logits
@@ -209,12 +207,7 @@ def test_what_cannot_work():
         CTCTask(timm.create_model('cifar_resnet20', num_classes=0), labels=torch.arange(N) % C)
 
 
-def _process(rank, world, port, folder):
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=world)
-    torch.set_num_threads(1)
-    import ctc_timm  # noqa: F401
-
+def _training(rank, world):
     torch.manual_seed(0)
     # Without batch norm, whose statistics are each process's own, processes and their union agree.
     model = timm.create_model('test_vit', num_classes=C, img_size=32, global_pool='avg')
@@ -236,17 +229,12 @@ def _process(rank, world, port, folder):
         loss = result['loss'].detach()
         torch.distributed.all_reduce(loss)
         losses.append(loss / world)
-    torch.save((torch.stack(losses), task.instance.bank, task.temporal.present_bank), f'{folder}/{world}-{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return torch.stack(losses), task.instance.bank, task.temporal.present_bank
 
 
 def test_two_processes_train_as_one(tmp_path):
-    for world in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(('127.0.0.1', 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_process, (world, port, str(tmp_path)), nprocs=world)
-    one, first, second = (torch.load(tmp_path / f'{name}.pt') for name in ('1-0', '2-0', '2-1'))
+    (one,) = run_processes(_training, 1, tmp_path)
+    first, second = run_processes(_training, 2, tmp_path)
     torch.testing.assert_close(one[0], first[0], rtol=1e-4, atol=1e-5)
     for alone, a, b in zip(one[1:], first[1:], second[1:]):
         assert torch.equal(a, b)

@@ -8,11 +8,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
+from families import on_meta, small_of_each_module
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, get_arch_name, get_arch_pretrained_cfgs, model_entrypoint
 from timm.models._hub import save_for_hf
@@ -28,26 +28,6 @@ DATA_FACTS = {
     *('test_crop_pct', 'crop_mode', 'mean', 'std', 'num_classes', 'pool_size', 'test_pool_size'),
     *('first_conv', 'classifier'),
 }
-
-
-def small_of_each_module() -> list[str]:
-    """Of each of timm's modules the model whose name promises to be small; any other one would do as well."""
-    words = ['test_', 'atto', 'femto', 'pico', 'nano', 'xxs', 'tiny', '_xs', '_t', '_s', 'b0', '18', 'small']
-    words = [*words, '']
-    by_module: dict[str, list[str]] = {}
-    for name in BASES:
-        by_module.setdefault(model_entrypoint(name).__module__, []).append(name)
-    return [
-        min(names, key=lambda n: next(i for i, word in enumerate(words) if word in n)) for names in by_module.values()
-    ]
-
-
-def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """A model without values. Drawing initial ones would take most of the time, so nothing is drawn."""
-    with torch.device('meta'), pytest.MonkeyPatch.context() as patch:
-        for in_place in ('uniform_', 'normal_', 'erfinv_', 'mul_', 'add_', 'clamp_', 'fill_', 'zero_'):
-            patch.setattr(torch.Tensor, in_place, lambda self, *_, **__: self)
-        return timm.create_model(name, **kwargs)
 
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -1,0 +1,197 @@
+"""A run's folder: weights for plain timm, states, and what a resume does."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.utils import update_summary
+
+from ctc_timm.errors import UserError
+from ctc_timm.sources import load_model
+from ctc_timm.training import checkpoints
+from ctc_timm.training.checkpoints import RunFolder
+from ctc_timm.training.loop import Trainer
+
+Flags = Callable[..., argparse.Namespace]
+WORDS = '--epochs 4 --temporal-start-epoch 2 --drop 0.2 --reprob 0.3 --model-ema --model-ema-decay 0.9 --keep-every 1'
+
+
+@pytest.fixture(scope='module')
+def whole(flags: Flags, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run of two epochs in each stage, without an interruption, all its states kept."""
+    output = str(tmp_path_factory.mktemp('runs'))
+    trainer = Trainer(
+        flags(*tiny, *WORDS.split(), *f'--output {output} --experiment whole --checkpoint-hist 9'.split())
+    )
+    trainer.fit()
+    return trainer
+
+
+@pytest.fixture
+def cut(whole: Trainer, tmp_path: Path) -> Callable[[int], Path]:
+    """A copy of the run as it was so many epochs in, with leftovers of the epoch that was cut short."""
+
+    def copy(epochs: int) -> Path:
+        run = tmp_path / 'runs' / f'cut{epochs}'
+        shutil.copytree(whole.run.path, run)
+        for epoch in range(epochs, 4):
+            shutil.rmtree(run / 'state' / f'epoch-{epoch:04d}')
+        return run
+
+    return copy
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_weights_load_in_plain_timm(whole: Trainer) -> None:
+    """Without any renaming, strictly, with the logits of the model that was trained, here its moving average."""
+    trained = whole.task.get_eval_model(ema=True)
+    assert trained is not None
+    expected = trained.eval()(images())
+    last = whole.run.path / 'last.safetensors'
+    for file in (last, whole.run.weights / 'epoch-0003.safetensors'):
+        model = timm.create_model('test_resnet', num_classes=10)
+        model.load_state_dict(load_file(file))
+        assert torch.equal(model.eval()(images()), expected)
+        model = timm.create_model('test_resnet', num_classes=10, checkpoint_path=str(file))
+        assert torch.equal(model.eval()(images()), expected)
+
+
+def test_the_folder_loads_as_a_timm_model(whole: Trainer) -> None:
+    """`local-dir:` finds architecture, classes, normalisation and the best epoch's weights."""
+    model = timm.create_model(f'local-dir:{whole.run.path}', pretrained=True).eval()
+    plain = timm.create_model('test_resnet', num_classes=10)
+    plain.load_state_dict(load_file(whole.run.path / 'best.safetensors'))
+    assert torch.equal(model(images()), plain.eval()(images()))
+    assert model.pretrained_cfg['mean'] == pytest.approx((0.3,) * 3)
+    assert tuple(model.pretrained_cfg['input_size']) == (3, 16, 16)
+    assert torch.equal(load_model(str(whole.run.path)).model(images()), plain(images()))
+
+
+def test_what_a_run_leaves(whole: Trainer) -> None:
+    run = whole.run.path
+    rows = read(run / 'summary.csv')
+    assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
+    names = 'epoch train_loss train_task_loss train_ctc_loss train_skipped eval_loss eval_top1 eval_top5 lr'
+    assert list(rows[0]) == names.split()
+    best = max(rows, key=lambda row: float(row['eval_top1']))
+    facts = checkpoints.weights_metadata(run / 'best.safetensors')
+    assert facts['epoch'] == best['epoch'] and float(facts['eval_top1']) == pytest.approx(
+        float(best['eval_top1']), 1e-5
+    )
+    assert (facts['architecture'], facts['num_classes'], facts['mode']) == ('test_resnet', '10', 'ctc')
+    assert {p.name for p in (run / 'weights').iterdir()} == {f'epoch-{i:04d}.safetensors' for i in range(4)}
+    assert {p.name for p in run.iterdir()} == {
+        *('args.yaml', 'config.json', 'summary.csv', 'metrics.jsonl', 'weights', 'best.safetensors'),
+        *('last.safetensors', 'state', 'plots'),
+    }
+    assert list((run / 'plots').glob('*.png'))
+    assert whole.run.args()['model'] == 'test_resnet' and whole.run.args()['num_negatives'] == 16
+
+
+@pytest.mark.parametrize('epochs', [1, 2, 3])
+def test_a_resume_changes_nothing(flags: Flags, tiny: list[str], whole: Trainer, cut: Callable, epochs: int) -> None:
+    """Cut in the instance stage, between the stages and in the temporal one: the same bits as never cut."""
+    run = cut(epochs)
+    trainer = Trainer(flags(*tiny, *WORDS.split(), '--resume', str(run)))
+    assert (trainer.epoch, trainer.run.path) == (epochs, run.resolve())
+    trainer.fit()
+    for name in ('last', 'best', 'weights/epoch-0003'):
+        mine, theirs = (load_file(folder / f'{name}.safetensors') for folder in (run, whole.run.path))
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
+    assert (run / 'summary.csv').read_text() == (whole.run.path / 'summary.csv').read_text()
+    assert (run / 'metrics.jsonl').read_text() == (whole.run.path / 'metrics.jsonl').read_text()
+
+
+def test_numbers_of_the_epochs_to_be_run_again_are_dropped(tmp_path: Path) -> None:
+    """By timm's own writer: what stays is what was written, and the next row fits under the header."""
+    run = RunFolder(tmp_path)
+    for epoch in range(4):
+        update_summary(
+            epoch, {'loss': epoch / 2}, {'top1': epoch * 10.0}, filename=str(run.summary), write_header=not epoch
+        )
+        for batch in (1, 2):
+            run.log({'epoch': epoch, 'batch': batch})
+    before = run.summary.read_text().splitlines()
+    run.forget_from(2)
+    assert run.summary.read_text().splitlines() == before[:3]
+    assert [json.loads(line)['epoch'] for line in run.metrics.read_text().splitlines()] == [0, 0, 1, 1]
+    run.log_epoch(2, {'loss': 1.0}, {'top1': 20.0}, None)  # type: ignore[arg-type]
+    assert run.summary.read_text().splitlines() == before[:4]
+    run.forget_from(9)
+    assert run.summary.read_text().splitlines() == before[:4]
+    run.forget_from(0)
+    assert run.rows() == []
+    run.log_epoch(0, {'loss': 0.0}, {'top1': 0.0}, None)  # type: ignore[arg-type]
+    assert run.summary.read_text().splitlines() == before[:2]
+
+
+def test_old_states_go(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    """Only the latest ones stay, and no half-written folder."""
+    words = f'--mode vanilla --epochs 4 --checkpoint-hist 2 --output {tmp_path} --experiment run --keep-every 0'
+    Trainer(flags(*tiny, *words.split())).fit()
+    states = tmp_path / 'run' / 'state'
+    assert sorted(p.name for p in states.iterdir()) == ['epoch-0002', 'epoch-0003']
+    assert RunFolder(tmp_path / 'run').newest_state() == states / 'epoch-0003'
+    assert list((tmp_path / 'run' / 'weights').iterdir()) == []
+    assert [row['epoch'] for row in read(tmp_path / 'run' / 'summary.csv')] == ['0', '1', '2', '3']
+
+
+def test_the_newest_run_that_fits(flags: Flags, tmp_path: Path) -> None:
+    """`--resume auto`: of the same model, data and mode; an experiment's own with its name; else a fresh start."""
+    words = ['--dataset', 'digits', '--output', str(tmp_path), '--resume', 'auto']
+    assert checkpoints.find_resume(flags(*words)) is None
+    for name, model, epochs in (('a', 'resnet10t', 3), ('b', 'resnet10t', 2), ('c', 'resnet18', 1)):
+        run = RunFolder(tmp_path / name)
+        run.create(flags(*words, '--model', model))
+        for epoch in range(epochs):
+            state = run.states / f'epoch-{epoch:04d}'
+            state.mkdir()
+            (state / checkpoints.PROGRESS).write_text('{}')
+    states = {name: tmp_path / name / 'state' for name in 'abc'}
+    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t')) == states['b'] / 'epoch-0001'
+    assert checkpoints.find_resume(flags(*words, '--model', 'resnet18')) == states['c'] / 'epoch-0000'
+    assert checkpoints.find_resume(flags(*words, '--experiment', 'a')) == states['a'] / 'epoch-0002'
+    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t', '--mode', 'vanilla')) is None
+    assert checkpoints.find_resume(flags('--resume', str(tmp_path / 'a'))) == states['a'] / 'epoch-0002'
+    given = str(states['a'] / 'epoch-0001')
+    assert checkpoints.find_resume(flags('--resume', given)) == Path(given)
+    with pytest.raises(UserError, match='no run with a saved state there'):
+        checkpoints.find_resume(flags('--resume', str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        ('--model test_vit', "saved with architecture 'test_resnet', this run has 'test_vit'"),
+        ('--train-split train[:100]', 'saved with num instances 128, this run has 100'),
+        ('--mode vanilla', "saved with mode 'ctc', this run has 'vanilla'"),
+        ('--num-classes 11', 'saved with num classes 10, this run has 11'),
+        ('--embed-dim 64', 'size mismatch'),
+        ('--temporal-start-epoch 3', 'is in its temporal stage after 3 epochs'),
+    ],
+)
+def test_a_state_that_does_not_fit(flags: Flags, tiny: list[str], cut: Callable, words: str, message: str) -> None:
+    """Refused with the folder left as it was."""
+    run = cut(3)
+    before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
+    with pytest.raises(UserError, match=r'--(resume|temporal)') as error:
+        Trainer(flags(*tiny, *WORDS.split(), '--resume', str(run), *words.split()))
+    assert message in str(error.value)
+    assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before
