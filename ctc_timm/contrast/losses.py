@@ -177,7 +177,7 @@ class TemporalContrastLoss(nn.Module):
     Attributes:
         present_projector, past_projector: Linear, D -> E, both trained.
         present_bank, past_bank: [N, E], unit rows.
-        present_normalizer, past_normalizer: Scalars, zero until the first step in training mode.
+        present_normalizer, past_normalizer: Scalars, zero until the first step in training mode sets them.
 
     Raises:
         ValueError: See `check_settings`; K below one; a temperature below 0.012.
@@ -317,15 +317,19 @@ class TemporalContrastLoss(nn.Module):
         score_B = (v_BE * bank_NE[positives_B]).sum(dim=1) / self.temperature
         batch_RE = bank_NE if rows.shared_R is None else bank_NE[rows.shared_R]
         scale_B = rows.scale_B if rows.scale_B is not None else torch.ones_like(score_B)
-        if self.training and not normalizer.any():
+        if not normalizer.any():
             if rows.own_BK is not None:
                 sums_B = streaming.exponential_sums_gathered(v_BE, bank_NE, rows.own_BK, self.temperature)
             else:
                 sums_B = streaming.exponential_sums(v_BE, batch_RE, rows.use_BR, self.temperature)
             total = (scale_B * sums_B + score_B.detach().exp()).sum()
-            _set_normalizer(normalizer, total, (scale_B * rows.count_B + 1).sum(), bank_NE.shape[0])
+            first = _mean_density(total, (scale_B * rows.count_B + 1).sum()) * bank_NE.shape[0]
+            if self.training:
+                normalizer.copy_(first)
+            else:
+                normalizer = first.to(v_BE.dtype)
 
-        offset = (normalizer.double() * (rate + EPS)).log().to(v_BE.dtype)
+        offset = normalizer.log() + math.log(rate + EPS)
         positive_B = F.softplus(offset - score_B, threshold=50)
         if lam_B is not None:
             partner_B = (v_BE * bank_NE[positives_B.flip(0)]).sum(dim=1) / self.temperature
@@ -352,9 +356,10 @@ def _multiplicity(negatives_BK: Tensor, num_instances: int) -> Tensor:
 
 
 @torch.no_grad()
-def _set_normalizer(normalizer: Tensor, total: Tensor, count: Tensor, num_instances: int) -> None:
-    """The mean density over the batches of all processes, times N; the same everywhere."""
-    sums = torch.stack([total, count]).to(torch.float64 if total.device.type != 'mps' else torch.float32)
+def _mean_density(total: Tensor, count: Tensor) -> Tensor:
+    """Sum over number of densities in the batches of all processes; the same everywhere."""
+    sums = torch.stack([total, count])
+    sums = sums if sums.device.type == 'mps' else sums.double()
     if across_processes():
         dist.all_reduce(sums)
-    normalizer.copy_(sums[0] / sums[1] * num_instances)
+    return sums[0] / sums[1]

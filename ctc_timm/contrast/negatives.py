@@ -6,6 +6,7 @@ Letters: B batch, N instances, K negatives an image, R rows shared by a batch, M
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,8 +148,7 @@ class NegativeSampler:
 
     def _same_class(self, labels_B: Tensor) -> Tensor:
         """A uniformly random image of each image's class, itself included, [B]."""
-        share_B = torch.rand(labels_B.shape, generator=self.generator, device=self.device, dtype=torch.float64)
-        offset_B = (share_B * self._sizes_C[labels_B]).long()
+        offset_B = self._integers(labels_B.shape) % self._sizes_C[labels_B]
         return self._by_class_N[self._starts_C[labels_B] + offset_B]
 
     def _distinct_mask(self, labels_B: Tensor, partners_B: Tensor | None, others_B: Tensor) -> Tensor:
@@ -174,8 +174,7 @@ class NegativeSampler:
         around_B = torch.bincount(image, minlength=len(labels_B))
         if bool(((missing_B < 0) | (missing_B > around_B)).any()):
             return self._smallest_keys(own_BN)  # four standard deviations off, whichever rows it is about
-        ties = torch.rand(len(image), generator=self.generator, device=self.device, dtype=torch.float64)
-        order = (image * 256 + bytes_BN[image, row] + ties).argsort()
+        order = ((image * 256 + bytes_BN[image, row]) * 2**31 + self._integers(image.shape)).argsort()
         place = torch.arange(len(image), device=self.device) - (around_B.cumsum(0) - around_B)[image]
         taken = order[place < missing_B[image]]
         mask_BN[image[taken], row[taken]] = True
@@ -218,16 +217,18 @@ class NegativeSampler:
 
     def _with_repetition(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
         """K other-class rows for each image, repetitions allowed, [B, K]."""
-        weights_BN = ~self._own_class(labels_B, partners_B, self._labels_N)
+        other_BN = ~self._own_class(labels_B, partners_B, self._labels_N)
         # An image whose partner's class leaves no other class at all falls back on its own class's others.
-        empty_B = ~weights_BN.any(dim=1)
+        empty_B = ~other_BN.any(dim=1)
         if bool(empty_B.any()):
-            weights_BN[empty_B] = ~self._own_class(labels_B[empty_B], None, self._labels_N)
-        counts_B1 = weights_BN.sum(dim=1, keepdim=True)
-        shape = (labels_B.numel(), self.num_negatives)
-        share_BK = torch.rand(shape, generator=self.generator, device=self.device, dtype=torch.float64)
-        rank_BK = (share_BK * counts_B1).long() + 1
-        return torch.searchsorted(weights_BN.cumsum(dim=1), rank_BK)
+            other_BN[empty_B] = ~self._own_class(labels_B[empty_B], None, self._labels_N)
+        counts_B1 = other_BN.sum(dim=1, keepdim=True)
+        rank_BK = self._integers((labels_B.numel(), self.num_negatives)) % counts_B1
+        return torch.searchsorted(other_BN.cumsum(dim=1), rank_BK + 1)
+
+    def _integers(self, shape: Sequence[int]) -> Tensor:
+        """Random integers below 2^31."""
+        return torch.randint(2**31, tuple(shape), generator=self.generator, device=self.device)
 
     def get_state(self) -> dict[str, Any]:
         """The generator's state."""

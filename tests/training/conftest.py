@@ -57,12 +57,12 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope='session')
 def flags() -> Callable[..., argparse.Namespace]:
-    """All flags of a training run, read from words."""
+    """All flags of a training run, read from words or lines of words."""
 
     def read(*words: str) -> argparse.Namespace:
         parser = Parser()
         loop.add_arguments(parser)
-        return parse(parser, list(words))
+        return parse(parser, ' '.join(words).split())
 
     return read
 

@@ -29,9 +29,7 @@ WORDS = '--epochs 4 --temporal-start-epoch 2 --drop 0.2 --reprob 0.3 --model-ema
 def whole(flags: Flags, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A run of two epochs in each stage, without an interruption, all its states kept."""
     output = str(tmp_path_factory.mktemp('runs'))
-    trainer = Trainer(
-        flags(*tiny, *WORDS.split(), *f'--output {output} --experiment whole --checkpoint-hist 9'.split())
-    )
+    trainer = Trainer(flags(*tiny, WORDS, f'--output {output} --experiment whole --checkpoint-hist 9'))
     trainer.fit()
     return trainer
 
@@ -109,7 +107,7 @@ def test_what_a_run_leaves(whole: Trainer) -> None:
 def test_a_resume_changes_nothing(flags: Flags, tiny: list[str], whole: Trainer, cut: Callable, epochs: int) -> None:
     """Cut in the instance stage, between the stages and in the temporal one: the same bits as never cut."""
     run = cut(epochs)
-    trainer = Trainer(flags(*tiny, *WORDS.split(), '--resume', str(run)))
+    trainer = Trainer(flags(*tiny, WORDS, '--resume', str(run)))
     assert (trainer.epoch, trainer.run.path) == (epochs, run.resolve())
     trainer.fit()
     for name in ('last', 'best', 'weights/epoch-0003'):
@@ -145,7 +143,7 @@ def test_numbers_of_the_epochs_to_be_run_again_are_dropped(tmp_path: Path) -> No
 def test_old_states_go(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
     """Only the latest ones stay, and no half-written folder."""
     words = f'--mode vanilla --epochs 4 --checkpoint-hist 2 --output {tmp_path} --experiment run --keep-every 0'
-    Trainer(flags(*tiny, *words.split())).fit()
+    Trainer(flags(*tiny, words)).fit()
     states = tmp_path / 'run' / 'state'
     assert sorted(p.name for p in states.iterdir()) == ['epoch-0002', 'epoch-0003']
     assert RunFolder(tmp_path / 'run').newest_state() == states / 'epoch-0003'
@@ -192,6 +190,6 @@ def test_a_state_that_does_not_fit(flags: Flags, tiny: list[str], cut: Callable,
     run = cut(3)
     before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
     with pytest.raises(UserError, match=r'--(resume|temporal)') as error:
-        Trainer(flags(*tiny, *WORDS.split(), '--resume', str(run), *words.split()))
+        Trainer(flags(*tiny, WORDS, '--resume', str(run), words))
     assert message in str(error.value)
     assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before

@@ -155,7 +155,7 @@ def test_digits_are_scikit_learns(flags: Flags) -> None:
 def test_one_pass_to_fill_the_banks(flags: Flags, image_folder: Path) -> None:
     """Every image once, in order, as plain timm's evaluation transform makes it."""
     words = '--img-size 16 --mean 0.3 --std 0.4 -b 7 -j 1 --aa rand-m9 --crop-pct 0.9'
-    args = flags('--data-dir', str(image_folder), *words.split())
+    args = flags('--data-dir', str(image_folder), words)
     config = data.data_config(args, timm.create_model('test_resnet', num_classes=3))
     loader = data.RefreshLoader(data.open_split(args, 'train'), args, config, torch.device('cpu'))
     batches = list(loader)
@@ -232,7 +232,7 @@ def test_refused(flags: Flags, image_folder: Path, words: str, split: str, messa
 )
 def test_refused_of_the_hub(flags: Flags, hub_folder: Path, words: str, split: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        data.open_split(flags('--dataset', f'hfds/{hub_folder}', *words.split()), split)
+        data.open_split(flags('--dataset', f'hfds/{hub_folder}', words), split)
     assert message in str(error.value) and f'hfds/{hub_folder}' in str(error.value)
 
 
@@ -245,12 +245,12 @@ def test_refused_of_the_hub(flags: Flags, hub_folder: Path, words: str, split: s
 )
 def test_refused_normalisation(flags: Flags, words: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        data.data_config(flags(*words.split()), timm.create_model('test_resnet'))
+        data.data_config(flags(words), timm.create_model('test_resnet'))
     assert message in str(error.value)
 
 
 def test_more_images_a_batch_than_there_are(flags: Flags) -> None:
-    args = flags(*'--dataset digits -b 65 -j 0'.split())
+    args = flags('--dataset digits -b 65 -j 0')
     config = {'input_size': (3, 8, 8), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
     dataset = data.open_split(args, 'train[:129]').dataset
     with pytest.raises(UserError, match=r'--batch-size 65 times 2 process\(es\) is more than the 129 .* at most 64'):

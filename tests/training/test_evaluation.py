@@ -30,7 +30,7 @@ def model() -> nn.Module:
 
 def test_accuracy_by_class_against_a_loop(flags: Callable[..., argparse.Namespace], model: nn.Module) -> None:
     """Top-1, top-5, loss and each class's accuracy, with a last batch that is smaller than the others."""
-    args = flags(*'--dataset digits --img-size 16 --mean 0.3 --std 0.4 -b 32 -vb 30 -j 0'.split())
+    args = flags('--dataset digits --img-size 16 --mean 0.3 --std 0.4 -b 32 -vb 30 -j 0')
     source = data.open_split(args, 'validation[:97]')
     config = data.data_config(args, model)
     accelerator = Accelerator(cpu=True)

@@ -68,7 +68,7 @@ def test_the_last_incomplete_batch_is_spread_over_epochs() -> None:
 def augmented(flags: Flags) -> Callable[[int], list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     def load(workers: int, seed: int = 3) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         words = '--dataset digits --train-split train[:48] -b 8 --aa rand-m9-mstd0.5 --reprob 0.5 --crop-padding 2'
-        args = flags(*words.split(), '--seed', str(seed), '-j', str(workers))
+        args = flags(words, '--seed', str(seed), '-j', str(workers))
         random_seed(11)
         loader = data.TrainLoader(data.open_split(args, args.train_split).dataset, args, CONFIG, torch.device('cpu'))
         out = []
@@ -97,7 +97,7 @@ def test_pixels_do_not_depend_on_workers(augmented: Callable[..., list[tuple[tor
 
 
 def test_the_programs_random_state_is_left_alone(flags: Flags) -> None:
-    args = flags(*'--dataset digits --train-split train[:8]'.split())
+    args = flags('--dataset digits --train-split train[:8]')
     indexed = IndexedDataset(data.open_split(args, args.train_split).dataset, seed=0)
     indexed.transform = lambda image: (random.random(), np.random.rand(), torch.rand(1).item())
     random_seed(5)
@@ -124,7 +124,7 @@ def test_index_of_the_image_delivered(flags: Flags, image_folder: Path, workers:
             j = (j + 1) % len(files)
         expected[i] = j
 
-    args = flags('--data-dir', str(image_folder), *f'-b 6 -j {workers} --no-aug'.split())
+    args = flags('--data-dir', str(image_folder), f'-b 6 -j {workers} --no-aug')
     source = data.open_split(args, 'train')
     loader = data.TrainLoader(source.dataset, args, {**CONFIG, 'input_size': (3, 32, 32)}, torch.device('cpu'))
     asked = [index for keys in batches(0, len(files), 6, args.seed) for _, index in keys]
@@ -147,7 +147,7 @@ def test_too_many_unreadable_images_name_the_file(flags: Flags, image_folder: Pa
     files = sorted((image_folder / 'train').rglob('*.png'))
     for file in files:
         file.write_bytes(b'no image')
-    args = flags('--data-dir', str(image_folder), *f'-b 6 -j {workers}'.split())
+    args = flags('--data-dir', str(image_folder), f'-b 6 -j {workers}')
     loader = data.TrainLoader(data.open_split(args, 'train').dataset, args, CONFIG, torch.device('cpu'))
     first = files[batches(0, len(files), 6, args.seed)[0][0][1]]
     with pytest.raises(UnreadableError) as error:

@@ -58,7 +58,7 @@ def test_images_targets_and_lambda_are_timms(kind: str, mode: str) -> None:
 
 def test_lambda_weighs_the_partner(flags: Callable[..., argparse.Namespace]) -> None:
     """With one class per image the soft targets are lambda at home and the rest at B - 1 - b."""
-    mixup = create_mixup(flags(*'--mixup 0.8 --smoothing 0.0 --mixup-mode elem'.split()), B)
+    mixup = create_mixup(flags('--mixup 0.8 --smoothing 0.0 --mixup-mode elem'), B)
     assert mixup is not None
     np.random.seed(0)
     _, soft, lam = mixup(torch.rand(B, 3, 4, 4), torch.arange(B))
@@ -71,4 +71,4 @@ def test_lambda_weighs_the_partner(flags: Callable[..., argparse.Namespace]) -> 
 
 @pytest.mark.parametrize('words, on', [('', False), ('--mixup 0.2', True), ('--cutmix 1', True)])
 def test_when_anything_is_mixed(flags: Callable[..., argparse.Namespace], words: str, on: bool) -> None:
-    assert (create_mixup(flags(*words.split()), C) is not None) is on
+    assert (create_mixup(flags(words), C) is not None) is on

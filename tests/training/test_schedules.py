@@ -103,7 +103,7 @@ def test_on_updates_in_closed_form(flags: Flags) -> None:
 def test_open_cosine_warm_up(flags: Flags) -> None:
     """The warm-up reaches the full rate within its own epochs, then the cosine goes on from where it is."""
     words = '--epochs 8 --mode vanilla --sched cosine_open --warmup-epochs 4 --warmup-lr 0.0'
-    mine = rates(TwoStageSchedule(sgd(0.2), flags(*words.split()), 10, two_stages=False))
+    mine = rates(TwoStageSchedule(sgd(0.2), flags(words), 10, two_stages=False))
     cosine = [0.1 * (1 + math.cos(math.pi * t / 9)) for t in range(5, 9)]
     assert mine == pytest.approx([0.05, 0.1, 0.15, 0.2, *cosine], rel=1e-12)
 
@@ -162,7 +162,7 @@ def test_layer_decay_survives_the_stages(flags: Flags) -> None:
             ],
             lr=0.1,
         )
-        args = flags(*f'--epochs 4 --temporal-start-epoch 2 --sched {sched}'.split())
+        args = flags(f'--epochs 4 --temporal-start-epoch 2 --sched {sched}')
         schedule = TwoStageSchedule(optimizer, args, 10)
         for epoch in range(4):
             schedule.step(epoch)

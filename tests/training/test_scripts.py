@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 Script = Callable[..., Any]
 LAUNCH = ['-m', 'accelerate.commands.launch', '--num_processes', '1', '--num_machines', '1', '--dynamo_backend', 'no']
 TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-MODEL = '--model test_resnet --train-split train[:256] --val-split validation[:71] --num-negatives 32'.split()
+MODEL = [
+    '--model',
+    'test_resnet',
+    '--train-split',
+    'train[:256]',
+    '--val-split',
+    'validation[:71]',
+    '--num-negatives',
+    '32',
+]
 
 PLAIN_TIMM = """
 import sys
@@ -103,7 +112,7 @@ def test_validate_agrees_with_the_summary(script: Script, trained: Path, tmp_pat
     """A run's folder, one epoch's weights, and the folder as a timm model, each with its own row's numbers."""
     table = rows(trained)
     best = max(table, key=lambda row: float(row['eval_top1']))
-    data_flags = '--dataset digits --val-split validation[:71]'.split()
+    data_flags = ['--dataset', 'digits', '--val-split', 'validation[:71]']
     for words, row in (
         ([str(trained)], best),
         ([str(trained / 'weights' / 'epoch-0000.safetensors')], table[0]),
