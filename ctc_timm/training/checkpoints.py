@@ -15,6 +15,7 @@ import csv
 import json
 import os
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,35 @@ class RunFolder:
         """Remove all but the latest so many states."""
         for old in sorted(self.states.glob('epoch-*'))[:-keep]:
             shutil.rmtree(old)
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The run's folder under `--output`.
+
+    Raises:
+        UserError: A name that would leave the output folder.
+    """
+    if args.experiment:
+        name = Path(args.experiment)
+        if name.is_absolute() or '..' in name.parts:
+            raise UserError(f'--experiment {args.experiment}: must be a name inside --output {args.output}')
+        return str(name)
+    where = args.dataset or args.data_dir or args.data or 'digits'
+    words = [datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, Path(where).name, args.mode]
+    return '-'.join(''.join(c if c.isalnum() or c in '._-' else '_' for c in word) for word in words)
+
+
+def refuse_overwriting(run: RunFolder, args: argparse.Namespace, resume: Path | None) -> None:
+    """Refuse to start a run in the folder of another.
+
+    Raises:
+        UserError: The folder holds a run already, and it is not to be continued.
+    """
+    if resume is None and args.resume != 'auto' and (run.path / 'args.yaml').exists():
+        raise UserError(
+            f'--experiment {args.experiment}: {run.path} holds a run already; '
+            f'continue it with --resume auto, or choose another name'
+        )
 
 
 def save_state(

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 from timm.layers import convert_sync_batchnorm
-from timm.utils import distribute_bn, random_seed
+from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..contrast.task import CTCTask
 from ..errors import UserError, nearest
-from . import checkpoints, data, mixing, models, optimization, processes, schedules, stages
+from . import checkpoints, data, mixing, models, optimization, processes, report, schedules, stages
 from .arguments import Parser, positive_int, probability
 from .checkpoints import RunFolder
 from .evaluation import evaluate, progress_bar
@@ -72,7 +71,10 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         resume = checkpoints.find_resume(args)
-        self.run = checkpoints.run_of_state(resume) if resume else RunFolder(Path(args.output) / run_name(args))
+        self.run = (
+            checkpoints.run_of_state(resume) if resume else RunFolder(Path(args.output) / checkpoints.run_name(args))
+        )
+        checkpoints.refuse_overwriting(self.run, args, resume)
         self.accelerator = self._accelerator()
         self.run = RunFolder(broadcast_object_list([str(self.run.path)])[0])  # its name holds the time
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -131,6 +133,7 @@ class Trainer:
             self._resume(resume)
         if self.accelerator.is_main_process:
             if not resume:
+                self.run.forget_from(0)  # of a run that was stopped before its first state
                 self.run.create(args)
                 self.run.write_config(self.model, self.config)
             else:
@@ -186,6 +189,9 @@ class Trainer:
         self.best = (progress['best_top1'], progress['best_epoch']) if progress['best_epoch'] is not None else None
         self.say(f'continuing {self.run.path} at epoch {self.epoch} of {self.schedule.num_epochs}')
 
+    def _stage(self, epoch: int) -> str:
+        return self.schedule.stage(epoch) if isinstance(self.task, CTCTask) else 'vanilla'
+
     def say(self, text: str) -> None:
         """Print a line, from the main process, above the progress bars."""
         if self.accelerator.is_main_process:
@@ -208,7 +214,9 @@ class Trainer:
             self._finish_epoch(epoch, train, metrics)
             spent = time.monotonic() - started
             left = spent / (self.epoch - first) * (self.schedule.num_epochs - self.epoch)
-            self.say(self._line(epoch, train, metrics) + (f'  {_clock(left)} left' if left >= 1 else ''))
+            lr = self.optimizer.param_groups[0]['lr']
+            line = report.epoch_line(epoch, self._stage(epoch), train, metrics, lr)
+            self.say(line + (f'  {report.clock(left)} left' if left >= 1 else ''))
         self.accelerator.wait_for_everyone()
         self._conclude(time.monotonic() - started)
         if self.args.log_with:
@@ -226,7 +234,7 @@ class Trainer:
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training set; mean losses over the epoch."""
         args, accelerator, task = self.args, self.accelerator, self.task
-        stage = self.schedule.stage(epoch) if isinstance(task, CTCTask) else 'vanilla'
+        stage = self._stage(epoch)
         task.train()
         self.loader.set_epoch(epoch)
         total, accumulate = len(self.loader), args.grad_accum_steps
@@ -306,7 +314,7 @@ class Trainer:
     def _finish_epoch(self, epoch: int, train: dict[str, float], metrics: dict[str, Any]) -> None:
         """Write the epoch's numbers, weights and state."""
         lr = self.optimizer.param_groups[0]['lr']
-        stage = self.schedule.stage(epoch) if isinstance(self.task, CTCTask) else 'vanilla'
+        stage = self._stage(epoch)
         if metrics and (self.best is None or metrics['top1'] > self.best[0]):
             self.best = (metrics['top1'], epoch)
         self.epoch = epoch + 1
@@ -330,7 +338,7 @@ class Trainer:
     def _save_weights(self, epoch: int, metrics: dict[str, Any]) -> None:
         model = self.task.get_eval_model(ema=self.task.has_ema())
         assert model is not None
-        model = getattr(model, 'module', model)  # the moving average wraps its copy
+        model = unwrap_model(model)  # of processes, compilation or averaging
         facts = {**self._facts(), 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
         self.run.save_weights('last', model, facts)
         if self.best is not None and self.best[1] == epoch:
@@ -339,18 +347,6 @@ class Trainer:
         marks = (self.schedule.temporal_start - 1, self.schedule.num_epochs - 1)
         if every and (epoch % every == every - 1 or epoch in marks):
             self.run.save_weights(f'weights/epoch-{epoch:04d}', model, facts)
-
-    def _line(self, epoch: int, train: dict[str, float], metrics: dict[str, Any]) -> str:
-        stage = self.schedule.stage(epoch) if isinstance(self.task, CTCTask) else 'vanilla'
-        parts = [f'epoch {epoch:>3}', f'{stage:<8}', f'loss {train["loss"]:.4f}']
-        if 'ctc_loss' in train:
-            parts.append(f'(task {train["task_loss"]:.4f}, ctc {train["ctc_loss"]:.4f})')
-        if metrics:
-            parts.append(f'val loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f}%, top-5 {metrics["top5"]:.2f}%')
-        parts.append(f'lr {self.optimizer.param_groups[0]["lr"]:.3g}')
-        if train.get('skipped'):
-            parts.append(f'{train["skipped"]:.0f} unreadable')
-        return '  '.join(parts)
 
     def _announce(self) -> None:
         args = self.args
@@ -368,18 +364,7 @@ class Trainer:
             return
         from ..measure.plots import plot_run
 
-        pictures = plot_run(self.run.path)
-        best = f'best top-1 {self.best[0]:.2f}% at epoch {self.best[1]}' if self.best else 'not evaluated'
-        run = self.run.path
-        self.say(
-            f'\ndone in {_clock(seconds)}: {best}\n'
-            f'  weights   {run / "best.safetensors"}, {run / "last.safetensors"}, {run / "weights"}/\n'
-            f'  numbers   {self.run.summary}, {self.run.metrics}\n'
-            f'  pictures  {", ".join(str(p) for p in pictures)}\n'
-            f'next:\n'
-            f'  python validate.py {run}\n'
-            f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
-        )
+        self.say(report.conclusion(self.run.path, seconds, self.best, plot_run(self.run.path)))
 
 
 def _check_tracker(name: str) -> None:
@@ -389,28 +374,6 @@ def _check_tracker(name: str) -> None:
         raise UserError(f'--log-with {name}: no such tracker{nearest(name, known)}; Accelerate has {", ".join(known)}')
     if name not in installed:
         raise UserError(f'--log-with {name}: its package is not installed; installed: {", ".join(installed[1:])}')
-
-
-def run_name(args: argparse.Namespace) -> str:
-    """The run's folder under `--output`.
-
-    Raises:
-        UserError: A name that would leave the output folder.
-    """
-    if args.experiment:
-        name = Path(args.experiment)
-        if name.is_absolute() or '..' in name.parts:
-            raise UserError(f'--experiment {args.experiment}: must be a name inside --output {args.output}')
-        return str(name)
-    where = args.dataset or args.data_dir or args.data or 'digits'
-    words = [datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, Path(where).name, args.mode]
-    return '-'.join(''.join(c if c.isalnum() or c in '._' else '_' for c in word) for word in words)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s' if minutes else f'{seconds}s'
 
 
 def _loggable(value: Any) -> bool:

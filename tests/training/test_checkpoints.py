@@ -193,3 +193,23 @@ def test_a_state_that_does_not_fit(flags: Flags, tiny: list[str], cut: Callable,
         Trainer(flags(*tiny, WORDS, '--resume', str(run), words))
     assert message in str(error.value)
     assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before
+
+
+def test_a_run_is_never_written_over(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    words = [*tiny, '--output', str(tmp_path), '--experiment', 'one', '--epochs', '1', '--mode', 'vanilla']
+    Trainer(flags(*words)).fit()
+    before = {file: file.read_bytes() for file in tmp_path.rglob('*') if file.is_file()}
+    with pytest.raises(UserError, match='--experiment one.*holds a run already.*--resume auto'):
+        Trainer(flags(*words))
+    assert {file: file.read_bytes() for file in tmp_path.rglob('*') if file.is_file()} == before
+
+
+def test_a_run_stopped_before_its_first_state_starts_afresh(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / 'one')
+    run.create(flags(*tiny))
+    run.log({'epoch': 0, 'batch': 1, 'loss': 1.0})
+    words = ['--output', str(tmp_path), '--experiment', 'one', '--epochs', '1', '--mode', 'vanilla', '--resume', 'auto']
+    Trainer(flags(*tiny, *words)).fit()
+    assert [row['epoch'] for row in run.rows()] == ['0']
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line.get('batch') for line in lines] == [4, None]  # the first line is the epoch's last batch
