@@ -8,8 +8,8 @@ alone, so neither the number of workers nor an interruption changes what a run s
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +104,17 @@ class IndexedDataset(NamingDataset):
             dataset.additional_features = ['index']
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Tensor]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if self.seed is None:
-            image, target, delivered = self._read(index)
-        else:
-            with _seeded(self.seed, epoch, index):
-                image, target, delivered = self._read(index)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[tuple[Any, Tensor]]:
+        """A batch at once, as PyTorch's loader asks for it."""
+        with nullcontext() if self.seed is None else _random_state_kept():
+            return [self._sample(*key) if isinstance(key, tuple) else self._sample(0, key) for key in keys]
+
+    def _sample(self, epoch: int, index: int) -> tuple[Any, Tensor]:
+        if self.seed is not None:
+            _seed_transforms(self.seed, epoch, index)
+        image, target, delivered = self._read(index)
         return image, torch.tensor([int(target), delivered, index])
 
     def _read(self, index: int) -> tuple[Any, Any, int]:
@@ -117,23 +122,27 @@ class IndexedDataset(NamingDataset):
         return image, target, rest[0] if rest else index
 
 
-@contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Seed the random states that image transforms draw from; in the main process put them back afterwards."""
-    restore = get_worker_info() is None
-    if restore:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def _seed_transforms(*key: int) -> None:
+    """Seed the random states that image transforms draw from."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.random.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """In the main process, put the random states back afterwards: dropout and Mixup draw from them too."""
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
-        if restore:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class EpochBatches(Sampler):
