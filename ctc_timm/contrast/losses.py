@@ -59,7 +59,7 @@ def _no_autocast(features: Tensor) -> torch.autocast:
 
 
 class InstanceDiscriminationLoss(nn.Module):
-    """Stage one: tell each training image from all others (paper section 3.2).
+    """Stage one: tell each training image from all others (first stage of CTC, arXiv 2203.03871).
 
         v = unit(projector(features))
         loss = mean_b cross_entropy(v @ bank.T / temperature, index)
@@ -151,7 +151,7 @@ class _Rows(NamedTuple):
 
 
 class TemporalContrastLoss(nn.Module):
-    """Stage two: keep today's features close to what the information bank saw in the same images (section 3.3).
+    """Stage two: keep today's features close to what the information bank saw in the same images (second stage of CTC).
 
     The present embedding is contrasted with the bank of past embeddings and the past embedding with the bank
     of present ones, each by noise-contrastive estimation with K negatives an image:

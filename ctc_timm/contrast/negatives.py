@@ -187,7 +187,9 @@ class NegativeSampler:
         a tie says nothing about which rows are in it, that leaves all choices equally likely.
         """
         keys_BN = torch.rand(own_BN.shape, generator=self.generator, device=self.device).masked_fill_(own_BN, 2.0)
-        mask_BN = keys_BN <= keys_BN.kthvalue(self.num_negatives, dim=1, keepdim=True).values
+        # A row at a time: kthvalue keeps an index of eight bytes beside every key.
+        kth_B = torch.stack([keys_N.kthvalue(self.num_negatives).values for keys_N in keys_BN])
+        mask_BN = keys_BN <= kth_B[:, None]
         tied_B = mask_BN.sum(dim=1) != self.num_negatives
         if bool(tied_B.any()):
             mask_BN[tied_B] = self._smallest_keys(own_BN[tied_B])
@@ -223,8 +225,8 @@ class NegativeSampler:
         if bool(empty_B.any()):
             other_BN[empty_B] = ~self._own_class(labels_B[empty_B], None, self._labels_N)
         counts_B1 = other_BN.sum(dim=1, keepdim=True)
-        rank_BK = self._integers((labels_B.numel(), self.num_negatives)) % counts_B1
-        return torch.searchsorted(other_BN.cumsum(dim=1), rank_BK + 1)
+        rank_BK = (self._integers((labels_B.numel(), self.num_negatives)) % counts_B1).int()
+        return torch.searchsorted(other_BN.cumsum(dim=1, dtype=torch.int32), rank_BK + 1)
 
     def _integers(self, shape: Sequence[int]) -> Tensor:
         """Random integers below 2^31."""
