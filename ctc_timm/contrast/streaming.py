@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# About half a MiB of float32 scores a block: two of them fit the second-level cache of a CPU core. A GPU wants
+# About a MiB of float32 scores a block, which a CPU core's second-level cache holds. A GPU wants
 # blocks that fill its matrix units.
-BLOCK_SCORES = 1 << 17
+BLOCK_SCORES = 1 << 18
 BLOCK_SCORES_GPU = 1 << 23
 
 
-def rows_per_block(queries_BE: Tensor) -> int:
+def rows_per_block(batch_size: int, device: torch.device) -> int:
     """How many bank rows one block of scores spans."""
-    scores = BLOCK_SCORES if queries_BE.device.type == 'cpu' else BLOCK_SCORES_GPU
-    return max(256, scores // max(queries_BE.shape[0], 1))
+    scores = BLOCK_SCORES if device.type == 'cpu' else BLOCK_SCORES_GPU
+    return max(256, scores // max(batch_size, 1))
 
 
 class _Streamed(torch.autograd.Function):
@@ -58,24 +58,25 @@ def logsumexp_scores(v_BE: Tensor, bank_NE: Tensor, temperature: float) -> Tenso
     Returns:
         [B], differentiable once with respect to `v_BE`.
     """
-    queries_BE = v_BE.detach() / temperature
-    batch_size = queries_BE.shape[0]
-    peak_B = queries_BE.new_full((batch_size, 1), -torch.inf)
-    mass_B = queries_BE.new_zeros(batch_size, 1)
-    attended_BE = torch.zeros_like(queries_BE)
-    step = min(rows_per_block(queries_BE), bank_NE.shape[0])
-    scratch_BR = queries_BE.new_empty(batch_size, step)
+    queries_EB = (v_BE.detach() / temperature).T.contiguous()
+    batch_size = queries_EB.shape[1]
+    peak_1B = queries_EB.new_full((1, batch_size), -torch.inf)
+    mass_1B = queries_EB.new_zeros(1, batch_size)
+    attended_EB = torch.zeros_like(queries_EB)
+    step = min(rows_per_block(batch_size, v_BE.device), bank_NE.shape[0])
+    # Rows first: the products are faster that way round, and so are maxima and sums along the rows.
+    scratch_RB = queries_EB.new_empty(step, batch_size)
     for rows_RE in bank_NE.split(step):
-        rows_RE = rows_RE.to(queries_BE.dtype)
-        scores_BR = torch.mm(queries_BE, rows_RE.T, out=scratch_BR[:, : rows_RE.shape[0]])
-        new_peak_B = torch.maximum(peak_B, scores_BR.amax(dim=1, keepdim=True))
-        shrink_B = (peak_B - new_peak_B).exp_()
-        weights_BR = scores_BR.sub_(new_peak_B).exp_()
-        mass_B.mul_(shrink_B).add_(weights_BR.sum(dim=1, keepdim=True))
-        attended_BE.mul_(shrink_B).addmm_(weights_BR, rows_RE)
-        peak_B = new_peak_B
-    value_B = (mass_B.log() + peak_B).squeeze(1)
-    return _Streamed.apply(v_BE, value_B, attended_BE.div_(mass_B * temperature))
+        rows_RE = rows_RE.to(queries_EB.dtype)
+        scores_RB = torch.mm(rows_RE, queries_EB, out=scratch_RB[: rows_RE.shape[0]])
+        new_peak_1B = torch.maximum(peak_1B, scores_RB.amax(dim=0, keepdim=True))
+        shrink_1B = (peak_1B - new_peak_1B).exp_()
+        weights_RB = scores_RB.sub_(new_peak_1B).exp_()
+        mass_1B.mul_(shrink_1B).add_(weights_RB.sum(dim=0, keepdim=True))
+        attended_EB.mul_(shrink_1B).addmm_(rows_RE.T, weights_RB)
+        peak_1B = new_peak_1B
+    value_B = (mass_1B.log() + peak_1B).squeeze(0)
+    return _Streamed.apply(v_BE, value_B, attended_EB.div_(mass_1B * temperature).T)
 
 
 def logistic_terms(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, temperature: float, offset: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def logistic_terms(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, tempera
     batch_size = queries_BE.shape[0]
     total_B = queries_BE.new_zeros(batch_size)
     slope_BE = torch.zeros_like(queries_BE)
-    step = min(rows_per_block(queries_BE), rows_RE.shape[0])
+    step = min(rows_per_block(batch_size, v_BE.device), rows_RE.shape[0])
     # Two blocks are written over and over: fresh ones would cost more in page faults than the sums themselves.
     first_BR, second_BR = queries_BE.new_empty(batch_size, step), queries_BE.new_empty(batch_size, step)
     for start in range(0, rows_RE.shape[0], step):
@@ -160,7 +161,7 @@ def exponential_sums(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, tempe
     """
     queries_BE = v_BE.detach() / temperature
     total_B = queries_BE.new_zeros(queries_BE.shape[0])
-    step = rows_per_block(queries_BE)
+    step = rows_per_block(queries_BE.shape[0], v_BE.device)
     for start in range(0, rows_RE.shape[0], step):
         block_RE = rows_RE[start : start + step].to(queries_BE.dtype)
         power_BR = (queries_BE @ block_RE.T).exp_()
