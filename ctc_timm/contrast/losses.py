@@ -77,12 +77,11 @@ class InstanceDiscriminationLoss(nn.Module):
         embed_dim: E.
         temperature: Of the softmax.
         momentum: Share of the old bank row in the new one.
-        train_projector: Whether the projector gets gradients. The published code leaves it a fixed random
-            projection, and so does the default.
         generator: Source of the first bank.
 
     Attributes:
-        projector: Linear, D -> E.
+        projector: Linear, D -> E. The published code never hands it to the optimiser, so that it stays a fixed
+            random projection; `CTCTask` does likewise by default.
         bank: [N, E], unit rows.
 
     Raises:
@@ -98,14 +97,13 @@ class InstanceDiscriminationLoss(nn.Module):
         embed_dim: int = 128,
         temperature: float = 0.1,
         momentum: float = 0.9,
-        train_projector: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         check_settings(feature_dim, num_instances, embed_dim, temperature, momentum)
         self.temperature = temperature
         self.momentum = momentum
-        self.projector = nn.Linear(feature_dim, embed_dim).requires_grad_(train_projector)
+        self.projector = nn.Linear(feature_dim, embed_dim)
         self.register_buffer('bank', new_bank(num_instances, embed_dim, generator))
 
     def forward(self, features_BD: Tensor, index_B: Tensor, lam_B: Tensor | None = None) -> Tensor:

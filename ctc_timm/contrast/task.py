@@ -167,15 +167,14 @@ class CTCTask(TrainingTask):
         classes = int(labels.max()) + 1
         if classes > model.num_classes:
             raise ValueError(f'label {classes - 1} is outside the {model.num_classes} classes of the model')
-        self.trainable_module: nn.Module = Trainable(
-            model,
-            InstanceDiscriminationLoss(
-                dim, num_instances, embed_dim, instance_temperature, instance_momentum, train_projector, generator
-            ),
-            TemporalContrastLoss(
-                dim, num_instances, embed_dim, num_negatives, temporal_temperature, temporal_momentum, generator
-            ),
-        ).to(self.device)
+        instance = InstanceDiscriminationLoss(
+            dim, num_instances, embed_dim, instance_temperature, instance_momentum, generator
+        )
+        instance.projector.requires_grad_(train_projector)
+        temporal = TemporalContrastLoss(
+            dim, num_instances, embed_dim, num_negatives, temporal_temperature, temporal_momentum, generator
+        )
+        self.trainable_module: nn.Module = Trainable(model, instance, temporal).to(self.device)
         self.information_bank: Body | None = None
         self._compile_kwargs: dict[str, Any] | None = None
         if self.verbose:

@@ -64,7 +64,7 @@ def temporal_loss(golden, step=None):
 
 def test_instance_discrimination_golden(golden):
     sizes = {k: v for k, v in golden.sizes.items() if k != 'num_negatives'}
-    loss = InstanceDiscriminationLoss(**sizes, **golden.one, train_projector=True).to(golden.dtype)
+    loss = InstanceDiscriminationLoss(**sizes, **golden.one).to(golden.dtype)
     load_linear(loss.projector, golden, 'one.projector')
     loss.bank = golden['one.bank']
     features = golden['one.features'].requires_grad_()
@@ -215,12 +215,6 @@ def test_evaluation_mode_changes_nothing(case):
     loss(present, past, index, torch.randint(0, 300, (len(index), 40)))
     for key, value in loss.state_dict().items():
         assert torch.equal(value, before[key]), key
-
-
-def test_the_published_projector_is_fixed_and_the_temporal_ones_are_trained():
-    assert not any(p.requires_grad for p in InstanceDiscriminationLoss(4, 9).projector.parameters())
-    assert all(p.requires_grad for p in InstanceDiscriminationLoss(4, 9, train_projector=True).projector.parameters())
-    assert len([p for p in TemporalContrastLoss(4, 9).parameters() if p.requires_grad]) == 4
 
 
 @pytest.mark.parametrize(

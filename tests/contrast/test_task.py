@@ -112,6 +112,13 @@ def test_each_stage_leaves_the_others_projectors_alone():
     assert not torch.equal(task.temporal.present_projector.weight, before['t']['present_projector.weight'])
 
 
+def test_the_instance_projector_is_trained_when_asked_to():
+    task = build(train_projector=True)
+    before = task.instance.projector.weight.clone()
+    step(task, torch.optim.SGD(task.get_trainable_module().parameters(), 0.1), 0)
+    assert not torch.equal(task.instance.projector.weight, before)
+
+
 @pytest.mark.parametrize('negatives', ['sampled', 'shared'])
 @pytest.mark.parametrize('when', ['instance', 'temporal'])
 def test_state_continues_where_it_stopped(negatives, when):
