@@ -32,8 +32,8 @@ def create_accelerator(args: argparse.Namespace, **options: Any) -> Accelerator:
         UserError: A precision that the device does not have, or processes that do not find each other.
     """
     launched = int(os.environ.get('WORLD_SIZE', '1'))
-    device = torch.accelerator.current_accelerator()
-    without_device = device is None or not torch.accelerator.is_available() or device.type == 'mps'
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    without_device = found is None or found.type == 'mps'
     try:
         accelerator = Accelerator(
             cpu=launched > 1 and without_device,

