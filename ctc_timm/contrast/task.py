@@ -301,6 +301,15 @@ class CTCTask(TrainingTask):
         if self.has_ema():
             self.trainable_module_ema.update(self.model, step=step)
 
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """What gradient clipping applies to; without the head it leaves out the model's classifier, not a projector."""
+        left_out: set[int] = set()
+        if exclude_head:
+            classifier: Any = self.model.get_classifier()  # type: ignore[operator]
+            heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+            left_out = {id(p) for head in heads if head is not None for p in head.parameters()}
+        return [p for p in self.trainable_module.parameters() if id(p) not in left_out]
+
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """The plain timm model, or its moving average."""
         if module is not None:

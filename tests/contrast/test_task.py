@@ -175,6 +175,14 @@ def test_timm_criteria(options, truth):
     torch.testing.assert_close(result['task_loss'], truth(result['output'], targets).detach())
 
 
+def test_clipping_without_the_head_leaves_out_the_classifier():
+    task = build()
+    everything = {id(p) for p in task.get_trainable_module().parameters()}
+    assert {id(p) for p in task.get_clip_parameters()} == everything
+    without = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    assert everything - without == {id(task.model.fc.weight), id(task.model.fc.bias)}
+
+
 def test_moving_average_is_of_the_backbone():
     task = build()
     task.setup_ema(decay=0.5)
