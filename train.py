@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ctc_timm  # noqa: F401  (registers the models)
+from ctc_timm.arguments import Parser, parse, run_script
 from ctc_timm.training import checkpoints
-from ctc_timm.training.arguments import Parser, parse, run_script
 from ctc_timm.training.loop import Trainer, add_arguments
 
 RECIPES = Path(__file__).resolve().parent / 'recipes'

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ctc_timm.arguments import Parser, parse, run_script
+from ctc_timm.measure.validation import add_arguments, validate
 from ctc_timm.sources import run_arguments, run_of
-from ctc_timm.training.arguments import Parser, parse, run_script
-from ctc_timm.training.validation import add_arguments, validate
 
 
 def of_the_run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:

@@ -8,15 +8,16 @@ Letters: B batch, D feature size, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import UserError
+from .errors import UserError, one_line
 
-__all__ = ['feature_dim', 'features_and_logits', 'has_classification_head']
+__all__ = ['architecture', 'check_input', 'feature_dim', 'features_and_logits', 'has_classification_head']
 
 
 def features_and_logits(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +85,28 @@ def has_classification_head(model: nn.Module) -> bool:
         that are no timm model.
     """
     return hasattr(model, 'forward_head') and getattr(model, 'num_classes', 0) > 0
+
+
+def architecture(model: Any) -> str:
+    """The name of the model's architecture in timm's registry."""
+    return model.pretrained_cfg.get('architecture') or type(model).__name__
+
+
+def check_input(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Show the model one blank image of the size that the data will have.
+
+    Raises:
+        UserError: It cannot take that size.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = 'x'.join(map(str, input_size))
+        raise UserError(f'--img-size: {architecture(model)} cannot take {size} images: {one_line(error)}') from None
+    finally:
+        model.train(training)
 
 
 def _require_head(model: nn.Module) -> None:

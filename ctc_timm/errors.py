@@ -27,3 +27,9 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f'; nearest: {", ".join(found)}' if found else ''
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message as one line of at most 300 characters, or its type where it says nothing."""
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + '...'

@@ -12,7 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_name
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, one_line
 
 
 @dataclass
@@ -66,7 +66,7 @@ def load_model(source: str, architecture: str = '', flag: str = '--model', **opt
     try:
         model = timm.create_model(source, pretrained=True, **options)
     except Exception as error:
-        raise UserError(f'{flag} {source}: {_short(error)}') from None
+        raise UserError(f'{flag} {source}: {one_line(error)}') from None
     return Loaded(model.eval(), source.replace('/', '_').replace(':', '_'), source, None, {})
 
 
@@ -109,7 +109,7 @@ def _from_file(weights: Path, source: str, architecture: str, flag: str, options
         model = timm.create_model(architecture, **{**arguments, **options})
         timm.models.load_checkpoint(model, str(weights))
     except Exception as error:
-        raise UserError(f'{flag} {source}: not weights of {architecture}: {_short(error)}') from None
+        raise UserError(f'{flag} {source}: not weights of {architecture}: {one_line(error)}') from None
     name = f'{run.name}-{weights.stem}' if run is not None else weights.stem
     return Loaded(model.eval(), name, str(weights), run, run_arguments(run))
 
@@ -122,8 +122,3 @@ def _metadata(weights: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError:
         return {}
-
-
-def _short(error: BaseException) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + '...'

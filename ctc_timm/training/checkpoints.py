@@ -28,9 +28,9 @@ from timm.task import TrainingTask
 from timm.utils import update_summary
 from torch import Tensor, nn
 
+from ..arguments import non_negative_int, positive_int
 from ..contrast.task import CTCTask
 from ..errors import UserError
-from .arguments import non_negative_int, positive_int
 
 PROGRESS = 'progress.json'
 

@@ -23,24 +23,30 @@ from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..arguments import Parser, positive_int, probability
+from ..backbones import architecture, check_input
 from ..contrast.task import CTCTask
+from ..data.flags import add_dataset_arguments, data_config
+from ..data.loaders import create_eval_loader
+from ..data.splits import check_labels, is_streaming, open_split
 from ..errors import UserError, nearest
-from . import checkpoints, data, mixing, models, optimization, processes, report, schedules, stages
-from .arguments import Parser, positive_int, probability
+from ..measure.evaluation import evaluate
+from ..processes import add_precision_arguments, create_accelerator
+from ..progress import clock, progress_bar
+from . import checkpoints, loaders, mixing, models, optimization, report, schedules, stages
 from .checkpoints import RunFolder
-from .evaluation import evaluate, progress_bar
 
 _logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare every flag of a training run."""
-    data.add_dataset_arguments(parser)
+    add_dataset_arguments(parser)
     models.add_arguments(parser)
     stages.add_arguments(parser)
     schedules.add_arguments(parser)
     optimization.add_arguments(parser)
-    data.add_augmentation_arguments(parser)
+    loaders.add_augmentation_arguments(parser)
     mixing.add_arguments(parser)
     models.add_execution_arguments(parser)
     checkpoints.add_arguments(parser)
@@ -49,7 +55,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
     )
-    processes.add_precision_arguments(group)
+    add_precision_arguments(group)
     group.add_argument('--model-ema', action='store_true', help='keep a moving average; it is what is saved')
     group.add_argument('--model-ema-decay', type=probability, default=0.9998, metavar='D', help='its decay')
     group.add_argument('--model-ema-warmup', action='store_true', help='warm its decay up')
@@ -81,30 +87,30 @@ class Trainer:
         self.device = self.accelerator.device
         random_seed(args.seed, rank)
 
-        if args.mode == 'ctc' and data.is_streaming(args.dataset):
+        if args.mode == 'ctc' and is_streaming(args.dataset):
             raise stages.refused_stream(args)
         with self.accelerator.main_process_first():
-            train = data.open_split(args, args.train_split, is_training=True, batch_size=args.batch_size)
-            val = data.open_split(args, args.val_split, unsplit=False)
+            train = open_split(args, args.train_split, is_training=True, batch_size=args.batch_size)
+            val = open_split(args, args.val_split, unsplit=False)
         self.num_instances = 0 if train.labels_N is None else len(train.labels_N)
         self.model = models.create_model(args, args.num_classes or train.num_classes)
         self.num_classes: int = self.model.num_classes
-        data.check_labels(train, self.num_classes, args.train_split)
-        data.check_labels(val, self.num_classes, args.val_split)
-        self.config = data.data_config(args, self.model)
-        models.check_input(self.model, self.config['input_size'])
+        check_labels(train, self.num_classes, args.train_split)
+        check_labels(val, self.num_classes, args.val_split)
+        self.config = data_config(args, self.model)
+        check_input(self.model, self.config['input_size'])
         self._prepare_model()
 
         self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank)
         self.mixup = mixing.create_mixup(args, self.num_classes)
         if self.mixup is not None and args.batch_size % 2:
             raise UserError(f'--batch-size {args.batch_size}: must be even with --mixup or --cutmix')
-        self.loader: data.TrainLoader | data.StreamLoader
+        self.loader: loaders.TrainLoader | loaders.StreamLoader
         if train.labels_N is None:
-            self.loader = data.StreamLoader(train.dataset, args, self.config, self.device)
+            self.loader = loaders.StreamLoader(train.dataset, args, self.config, self.device)
         else:
-            self.loader = data.TrainLoader(train.dataset, args, self.config, self.device, rank, world_size)
-        self.eval_loader = data.create_eval_loader(val.dataset, args, self.config, self.device, world_size > 1)
+            self.loader = loaders.TrainLoader(train.dataset, args, self.config, self.device, rank, world_size)
+        self.eval_loader = create_eval_loader(val.dataset, args, self.config, self.device, world_size > 1)
 
         if args.torchcompile:
             models.check_compiler(args.torchcompile)
@@ -119,7 +125,7 @@ class Trainer:
         module = self.task.get_trainable_module()
         assert module is not None
         optimizer = optimization.create_optimizer(args, module)
-        self.steps_per_epoch = data.steps_per_epoch(len(self.loader), args.grad_accum_steps)
+        self.steps_per_epoch = loaders.steps_per_epoch(len(self.loader), args.grad_accum_steps)
         self.schedule = schedules.TwoStageSchedule(optimizer, args, self.steps_per_epoch, args.mode == 'ctc')
         if args.mode == 'ctc':  # kept with the run, so that a resume for more epochs does not move it
             args.temporal_start_epoch = schedules.temporal_start(args)
@@ -146,7 +152,7 @@ class Trainer:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=args.mode == 'ctc')]
         if args.log_with:
             _check_tracker(args.log_with)
-        return processes.create_accelerator(
+        return create_accelerator(
             args,
             log_with=args.log_with,
             project_config=ProjectConfiguration(project_dir=str(self.run.path), logging_dir=str(self.run.path)),
@@ -159,7 +165,7 @@ class Trainer:
             try:
                 self.model.set_grad_checkpointing(True)
             except (AssertionError, AttributeError, NotImplementedError):
-                raise UserError(f'--grad-checkpointing: {models.architecture(self.model)} has none') from None
+                raise UserError(f'--grad-checkpointing: {architecture(self.model)} has none') from None
         if args.sync_bn and self.accelerator.num_processes > 1:
             if self.device.type == 'cpu':
                 raise UserError('--sync-bn: PyTorch synchronises batch norm on accelerators only, not on the CPU')
@@ -171,7 +177,7 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         """What a state must agree on with the run that continues it."""
         return {
-            'architecture': models.architecture(self.model),
+            'architecture': architecture(self.model),
             'num_classes': self.num_classes,
             'num_instances': self.num_instances,
             'mode': self.args.mode,
@@ -216,7 +222,7 @@ class Trainer:
             left = spent / (self.epoch - first) * (self.schedule.num_epochs - self.epoch)
             lr = self.optimizer.param_groups[0]['lr']
             line = report.epoch_line(epoch, self._stage(epoch), train, metrics, lr)
-            self.say(line + (f'  {report.clock(left)} left' if left >= 1 else ''))
+            self.say(line + (f'  {clock(left)} left' if left >= 1 else ''))
         self.accelerator.wait_for_everyone()
         self._conclude(time.monotonic() - started)
         if self.args.log_with:
@@ -224,8 +230,8 @@ class Trainer:
 
     def _start_temporal_stage(self) -> None:
         assert isinstance(self.task, CTCTask)
-        source = data.open_split(self.args, self.args.train_split)
-        loader = data.RefreshLoader(source, self.args, self.config, self.device, self.accelerator.num_processes > 1)
+        source = open_split(self.args, self.args.train_split)
+        loader = loaders.RefreshLoader(source, self.args, self.config, self.device, self.accelerator.num_processes > 1)
         bar = progress_bar(loader, 'fill the banks', self.accelerator)
         with self.accelerator.autocast():
             self.task.start_temporal_stage(bar)
@@ -269,7 +275,7 @@ class Trainer:
         if accelerator.num_processes > 1:
             means = {k: accelerator.reduce(v, 'mean') for k, v in means.items()}
         numbers = {key: float(value) for key, value in means.items()}
-        if isinstance(self.loader, data.TrainLoader):
+        if isinstance(self.loader, loaders.TrainLoader):
             count = torch.tensor(self.loader.skipped - skipped, device=self.device)
             numbers['skipped'] = int(accelerator.reduce(count, 'sum'))
         return numbers
@@ -353,7 +359,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         images = f'{self.num_instances:,} images' if self.num_instances else 'a stream of images'
         self.say(
-            f'{args.mode}: {models.architecture(self.model)} ({parameters:.2f}M parameters, {self.num_classes} '
+            f'{args.mode}: {architecture(self.model)} ({parameters:.2f}M parameters, {self.num_classes} '
             f'classes) on {images} of {args.dataset or args.data_dir or args.data or "digits"}, '
             f'{self.schedule.num_epochs} epochs, batch {args.batch_size} on {self.accelerator.num_processes} '
             f'process(es), {self.device}, to {self.run.path}'

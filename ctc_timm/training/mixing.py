@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
-from .arguments import non_negative_float, non_negative_int, probability
+from ..arguments import non_negative_float, non_negative_int, probability
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

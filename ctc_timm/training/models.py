@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from timm.models import get_arch_name, resolve_model_input_args
 from torch import nn
 
-from ..backbones import has_classification_head
-from ..errors import UserError, nearest
-from .arguments import KeyValues, positive_int, probability
+from ..arguments import KeyValues, positive_int, probability
+from ..backbones import architecture, has_classification_head
+from ..errors import UserError, nearest, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,29 +85,12 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> Any:
     except UserError as error:
         raise UserError(f'--model {name}: {error}') from None
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
-        raise UserError(f'--model {name}: {_one_line(error)}') from None
+        raise UserError(f'--model {name}: {one_line(error)}') from None
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint, '--initial-checkpoint')
     if not has_classification_head(model):
         raise UserError(f'--model {name}: has no classification head to train; choose a model with one')
     return model
-
-
-def check_input(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Show the model one blank image of the size that the data will have.
-
-    Raises:
-        UserError: It cannot take that size.
-    """
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        size = 'x'.join(map(str, input_size))
-        raise UserError(f'--img-size: {architecture(model)} cannot take {size} images: {_one_line(error)}') from None
-    finally:
-        model.train(training)
 
 
 def check_compiler(backend: str) -> None:
@@ -136,14 +118,4 @@ def load_weights(model: nn.Module, path: str | Path, flag: str) -> None:
     try:
         timm.models.load_checkpoint(model, str(file))
     except Exception as error:
-        raise UserError(f'{flag} {path}: not weights of {architecture(model)}: {_one_line(error)}') from None
-
-
-def architecture(model: Any) -> str:
-    """The name of the model's architecture in timm's registry."""
-    return model.pretrained_cfg.get('architecture') or type(model).__name__
-
-
-def _one_line(error: BaseException) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + '...'
+        raise UserError(f'{flag} {path}: not weights of {architecture(model)}: {one_line(error)}') from None

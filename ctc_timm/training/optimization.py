@@ -13,8 +13,8 @@ from timm.task import TrainingTask
 from timm.utils import adaptive_clip_grad
 from torch import nn
 
+from ..arguments import KeyValues, momentum, non_negative_float, positive_float
 from ..errors import UserError, nearest
-from .arguments import KeyValues, momentum, non_negative_float, positive_float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..progress import clock
+
 
 def epoch_line(epoch: int, stage: str, train: dict[str, float], metrics: dict[str, Any], lr: float) -> str:
     """An epoch's numbers in one line.
@@ -40,10 +42,3 @@ def conclusion(run: Path, seconds: float, best: tuple[float, int] | None, pictur
         f'  python validate.py {run}\n'
         f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
     )
-
-
-def clock(seconds: float) -> str:
-    """A duration as a person would say it."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s' if minutes else f'{seconds}s'

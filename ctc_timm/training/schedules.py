@@ -13,8 +13,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch.optim import Optimizer
 
+from ..arguments import non_negative_float, non_negative_int, positive_float, positive_int
 from ..errors import UserError
-from .arguments import non_negative_float, non_negative_int, positive_float, positive_int
 
 SCHEDULES = ('cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 

@@ -9,11 +9,11 @@ import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor, nn
 
+from ..arguments import momentum, non_negative_float, positive_float, positive_int, probability
 from ..contrast.negatives import MODES, POSITIVES
 from ..contrast.task import CTCTask
 from ..errors import UserError
 from . import mixing
-from .arguments import momentum, non_negative_float, positive_float, positive_int, probability
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

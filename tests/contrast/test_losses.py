@@ -12,7 +12,7 @@ from ctc_timm import InstanceDiscriminationLoss, TemporalContrastLoss
 from ctc_timm.contrast import losses, negatives, streaming
 
 HERE = Path(__file__).resolve()
-SMALL = HERE.parents[1] / 'data' / 'golden_small.safetensors'
+SMALL = HERE.parents[1] / 'golden' / 'small.safetensors'
 # The wider set of numbers lies beside a development checkout; where it is, it is checked too.
 WIDE = HERE.parents[3] / 'shared' / 'golden' / 'wide.safetensors'
 GOLDEN = [SMALL, WIDE] if WIDE.exists() else [SMALL]

@@ -18,7 +18,7 @@ from ctc_timm.training.optimization import create_optimizer, resolve_lr
 from ctc_timm.training.schedules import TwoStageSchedule
 
 Flags = Callable[..., argparse.Namespace]
-GOLDEN = json.loads((Path(__file__).parents[1] / 'data' / 'schedules.json').read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'schedules.json').read_text())
 
 
 def sgd(lr: float = 0.05, weight_decay: float = 5e-4) -> torch.optim.SGD:

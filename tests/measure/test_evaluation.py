@@ -14,9 +14,11 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
-from ctc_timm.digits import DigitsReader
-from ctc_timm.training import data
-from ctc_timm.training.evaluation import PerClassEvaluator, evaluate
+from ctc_timm.data.digits import DigitsReader
+from ctc_timm.data.flags import data_config
+from ctc_timm.data.loaders import create_eval_loader
+from ctc_timm.data.splits import open_split
+from ctc_timm.measure.evaluation import PerClassEvaluator, evaluate
 
 
 @pytest.fixture
@@ -31,10 +33,10 @@ def model() -> nn.Module:
 def test_accuracy_by_class_against_a_loop(flags: Callable[..., argparse.Namespace], model: nn.Module) -> None:
     """Top-1, top-5, loss and each class's accuracy, with a last batch that is smaller than the others."""
     args = flags('--dataset digits --img-size 16 --mean 0.3 --std 0.4 -b 32 -vb 30 -j 0')
-    source = data.open_split(args, 'validation[:97]')
-    config = data.data_config(args, model)
+    source = open_split(args, 'validation[:97]')
+    config = data_config(args, model)
     accelerator = Accelerator(cpu=True)
-    loader = data.create_eval_loader(source.dataset, args, config, accelerator.device)
+    loader = create_eval_loader(source.dataset, args, config, accelerator.device)
     metrics = evaluate(model.train(), loader, accelerator, 10)
 
     transform = create_transform(**resolve_data_config(vars(args), model=model))

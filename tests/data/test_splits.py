@@ -17,9 +17,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from timm.data import create_transform
 
-from ctc_timm.digits import DigitsReader
+from ctc_timm.data.digits import DigitsReader
+from ctc_timm.data.flags import data_config
+from ctc_timm.data.splits import check_labels, is_streaming, open_split
 from ctc_timm.errors import UserError
-from ctc_timm.training import data
+from ctc_timm.training.loaders import RefreshLoader, TrainLoader
 
 Flags = Callable[..., argparse.Namespace]
 
@@ -39,7 +41,7 @@ def test_folder(flags: Flags, image_folder: Path, split: str, place: str) -> Non
     """Also by a synonym of the split, by flag or by position."""
     files, labels = truth(image_folder / place)
     for words in (['--data-dir', str(image_folder)], [str(image_folder)]):
-        source = data.open_split(flags(*words), split)
+        source = open_split(flags(*words), split)
         assert source.labels_N is not None and source.labels_N.tolist() == labels
         assert source.num_classes == 3 and source.class_names == {i: f'class{i}' for i in range(3)}
         image, label = source.dataset[7]
@@ -50,14 +52,14 @@ def test_folder_without_splits(flags: Flags, image_folder: Path) -> None:
     """Taken for any split where the caller allows it, and with an empty split's name always."""
     flat = image_folder / 'train'
     for split, unsplit in (('validation', True), ('', False)):
-        source = data.open_split(flags('--data-dir', str(flat)), split, unsplit=unsplit)
+        source = open_split(flags('--data-dir', str(flat)), split, unsplit=unsplit)
         assert source.labels_N is not None and source.labels_N.tolist() == truth(flat)[1]
 
 
 def test_class_map(flags: Flags, image_folder: Path, tmp_path: Path) -> None:
     mapping = tmp_path / 'map.txt'
     mapping.write_text('class2\nclass1\nclass0\n')
-    source = data.open_split(flags('--data-dir', str(image_folder), '--class-map', str(mapping)), 'train')
+    source = open_split(flags('--data-dir', str(image_folder), '--class-map', str(mapping)), 'train')
     assert source.labels_N is not None
     assert source.labels_N.tolist() == [2 - label for label in truth(image_folder / 'train')[1]]
 
@@ -79,7 +81,7 @@ def test_tar(flags: Flags, image_folder: Path, tmp_path: Path, layout: str) -> N
                 tar.add(part, place or part.name)
     for split in ('train',) if layout == 'no splits' else ('train', 'validation'):
         files, labels = truth(image_folder / split)
-        source = data.open_split(flags('--data-dir', str(root)), split)
+        source = open_split(flags('--data-dir', str(root)), split)
         assert source.labels_N is not None and source.labels_N.tolist() == labels
         assert source.class_names == {i: f'class{i}' for i in range(3)}
         for i in (0, len(files) // 2, len(files) - 1):
@@ -117,7 +119,7 @@ def test_hub(flags: Flags, hub_folder: Path) -> None:
         ('validation[5:]', 'validation[5:30]'),
     ):
         reader = DigitsReader(ours)
-        source = data.open_split(args, split)
+        source = open_split(args, split)
         assert source.labels_N is not None and source.labels_N.tolist() == reader.labels.tolist()
         assert source.num_classes == 10 and source.class_names[3] == '3'
         image, label = source.dataset[2]
@@ -126,9 +128,9 @@ def test_hub(flags: Flags, hub_folder: Path) -> None:
 
 def test_streaming_gives_no_labels(flags: Flags, hub_folder: Path) -> None:
     args = flags('--dataset', f'hfids/{hub_folder}', '--train-num-samples', '60', '--mode', 'vanilla')
-    source = data.open_split(args, 'train', is_training=True)
-    assert source.labels_N is None and data.is_streaming(args.dataset)
-    assert not data.is_streaming(f'hfds/{hub_folder}')
+    source = open_split(args, 'train', is_training=True)
+    assert source.labels_N is None and is_streaming(args.dataset)
+    assert not is_streaming(f'hfds/{hub_folder}')
 
 
 def test_digits_are_scikit_learns(flags: Flags) -> None:
@@ -136,7 +138,7 @@ def test_digits_are_scikit_learns(flags: Flags) -> None:
     original = load_digits()
     expected = np.rint(original.images * (255 / 16)).astype(np.uint8)
     args = flags('--dataset', 'digits')
-    splits = {name: data.open_split(args, name) for name in ('train', 'validation')}
+    splits = {name: open_split(args, name) for name in ('train', 'validation')}
     readers = [source.dataset.reader for source in splits.values()]
     mine = [(image.tobytes(), int(label)) for r in readers for image, label in zip(r.images, r.labels)]
     assert sorted(mine) == sorted((image.tobytes(), int(label)) for image, label in zip(expected, original.target))
@@ -146,7 +148,7 @@ def test_digits_are_scikit_learns(flags: Flags) -> None:
     whole = splits['train'].labels_N
     assert whole is not None
     for text, part in (('[:500]', slice(500)), ('[20:30]', slice(20, 30)), ('[50%:]', slice(718, None))):
-        labels = data.open_split(args, f'train{text}').labels_N
+        labels = open_split(args, f'train{text}').labels_N
         assert labels is not None and labels.tolist() == whole.tolist()[part]
     image, label = splits['train'].dataset[5]
     assert np.array_equal(pixels(image)[:, :, 1], readers[0].images[5]) and label == whole[5]
@@ -156,8 +158,8 @@ def test_one_pass_to_fill_the_banks(flags: Flags, image_folder: Path) -> None:
     """Every image once, in order, as plain timm's evaluation transform makes it."""
     words = '--img-size 16 --mean 0.3 --std 0.4 -b 7 -j 1 --aa rand-m9 --crop-pct 0.9'
     args = flags('--data-dir', str(image_folder), words)
-    config = data.data_config(args, timm.create_model('test_resnet', num_classes=3))
-    loader = data.RefreshLoader(data.open_split(args, 'train'), args, config, torch.device('cpu'))
+    config = data_config(args, timm.create_model('test_resnet', num_classes=3))
+    loader = RefreshLoader(open_split(args, 'train'), args, config, torch.device('cpu'))
     batches = list(loader)
     files, labels = truth(image_folder / 'train')
     assert torch.cat([index for _, _, index in batches]).tolist() == list(range(len(files)))
@@ -168,12 +170,12 @@ def test_one_pass_to_fill_the_banks(flags: Flags, image_folder: Path) -> None:
 
 
 def test_a_label_outside_the_model(flags: Flags) -> None:
-    source = data.open_split(flags('--dataset', 'digits'), 'train')
-    data.check_labels(source, 10, 'train')
+    source = open_split(flags('--dataset', 'digits'), 'train')
+    check_labels(source, 10, 'train')
     assert source.labels_N is not None
     first = source.labels_N.tolist().index(9)
     with pytest.raises(UserError, match=rf'--num-classes 9: label 9 of image {first} of .* needs at least 10'):
-        data.check_labels(source, 9, 'train')
+        check_labels(source, 9, 'train')
 
 
 def bad_folders(root: Path) -> None:
@@ -217,7 +219,7 @@ def test_refused(flags: Flags, image_folder: Path, words: str, split: str, messa
     bad_folders(root)
     args = flags(*(word.replace('{}', str(root)) for word in words.split()))
     with pytest.raises(UserError) as error:
-        data.open_split(args, split)
+        open_split(args, split)
     assert message.replace('{}', str(root)) in str(error.value)
 
 
@@ -232,7 +234,7 @@ def test_refused(flags: Flags, image_folder: Path, words: str, split: str, messa
 )
 def test_refused_of_the_hub(flags: Flags, hub_folder: Path, words: str, split: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        data.open_split(flags('--dataset', f'hfds/{hub_folder}', words), split)
+        open_split(flags('--dataset', f'hfds/{hub_folder}', words), split)
     assert message in str(error.value) and f'hfds/{hub_folder}' in str(error.value)
 
 
@@ -245,13 +247,13 @@ def test_refused_of_the_hub(flags: Flags, hub_folder: Path, words: str, split: s
 )
 def test_refused_normalisation(flags: Flags, words: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        data.data_config(flags(words), timm.create_model('test_resnet'))
+        data_config(flags(words), timm.create_model('test_resnet'))
     assert message in str(error.value)
 
 
 def test_more_images_a_batch_than_there_are(flags: Flags) -> None:
     args = flags('--dataset digits -b 65 -j 0')
     config = {'input_size': (3, 8, 8), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-    dataset = data.open_split(args, 'train[:129]').dataset
+    dataset = open_split(args, 'train[:129]').dataset
     with pytest.raises(UserError, match=r'--batch-size 65 times 2 process\(es\) is more than the 129 .* at most 64'):
-        data.TrainLoader(dataset, args, config, torch.device('cpu'), rank=0, world_size=2)
+        TrainLoader(dataset, args, config, torch.device('cpu'), rank=0, world_size=2)

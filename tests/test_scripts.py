@@ -20,7 +20,7 @@ from sklearn.model_selection import train_test_split
 
 from ctc_timm.sources import load_model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 Script = Callable[..., Any]
 LAUNCH = ['-m', 'accelerate.commands.launch', '--num_processes', '1', '--num_machines', '1', '--dynamo_backend', 'no']
 TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..errors import UserError
+from .errors import UserError
 
 
 def add_precision_arguments(group: Any) -> None:

@@ -1,84 +1,25 @@
-"""timm datasets and loaders that also give each image's index."""
+"""timm's loaders, that also give each image's index, and timm's augmentation flags."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.data import create_loader, resolve_data_config
+from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from ..arguments import non_negative_int, positive_float, positive_int, probability
+from ..data.flags import INTERPOLATIONS, worker_count
+from ..data.indexed import EpochBatches, IndexedDataset
+from ..data.loaders import create_eval_loader
+from ..data.splits import Source
 from ..errors import UserError
-from .arguments import non_negative_int, positive_float, positive_int, probability
-from .indexed import EpochBatches, IndexedDataset, NamingDataset
-from .splits import Source as Source
-from .splits import check_labels as check_labels
-from .splits import is_streaming as is_streaming
-from .splits import open_split as open_split
-
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-
-
-def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
-    """Declare timm's flags for where images come from and how they are sized and normalised.
-
-    Args:
-        parser: Gets the flags.
-        positional: Whether the folder may stand without a flag, as in timm's training script.
-    """
-    group = parser.add_argument_group('Data')
-    parser.set_defaults(data=None)
-    if positional:
-        group.add_argument('data', nargs='?', metavar='DIR', help='folder with the images, same as --data-dir')
-    group.add_argument('--data-dir', metavar='DIR', help='folder with the images')
-    group.add_argument(
-        '--dataset',
-        default='',
-        metavar='NAME',
-        help="any name that timm's create_dataset takes (hfds/..., torch/..., a folder or tar reader), or digits",
-    )
-    group.add_argument(
-        '--train-split',
-        default='train',
-        metavar='NAME',
-        help="training split; hfds and digits also take slices, 'train[:10000]'",
-    )
-    group.add_argument('--val-split', default='validation', metavar='NAME', help='validation split')
-    for split in ('train', 'val'):
-        group.add_argument(
-            f'--{split}-num-samples',
-            type=positive_int,
-            metavar='N',
-            help='images in a streaming set that does not say how many it has',
-        )
-    group.add_argument('--dataset-download', action='store_true', help='let torch/, tfds/ and hfids/ datasets download')
-    group.add_argument('--class-map', default='', metavar='FILE', help='class to index mapping')
-    group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode images are converted to')
-    group.add_argument('--input-key', metavar='KEY', help='column of the images')
-    group.add_argument('--target-key', metavar='KEY', help='column of the labels')
-    group.add_argument('--img-size', type=positive_int, metavar='N', help='image size, square')
-    group.add_argument('--in-chans', type=positive_int, metavar='N', help='image channels')
-    group.add_argument(
-        '--input-size', type=positive_int, nargs=3, metavar=('C', 'H', 'W'), help='image channels, height and width'
-    )
-    group.add_argument('--crop-pct', type=positive_float, metavar='F', help='centre crop share at evaluation')
-    group.add_argument('--crop-mode', choices=('squash', 'border', 'center'), help='crop at evaluation')
-    group.add_argument('--mean', type=float, nargs='+', metavar='M', help='channel means, of 1')
-    group.add_argument('--std', type=positive_float, nargs='+', metavar='S', help='channel standard deviations')
-    group.add_argument('--interpolation', choices=INTERPOLATIONS, help='resize interpolation at evaluation')
-    group.add_argument('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='of each process')
-    group.add_argument(
-        '-vb', '--validation-batch-size', type=positive_int, metavar='N', help='--batch-size when not given'
-    )
-    group.add_argument('-j', '--workers', type=non_negative_int, default=4, metavar='N', help='data loading processes')
-    group.add_argument('--pin-mem', action='store_true', help='pin memory for faster transfer to a GPU')
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,20 +49,6 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--train-interpolation', default='random', choices=('random', *INTERPOLATIONS), help='resize interpolation'
     )
-
-
-def data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Input size, normalisation and interpolation: the flags over the model's own, by timm's rules.
-
-    Raises:
-        UserError: As many means or deviations as there are neither channels nor one.
-    """
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    for flag, values in (('--mean', args.mean), ('--std', args.std)):
-        if values is not None and len(values) not in (1, channels):
-            words = ' '.join(map(str, values))
-            raise UserError(f'{flag} {words}: {len(values)} values for {channels} channel(s); give {channels}')
-    return resolve_data_config(vars(args), model=model)
 
 
 def _create_train_loader(
@@ -253,37 +180,6 @@ class StreamLoader:
             yield images, targets, None
 
 
-def create_eval_loader(
-    dataset: Dataset,
-    args: argparse.Namespace,
-    config: dict[str, Any],
-    device: torch.device,
-    distributed: bool = False,
-) -> PrefetchLoader:
-    """timm's evaluation loader: no augmentation, batches of (images, targets) on the device.
-
-    With several processes each sees its share, padded to the same number of batches; timm's evaluator knows
-    which samples are padding.
-    """
-    named: Any = dataset if isinstance(dataset, (IterableDataset, NamingDataset)) else NamingDataset(dataset)
-    return create_loader(
-        named,
-        input_size=config['input_size'],
-        batch_size=args.validation_batch_size or args.batch_size,
-        is_training=False,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        num_workers=worker_count(args),
-        distributed=distributed,
-        pin_memory=args.pin_mem,
-        device=device,
-        persistent_workers=False,
-    )
-
-
 class RefreshLoader:
     """One pass over the training set without augmentation: batches of (images, targets, index).
 
@@ -311,12 +207,6 @@ class RefreshLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for images, rows_B3 in self._loader:
             yield images, rows_B3[:, 0], rows_B3[:, 1]
-
-
-def worker_count(args: argparse.Namespace) -> int:
-    """`--workers`, but no more than there are processors to run them on."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(args.workers, usable)
 
 
 def steps_per_epoch(batches: int, accumulation: int) -> int:

@@ -13,11 +13,11 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from ctc_timm.digits import DigitsReader
+from ctc_timm.arguments import Parser, parse
+from ctc_timm.data.digits import DigitsReader
 from ctc_timm.training import loop
-from ctc_timm.training.arguments import Parser, parse
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     '--dataset',
     'digits',

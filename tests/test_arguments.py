@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ctc_timm import arguments
+from ctc_timm.arguments import Parser, load_recipe, parse, run_script
 from ctc_timm.errors import UserError
-from ctc_timm.training import arguments, loop
-from ctc_timm.training.arguments import Parser, load_recipe, parse, run_script
+from ctc_timm.training import loop
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / 'recipes').glob('*.yaml'))
+RECIPES = sorted((Path(__file__).resolve().parents[1] / 'recipes').glob('*.yaml'))
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import huggingface_hub
 import yaml
 
-from ..errors import UserError, nearest
-from .indexed import UnreadableError
+from .data.indexed import UnreadableError
+from .errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):

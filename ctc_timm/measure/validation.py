@@ -8,13 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..arguments import KeyValues, Parser, positive_int
+from ..backbones import check_input
+from ..data.flags import add_dataset_arguments, data_config
+from ..data.loaders import create_eval_loader
+from ..data.splits import Source, check_labels, open_split
 from ..errors import UserError
+from ..processes import add_precision_arguments, create_accelerator
 from ..sources import Loaded, load_model
-from . import data
-from .arguments import KeyValues, Parser, positive_int
 from .evaluation import evaluate
-from .models import check_input
-from .processes import add_precision_arguments, create_accelerator
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     add_precision_arguments(group)
-    data.add_dataset_arguments(parser, positional=False)
+    add_dataset_arguments(parser, positional=False)
     group = parser.add_argument_group('Validation')
     group.add_argument('--split', default='', metavar='NAME', help='same as --val-split')
     group.add_argument(
@@ -59,15 +61,15 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     accelerator = create_accelerator(args)
     split = args.split or args.val_split
     with accelerator.main_process_first():
-        opened = data.open_split(args, split)
+        opened = open_split(args, split)
     options = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
     loaded = load_model(source, architecture, flag=flag, **options)
     num_classes: int = loaded.model.num_classes
-    data.check_labels(opened, num_classes, split)
-    config = data.data_config(args, loaded.model)
+    check_labels(opened, num_classes, split)
+    config = data_config(args, loaded.model)
     check_input(loaded.model, config['input_size'])
     model = loaded.model.to(accelerator.device)
-    loader = data.create_eval_loader(opened.dataset, args, config, accelerator.device, accelerator.num_processes > 1)
+    loader = create_eval_loader(opened.dataset, args, config, accelerator.device, accelerator.num_processes > 1)
     metrics = evaluate(model, loader, accelerator, num_classes, args.channels_last)
     results = _results(loaded, model, opened, split, config, metrics)
     if accelerator.is_main_process:
@@ -81,7 +83,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
 def _results(
     loaded: Loaded,
     model: Any,
-    opened: data.Source,
+    opened: Source,
     split: str,
     config: dict[str, Any],
     metrics: dict[str, Any],

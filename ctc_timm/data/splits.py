@@ -15,8 +15,8 @@ from PIL import ImageMode
 from timm.data import IterableImageDataset, create_dataset
 from torch import Tensor
 
-from .. import digits
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
+from . import digits
 
 STREAMING = ('hfids', 'tfds', 'wds')
 READERS = ('hfds', 'torch', *STREAMING)
@@ -124,7 +124,7 @@ def open_split(
         ) from None
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, TypeError, tarfile.TarError) as error:
         hint = '; with --train-num-samples and --val-num-samples' if 'num_samples' in str(error) else ''
-        raise UserError(f'{what}, split {split!r}: {_one_line(error)}{hint}') from None
+        raise UserError(f'{what}, split {split!r}: {one_line(error)}{hint}') from None
     return _checked(
         dataset, f'{what}, split {split!r}', name if '/' in name else str(args.data_dir or args.data), inside
     )
@@ -191,7 +191,7 @@ def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | Non
             with tarfile.open(path) as tar:
                 inside = {member.name.removeprefix('./').split('/')[0] for member in tar if member.isfile()}
         except (tarfile.TarError, OSError) as error:
-            raise UserError(f'--data-dir {root}: neither a folder nor a tar file ({_one_line(error)})') from None
+            raise UserError(f'--data-dir {root}: neither a folder nor a tar file ({one_line(error)})') from None
         if path.suffix.lower() != '.tar':
             raise UserError(f'--data-dir {root}: must end in .tar to be read as a tar file')
     if not split:
@@ -229,7 +229,7 @@ def _available_split(name: str, split: str) -> str:
     try:
         known = datasets.get_dataset_split_names(name.split('/', 1)[1])
     except (ConnectionError, FileNotFoundError) as error:
-        raise UserError(f'--dataset {name}: {_one_line(error)}') from None
+        raise UserError(f'--dataset {name}: {one_line(error)}') from None
     except Exception:  # whatever is wrong with the data set, opening it says it better
         return split
     if wanted in known:
@@ -315,7 +315,3 @@ def _labels(dataset: Any, what: str) -> Tensor:
     if int(labels_N.min()) < 0:
         raise UserError(f'{what}: image {int(labels_N.argmin())} has no label')
     return labels_N
-
-
-def _one_line(error: BaseException) -> str:
-    return ' '.join(str(error).split()) or type(error).__name__

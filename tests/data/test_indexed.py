@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from timm.utils import random_seed
 
-from ctc_timm.training import data
-from ctc_timm.training.indexed import EpochBatches, IndexedDataset, UnreadableError
+from ctc_timm.data.indexed import EpochBatches, IndexedDataset, UnreadableError
+from ctc_timm.data.splits import open_split
+from ctc_timm.training.loaders import TrainLoader
 
 Flags = Callable[..., argparse.Namespace]
 CONFIG = {'input_size': (3, 16, 16), 'mean': (0.3,) * 3, 'std': (0.4,) * 3}
@@ -70,7 +71,7 @@ def augmented(flags: Flags) -> Callable[[int], list[tuple[torch.Tensor, torch.Te
         words = '--dataset digits --train-split train[:48] -b 8 --aa rand-m9-mstd0.5 --reprob 0.5 --crop-padding 2'
         args = flags(words, '--seed', str(seed), '-j', str(workers))
         random_seed(11)
-        loader = data.TrainLoader(data.open_split(args, args.train_split).dataset, args, CONFIG, torch.device('cpu'))
+        loader = TrainLoader(open_split(args, args.train_split).dataset, args, CONFIG, torch.device('cpu'))
         out = []
         for epoch in (0, 1):
             loader.set_epoch(epoch)
@@ -98,7 +99,7 @@ def test_pixels_do_not_depend_on_workers(augmented: Callable[..., list[tuple[tor
 
 def test_the_programs_random_state_is_left_alone(flags: Flags) -> None:
     args = flags('--dataset digits --train-split train[:8]')
-    indexed = IndexedDataset(data.open_split(args, args.train_split).dataset, seed=0)
+    indexed = IndexedDataset(open_split(args, args.train_split).dataset, seed=0)
     indexed.transform = lambda image: (random.random(), np.random.rand(), torch.rand(1).item())
     random_seed(5)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
@@ -125,8 +126,8 @@ def test_index_of_the_image_delivered(flags: Flags, image_folder: Path, workers:
         expected[i] = j
 
     args = flags('--data-dir', str(image_folder), f'-b 6 -j {workers} --no-aug')
-    source = data.open_split(args, 'train')
-    loader = data.TrainLoader(source.dataset, args, {**CONFIG, 'input_size': (3, 32, 32)}, torch.device('cpu'))
+    source = open_split(args, 'train')
+    loader = TrainLoader(source.dataset, args, {**CONFIG, 'input_size': (3, 32, 32)}, torch.device('cpu'))
     asked = [index for keys in batches(0, len(files), 6, args.seed) for _, index in keys]
     delivered, labels, images = [], [], []
     for image_B, target_B, index_B in loader:
@@ -148,7 +149,7 @@ def test_too_many_unreadable_images_name_the_file(flags: Flags, image_folder: Pa
     for file in files:
         file.write_bytes(b'no image')
     args = flags('--data-dir', str(image_folder), f'-b 6 -j {workers}')
-    loader = data.TrainLoader(data.open_split(args, 'train').dataset, args, CONFIG, torch.device('cpu'))
+    loader = TrainLoader(open_split(args, 'train').dataset, args, CONFIG, torch.device('cpu'))
     first = files[batches(0, len(files), 6, args.seed)[0][0][1]]
     with pytest.raises(UnreadableError) as error:
         list(loader)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -11,21 +10,8 @@ from accelerate import Accelerator
 from timm.data.loader import PrefetchLoader
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
-from tqdm import tqdm
 
-
-def progress_bar(batches: Any, description: str, accelerator: Accelerator) -> tqdm:
-    """A bar over batches, with ETA, from the main process; a log file gets a line now and then instead."""
-    interval = 0.2 if sys.stderr.isatty() else 60
-    return tqdm(
-        batches,
-        description,
-        leave=False,
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-        mininterval=interval,
-        delay=0 if sys.stderr.isatty() else interval,
-    )
+from ..progress import progress_bar
 
 
 class PerClassEvaluator(ClassificationEvaluator):

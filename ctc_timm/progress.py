@@ -1,0 +1,30 @@
+"""Progress that a person can read, in a terminal or in a log file."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+def progress_bar(batches: Any, description: str, accelerator: Accelerator) -> tqdm:
+    """A bar over batches, with ETA, from the main process; a log file gets a line now and then instead."""
+    interval = 0.2 if sys.stderr.isatty() else 60
+    return tqdm(
+        batches,
+        description,
+        leave=False,
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+        mininterval=interval,
+        delay=0 if sys.stderr.isatty() else interval,
+    )
+
+
+def clock(seconds: float) -> str:
+    """A duration as a person would say it."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s' if minutes else f'{seconds}s'
