@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 
 
 def _run(rank: int, world: int, port: int, function: Callable[..., Any], file: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    place = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': world, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=world)
     torch.save(function(rank, world), f'{file}-{rank}.pt')

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import streaming
 from .banks import across_processes, momentum_update, new_bank
-from .negatives import WHOLE_BANK_RATIO
+from .negatives import WHOLE_BANK_RATIO, OtherClasses
 
 EPS = 1e-7
 _NO_DIRECTION = 1e-8
@@ -143,7 +143,7 @@ class _Rows(NamedTuple):
 
     shared_R: Tensor | None
     own_BK: Tensor | None
-    use_BR: Tensor | None
+    use_BR: Tensor | OtherClasses | None
     scale_B: Tensor | None
     count_B: Tensor
 
@@ -217,10 +217,10 @@ class TemporalContrastLoss(nn.Module):
     def forward(
         self,
         present_BD: Tensor,
-        past_BD: Tensor,
+        past_BD: Tensor | None,
         index_B: Tensor,
         negatives: Tensor | None,
-        use_BR: Tensor | None = None,
+        use_BR: Tensor | OtherClasses | None = None,
         scale_B: Tensor | None = None,
         positives_B: Tensor | None = None,
         lam_B: Tensor | None = None,
@@ -229,12 +229,14 @@ class TemporalContrastLoss(nn.Module):
 
         Args:
             present_BD: Features of the model being trained, [B, D].
-            past_BD: Features of the information bank for the same images, [B, D].
+            past_BD: Features of the information bank for the same images, [B, D]. None takes the stored rows of the
+                past bank for its embeddings, which then stay as they are: a departure from the paper, which
+                passes each augmented image through the information bank.
             index_B: Position of each image in the training set, [B].
             negatives: Rows of other classes: [B, K], each image's own; [R], the same for the whole batch; or
                 None, the whole bank (R = N).
             use_BR: With the same rows for the whole batch, which of them are negatives of which image, [B, R]
-                booleans, or how often each counts. None counts every row once.
+                booleans, or how often each counts, or an `OtherClasses`. None counts every row once.
             scale_B: Factor of each image's sum over its negatives, [B]; one when None.
             positives_B: Row of each image's positive, [B]; the image itself when None.
             lam_B: For Mixup and CutMix, as in `InstanceDiscriminationLoss`.
@@ -248,12 +250,14 @@ class TemporalContrastLoss(nn.Module):
         rows = self._rows(index_B.shape[0], negatives, use_BR, scale_B, present_BD.device)
         positives_B = index_B if positives_B is None else positives_B
         with _no_autocast(present_BD):
-            present_BE, past_BE = self._embed(present_BD, past_BD)
+            present_BE = self._embed(present_BD, self.present_projector)
+            past_BE = self.past_bank[index_B] if past_BD is None else self._embed(past_BD, self.past_projector)
             loss = self._direction(present_BE, self.past_bank, self.present_normalizer, rows, positives_B, lam_B)
             loss = loss + self._direction(past_BE, self.present_bank, self.past_normalizer, rows, positives_B, lam_B)
         if self.training:
             momentum_update(self.present_bank, index_B, present_BE, self.momentum)
-            momentum_update(self.past_bank, index_B, past_BE, self.momentum)
+            if past_BD is not None:
+                momentum_update(self.past_bank, index_B, past_BE, self.momentum)
         return loss
 
     @torch.no_grad()
@@ -265,20 +269,20 @@ class TemporalContrastLoss(nn.Module):
             index_B: Position of each image in the training set, [B].
         """
         with _no_autocast(features_BD):
-            present_BE, past_BE = self._embed(features_BD, features_BD)
+            present_BE = self._embed(features_BD, self.present_projector)
+            past_BE = self._embed(features_BD, self.past_projector)
         momentum_update(self.present_bank, index_B, present_BE, momentum=0.0)
         momentum_update(self.past_bank, index_B, past_BE, momentum=0.0)
 
-    def _embed(self, present_BD: Tensor, past_BD: Tensor) -> tuple[Tensor, Tensor]:
-        present_BE = self.present_projector(_working(present_BD, self.present_projector))
-        past_BE = self.past_projector(_working(past_BD, self.past_projector))
-        return unit(present_BE), unit(past_BE)
+    @staticmethod
+    def _embed(features_BD: Tensor, projector: nn.Linear) -> Tensor:
+        return unit(projector(_working(features_BD, projector)))
 
     def _rows(
         self,
         batch_size: int,
         negatives: Tensor | None,
-        use_BR: Tensor | None,
+        use_BR: Tensor | OtherClasses | None,
         scale_B: Tensor | None,
         device: torch.device,
     ) -> _Rows:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MODES = ('sampled', 'shared')
+MODES = ('sampled', 'shared', 'all')
 POSITIVES = ('exact', 'relaxed')
 
 
@@ -21,19 +21,53 @@ POSITIVES = ('exact', 'relaxed')
 WHOLE_BANK_RATIO = 12
 
 
+class OtherClasses:
+    """Which rows of the whole set are of other classes than each image, made a block of rows at a time.
+
+    Stands where a [B, N] boolean tensor could: `mask[:, start:stop]` is its block of columns, `mask.sum(dim=1)`
+    the number of true entries in each row. Nothing of size B x N is ever there.
+
+    Args:
+        labels_B: Class of each image.
+        partners_B: Class of the image mixed into each, left out too; None when nothing is mixed.
+        labels_N: Class of each row.
+        sizes_C: Rows of each class.
+    """
+
+    dtype = torch.bool
+
+    def __init__(self, labels_B: Tensor, partners_B: Tensor | None, labels_N: Tensor, sizes_C: Tensor) -> None:
+        self._labels_B = labels_B
+        self._partners_B = partners_B
+        self._labels_N = labels_N
+        self._sizes_C = sizes_C
+
+    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
+        rows, columns = place
+        partners_B = None if self._partners_B is None else self._partners_B[rows]
+        return ~_own_class(self._labels_B[rows], partners_B, self._labels_N[columns])
+
+    def sum(self, dim: int) -> Tensor:
+        """Rows of other classes for each image, [B]; `dim` is 1."""
+        others_B = self._labels_N.numel() - self._sizes_C[self._labels_B]
+        if self._partners_B is not None:
+            others_B = others_B - self._sizes_C[self._partners_B] * (self._partners_B != self._labels_B)
+        return others_B
+
+
 class Draw(NamedTuple):
     """One step's rows.
 
     Attributes:
         negatives: [B, K], each image's own rows; [R], rows for the whole batch; None, the whole bank, R = N.
-        use_BR: Which of the batch's rows are negatives of which image, [B, R] booleans. None with rows of each
-            image's own.
+        use_BR: Which of the batch's rows are negatives of which image, [B, R] booleans, or the same as a mask
+            made block by block. None with rows of each image's own.
         scale_B: Factor of each image's sum over its negatives, [B], so that they stand for K; None for one.
         positives_B: The positive's row for each image, [B].
     """
 
     negatives: Tensor | None
-    use_BR: Tensor | None
+    use_BR: Tensor | OtherClasses | None
     scale_B: Tensor | None
     positives_B: Tensor
 
@@ -44,7 +78,8 @@ class NegativeSampler:
     `sampled` gives each image K rows of other classes, without repetition where there are that many and with
     repetition where there are not, as in the paper's code. `shared` draws K rows of the whole set once for the
     batch and leaves out, image by image, those of the image's class; the sum over the rest is scaled by K over
-    their number, so that an image's loss has the same expectation as with K rows of its own.
+    their number, so that an image's loss has the same expectation as with K rows of its own. `all` draws nothing:
+    every row of another class counts K / M times, which is that expectation itself.
 
         sampler = NegativeSampler(labels_N, num_negatives=16384)
         draw = sampler.draw(index_B)
@@ -52,7 +87,7 @@ class NegativeSampler:
     Args:
         labels_N: Class of each training image, [N], integers from 0.
         num_negatives: K.
-        mode: 'sampled' or 'shared'.
+        mode: 'sampled', 'shared' or 'all'.
         positives: 'exact' takes the image itself, 'relaxed' a random image of its class.
         seed: Of the generator. Processes that train together share it for `shared` and differ by `rank` for
             `sampled`.
@@ -118,13 +153,14 @@ class NegativeSampler:
         labels_B = self._labels_N[index_B]
         positives_B = self._same_class(labels_B) if self.positives == 'relaxed' else index_B
         partners_B = None if partner_B is None else self._labels_N[partner_B]
+        if self.mode == 'all':
+            others = OtherClasses(labels_B, partners_B, self._labels_N, self._sizes_C)
+            return Draw(None, others, self.num_negatives / others.sum(dim=1).clamp_(min=1), positives_B)
         if self.mode == 'shared':
             rows_R = self._shared_rows()
-            other_BR = ~self._own_class(labels_B, partners_B, self._labels_N[rows_R])
+            other_BR = ~_own_class(labels_B, partners_B, self._labels_N[rows_R])
             return Draw(rows_R, other_BR, self.num_negatives / other_BR.sum(dim=1).clamp_(min=1), positives_B)
-        others_B = self.num_instances - self._sizes_C[labels_B]
-        if partners_B is not None:
-            others_B = others_B - self._sizes_C[partners_B] * (partners_B != labels_B)
+        others_B = OtherClasses(labels_B, partners_B, self._labels_N, self._sizes_C).sum(dim=1)
         if int(others_B.min()) < self.num_negatives:
             return Draw(self._with_repetition(labels_B, partners_B), None, None, positives_B)
         if self.num_instances > WHOLE_BANK_RATIO * self.num_negatives:
@@ -138,14 +174,6 @@ class NegativeSampler:
             return torch.randint(N, (K,), generator=self.generator, device=self.device)
         return torch.randperm(N, generator=self.generator, device=self.device)[:K]
 
-    @staticmethod
-    def _own_class(labels_B: Tensor, partners_B: Tensor | None, labels_R: Tensor) -> Tensor:
-        """Which rows are of the image's class or its partner's, [B, R]."""
-        own_BR = labels_B[:, None] == labels_R[None, :]
-        if partners_B is not None:
-            own_BR |= partners_B[:, None] == labels_R[None, :]
-        return own_BR
-
     def _same_class(self, labels_B: Tensor) -> Tensor:
         """A uniformly random image of each image's class, itself included, [B]."""
         offset_B = self._integers(labels_B.shape) % self._sizes_C[labels_B]
@@ -158,7 +186,7 @@ class NegativeSampler:
         K-th is sure to reach, and of the few levels around it the first rows by byte, ties at random. Several
         times cheaper than sorting a random number a row.
         """
-        own_BN = self._own_class(labels_B, partners_B, self._labels_N)
+        own_BN = _own_class(labels_B, partners_B, self._labels_N)
         N, K = self.num_instances, self.num_negatives
         least, most = K / int(others_B.max()), K / int(others_B.min())
         reach = 256 * 4 * math.sqrt(most * max(1 - least, 0) / N) + 1
@@ -219,11 +247,11 @@ class NegativeSampler:
 
     def _with_repetition(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
         """K other-class rows for each image, repetitions allowed, [B, K]."""
-        other_BN = ~self._own_class(labels_B, partners_B, self._labels_N)
+        other_BN = ~_own_class(labels_B, partners_B, self._labels_N)
         # An image whose partner's class leaves no other class at all falls back on its own class's others.
         empty_B = ~other_BN.any(dim=1)
         if bool(empty_B.any()):
-            other_BN[empty_B] = ~self._own_class(labels_B[empty_B], None, self._labels_N)
+            other_BN[empty_B] = ~_own_class(labels_B[empty_B], None, self._labels_N)
         counts_B1 = other_BN.sum(dim=1, keepdim=True)
         rank_BK = (self._integers((labels_B.numel(), self.num_negatives)) % counts_B1).int()
         return torch.searchsorted(other_BN.cumsum(dim=1, dtype=torch.int32), rank_BK + 1)
@@ -239,6 +267,14 @@ class NegativeSampler:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue the draws of the sampler whose `get_state` this is."""
         self.generator.set_state(state['generator'].cpu())
+
+
+def _own_class(labels_B: Tensor, partners_B: Tensor | None, labels_R: Tensor) -> Tensor:
+    """Which rows are of the image's class or its partner's, [B, R]."""
+    own_BR = labels_B[:, None] == labels_R[None, :]
+    if partners_B is not None:
+        own_BR |= partners_B[:, None] == labels_R[None, :]
+    return own_BR
 
 
 def _first_appearances(values: Tensor) -> Tensor:

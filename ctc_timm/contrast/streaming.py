@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .negatives import OtherClasses
+
 # About a MiB of float32 scores a block, which a CPU core's second-level cache holds. A GPU wants
 # blocks that fill its matrix units.
 BLOCK_SCORES = 1 << 18
@@ -79,7 +81,9 @@ def logsumexp_scores(v_BE: Tensor, bank_NE: Tensor, temperature: float) -> Tenso
     return _Streamed.apply(v_BE, value_B, attended_EB.div_(mass_1B * temperature).T)
 
 
-def logistic_terms(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, temperature: float, offset: Tensor) -> Tensor:
+def logistic_terms(
+    v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | OtherClasses | None, temperature: float, offset: Tensor
+) -> Tensor:
     """sum_r w_br * log(1 + exp(<v_b, row_r> / temperature - offset)) over rows that a whole batch shares.
 
     With offset = log(Z (q + eps)) this is the negatives' part of noise-contrastive estimation, see `losses`.
@@ -87,7 +91,8 @@ def logistic_terms(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, tempera
     Args:
         v_BE: Embeddings, [B, E].
         rows_RE: Rows, [R, E]; not differentiated.
-        use_BR: Which rows count for which image, [B, R] booleans, or how much each counts; None for all, once.
+        use_BR: Which rows count for which image, [B, R] booleans, whole or made block by block, or how
+            much each counts; None for all, once.
         temperature: Positive scalar.
         offset: Scalar tensor.
 
@@ -147,7 +152,7 @@ def logistic_terms_gathered(
     return _Streamed.apply(v_BE, torch.stack(totals), torch.stack(slopes).div_(temperature))
 
 
-def exponential_sums(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | None, temperature: float) -> Tensor:
+def exponential_sums(v_BE: Tensor, rows_RE: Tensor, use_BR: Tensor | OtherClasses | None, temperature: float) -> Tensor:
     """sum_r w_br * exp(<v_b, row_r> / temperature), not differentiable.
 
     Args:

@@ -25,6 +25,7 @@ from .negatives import Draw, NegativeSampler
 _logger = logging.getLogger(__name__)
 
 STAGES = ('instance', 'temporal')
+PAST_FEATURES = ('model', 'bank')
 
 
 class Body(nn.Module):
@@ -62,13 +63,12 @@ class Trainable(nn.Module):
         past_BD: Tensor | None = None,
         draw: Draw | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, C] and the contrast of the stage: temporal with past features, else instance, if any."""
+        """Logits [B, C] and the contrast of the stage: temporal with drawn rows, else instance, if any."""
         features_BD, logits_BC = self.body(images)
         if index_B is None:
             return logits_BC, None
-        if past_BD is None:
+        if draw is None:
             return logits_BC, self.instance(features_BD, index_B, lam_B)
-        assert draw is not None
         contrast = self.temporal(features_BD, past_BD, index_B, *draw, lam_B)
         return logits_BC, contrast
 
@@ -105,8 +105,11 @@ class CTCTask(TrainingTask):
         criterion_kwargs: For timm's `create_classification_loss`: smoothing, loss_type, soft_targets, ...
         embed_dim: E.
         num_negatives: K of the temporal stage.
-        negatives: 'sampled' or 'shared', see `NegativeSampler`.
+        negatives: 'sampled', 'shared' or 'all', see `NegativeSampler`.
         positives: 'exact' or 'relaxed', see `NegativeSampler`.
+        past_features: Where the temporal term takes the past's view of an image from: 'model', one forward pass of
+            the information bank a step, as published; 'bank', the embedding stored when the temporal stage
+            started, which costs nothing and departs from the paper.
         instance_weight: Of the instance term (alpha); zero leaves it out.
         temporal_weight: Of the temporal term (beta); zero leaves it out.
         instance_temperature: Of the instance term.
@@ -136,6 +139,7 @@ class CTCTask(TrainingTask):
         num_negatives: int = 16384,
         negatives: str = 'sampled',
         positives: str = 'exact',
+        past_features: str = 'model',
         instance_weight: float = 0.5,
         temporal_weight: float = 1.0,
         instance_temperature: float = 0.1,
@@ -153,11 +157,14 @@ class CTCTask(TrainingTask):
         for name, weight in (('instance_weight', instance_weight), ('temporal_weight', temporal_weight)):
             if not weight >= 0:
                 raise ValueError(f'{name} must not be negative, got {weight}')
+        if past_features not in PAST_FEATURES:
+            raise ValueError(f'past_features must be one of {", ".join(PAST_FEATURES)}, got {past_features!r}')
         dim = feature_dim(model)
         labels = torch.as_tensor(labels)
         num_instances = labels.numel()
         generator = torch.Generator().manual_seed(seed)
         self.stage = 'instance'
+        self.past_features = past_features
         self.instance_weight = instance_weight
         self.temporal_weight = temporal_weight
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
@@ -222,9 +229,11 @@ class CTCTask(TrainingTask):
             'loss' (task_loss + weight * ctc_loss), 'output' (logits [B, C]), 'task_loss', 'ctc_loss'.
         """
         if self.stage == 'temporal' and self.temporal_weight > 0:
-            assert self.information_bank is not None
-            with torch.no_grad():
-                past_BD, _ = self.information_bank(input)
+            past_BD = None
+            if self.past_features == 'model':
+                assert self.information_bank is not None
+                with torch.no_grad():
+                    past_BD, _ = self.information_bank(input)
             draw = self.sampler.draw(index, index.flip(0) if lam is not None else None)
             output, ctc_loss = self.trainable_module(input, index, lam, past_BD, draw)
             weight = self.temporal_weight

@@ -243,3 +243,55 @@ def test_more_settings_that_cannot_work(case):
     loss, _, present, past, index = case
     with pytest.raises(ValueError, match='shape'):
         loss(present, past, index, torch.zeros(3, 40, dtype=torch.long))
+
+
+def test_all_rows_are_the_expectation_of_drawn_ones():
+    """`all` equals K times the mean term over other-class rows, by a plain loop, value and gradient."""
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 5
+    loss = TemporalContrastLoss(7, 60, 6, num_negatives=12, temperature=0.4).double().eval()
+    with torch.no_grad():
+        loss.present_normalizer.fill_(900.0)
+        loss.past_normalizer.fill_(700.0)
+    sampler = negatives.NegativeSampler(labels, 12, mode='all')
+    index = torch.tensor([4, 11, 40])
+    present, past = torch.randn(2, 3, 7, dtype=torch.float64)
+    present.requires_grad_()
+    draw = sampler.draw(index)
+    value = loss(present, past, index, *draw)
+    (gradient,) = torch.autograd.grad(value, present)
+
+    v1 = F.normalize(loss.present_projector(present))
+    v2 = F.normalize(loss.past_projector(past))
+    rate, expected = 12 / 60, 0.0
+    for v, bank, z in ((v1, loss.past_bank, 900.0), (v2, loss.present_bank, 700.0)):
+        for b, image in enumerate(index.tolist()):
+            out = (bank @ v[b] / 0.4).exp() / z
+            others = out[labels != labels[image]]
+            mean = (rate / (others + rate + 1e-7)).log().mean()
+            expected = expected - ((out[image] / (out[image] + rate + 1e-7)).log() + 12 * mean) / 3
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, present)[0], rtol=1e-9, atol=1e-14)
+
+
+def test_stored_past_replaces_the_second_pass():
+    """Without past features the loss is that of past embeddings equal to the bank's rows, which stay as they are."""
+    torch.manual_seed(1)
+    loss = TemporalContrastLoss(7, 20, 6, num_negatives=4, temperature=0.3).double()
+    with torch.no_grad():
+        loss.present_normalizer.fill_(300.0)
+        loss.past_normalizer.fill_(300.0)
+    index, rows = torch.tensor([2, 9]), torch.tensor([[5, 6, 7, 8], [1, 3, 5, 7]])
+    present = torch.randn(2, 7, dtype=torch.float64)
+    before = loss.past_bank.clone(), loss.present_bank.clone()
+    value = loss(present, None, index, rows)
+
+    rate, expected = 4 / 20, 0.0
+    v1 = F.normalize(loss.present_projector(present))
+    for v, bank in ((v1, before[0]), (before[0][index], before[1])):
+        for b, image in enumerate(index.tolist()):
+            out = (bank @ v[b] / 0.3).exp() / 300.0
+            expected = expected - (out[image] / (out[image] + rate + 1e-7)).log() / 2
+            expected = expected - (rate / (out[rows[b]] + rate + 1e-7)).log().sum() / 2
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    assert torch.equal(loss.past_bank, before[0]) and not torch.equal(loss.present_bank, before[1])

@@ -170,3 +170,18 @@ def test_draws_continue_from_a_saved_state(labels):
 def test_settings_that_cannot_work(arguments, words):
     with pytest.raises(ValueError, match=words):
         NegativeSampler(**{'labels_N': torch.tensor([0, 1, 1]), **arguments})
+
+
+@pytest.mark.parametrize('mixed', [False, True])
+def test_all_is_every_row_of_other_classes(labels, mixed):
+    sampler = NegativeSampler(labels, num_negatives=30, mode='all')
+    index = torch.tensor([3, 50, 119, 7])
+    draw = sampler.draw(index, index.flip(0) if mixed else None)
+    assert draw.negatives is None and torch.equal(draw.positives_B, index)
+    for b, image in enumerate(index.tolist()):
+        left_out = {int(labels[image]), int(labels[index[3 - b]])} if mixed else {int(labels[image])}
+        others = torch.tensor([int(label) not in left_out for label in labels])
+        for start, stop in ((0, 120), (17, 60), (119, 500)):
+            assert torch.equal(draw.use_BR[:, start:stop][b], others[start:stop])
+        assert int(draw.use_BR.sum(dim=1)[b]) == int(others.sum())
+        assert draw.scale_B[b] == pytest.approx(30 / int(others.sum()))

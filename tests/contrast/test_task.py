@@ -254,3 +254,18 @@ def test_two_processes_train_as_one(tmp_path):
     for alone, a, b in zip(one[1:], first[1:], second[1:]):
         assert torch.equal(a, b)
         torch.testing.assert_close(alone, a, rtol=1e-3, atol=1e-4)
+
+
+def test_stored_past_needs_no_second_pass():
+    calls = []
+    for past_features in ('model', 'bank'):
+        task = build(past_features=past_features, negatives='all')
+        task.start_temporal_stage(loader())
+        past_bank = task.temporal.past_bank.clone()
+        task.information_bank.register_forward_hook(lambda *_: calls.append(past_features))  # noqa: B023
+        optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), 0.1)
+        assert step(task, optimizer, seed=0)['ctc_loss'] > 0
+        assert torch.equal(task.temporal.past_bank, past_bank) == (past_features == 'bank')
+    assert calls == ['model']
+    with pytest.raises(ValueError, match="past_features must be one of model, bank, got 'memory'"):
+        build(past_features='memory')
