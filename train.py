@@ -15,7 +15,8 @@ from typing import Any
 import ctc_timm  # noqa: F401  (registers the models)
 from ctc_timm.arguments import Parser, parse, run_script
 from ctc_timm.training import checkpoints
-from ctc_timm.training.loop import Trainer, add_arguments
+from ctc_timm.training.flags import add_arguments
+from ctc_timm.training.loop import Trainer
 
 RECIPES = Path(__file__).resolve().parent / 'recipes'
 

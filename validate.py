@@ -13,7 +13,7 @@ from typing import Any
 
 from ctc_timm.arguments import Parser, parse, run_script
 from ctc_timm.measure.validation import add_arguments, validate
-from ctc_timm.sources import run_arguments, run_of
+from ctc_timm.sources import data_flags, run_arguments, run_of
 
 
 def of_the_run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
@@ -21,21 +21,7 @@ def of_the_run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     source = args.source or args.checkpoint
     if not source or args.dataset or args.data_dir:
         return None
-    run_args = run_arguments(run_of(source))
-    keys = (
-        'dataset',
-        'data_dir',
-        'data',
-        'val_split',
-        'class_map',
-        'input_key',
-        'target_key',
-        'input_img_mode',
-        'workers',
-    )
-    found = {key: run_args[key] for key in keys if run_args.get(key) is not None}
-    if 'data' in found:
-        found['data_dir'] = found.pop('data')
+    found = data_flags(run_arguments(run_of(source)))
     return (found, 'args.yaml') if found else None
 
 

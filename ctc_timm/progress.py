@@ -23,6 +23,18 @@ def progress_bar(batches: Any, description: str, accelerator: Accelerator) -> tq
     )
 
 
+def outer_bar(total: int, description: str, accelerator: Accelerator) -> tqdm:
+    """A bar over the parts of a long measurement, with ETA, that the caller updates; others come and go below it."""
+    return tqdm(
+        total=total,
+        desc=description,
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 60,
+        smoothing=0.1,
+    )
+
+
 def clock(seconds: float) -> str:
     """A duration as a person would say it."""
     minutes, seconds = divmod(round(seconds), 60)

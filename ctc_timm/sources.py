@@ -14,6 +14,18 @@ from timm.models import get_arch_name
 
 from .errors import UserError, nearest, one_line
 
+DATA_FLAGS = (
+    'dataset',
+    'data_dir',
+    'data',
+    'val_split',
+    'class_map',
+    'input_key',
+    'target_key',
+    'input_img_mode',
+    'workers',
+)
+
 
 @dataclass
 class Loaded:
@@ -83,6 +95,14 @@ def run_arguments(run: Path | None) -> dict[str, Any]:
     """The arguments that a run was trained with, empty where there is no run."""
     file = run / 'args.yaml' if run is not None else None
     return yaml.safe_load(file.read_text(encoding='utf-8')) if file and file.is_file() else {}
+
+
+def data_flags(run_args: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's arguments those that say where its images come from, for measuring it on them."""
+    found = {key: run_args[key] for key in DATA_FLAGS if run_args.get(key) is not None}
+    if 'data' in found:
+        found['data_dir'] = found.pop('data')
+    return found
 
 
 def _from_file(weights: Path, source: str, architecture: str, flag: str, options: dict[str, Any]) -> Loaded:

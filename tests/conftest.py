@@ -15,7 +15,7 @@ from PIL import Image
 
 from ctc_timm.arguments import Parser, parse
 from ctc_timm.data.digits import DigitsReader
-from ctc_timm.training import loop
+from ctc_timm.training.flags import add_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
@@ -50,6 +50,11 @@ TINY = [
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate keeps its state in the process; each test gets its own, in the repository's folder."""
     monkeypatch.chdir(ROOT)
+    forget_processes()
+
+
+def forget_processes() -> None:
+    """Let the next run see its processes and precision anew."""
     PartialState._reset_state()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -61,7 +66,7 @@ def flags() -> Callable[..., argparse.Namespace]:
 
     def read(*words: str) -> argparse.Namespace:
         parser = Parser()
-        loop.add_arguments(parser)
+        add_arguments(parser)
         return parse(parser, ' '.join(words).split())
 
     return read

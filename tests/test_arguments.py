@@ -11,7 +11,7 @@ import yaml
 from ctc_timm import arguments
 from ctc_timm.arguments import Parser, load_recipe, parse, run_script
 from ctc_timm.errors import UserError
-from ctc_timm.training import loop
+from ctc_timm.training.flags import add_arguments
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / 'recipes').glob('*.yaml'))
 
@@ -19,7 +19,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[1] / 'recipes').glob('*.yaml'
 @pytest.fixture
 def parser() -> Parser:
     parser = Parser()
-    loop.add_arguments(parser)
+    add_arguments(parser)
     return parser
 
 
@@ -46,7 +46,7 @@ def test_the_default_recipe_is_for_no_data_only(parser: Parser, tmp_path: Path) 
     default = Path(recipe(tmp_path, 'epochs: 3\n'))
     assert parse(parser, [], default_recipe=default).epochs == 3
     other = Parser()
-    loop.add_arguments(other)
+    add_arguments(other)
     assert parse(other, ['--dataset', 'hfds/x'], default_recipe=default).epochs == 300
 
 

@@ -67,6 +67,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = Tr
         '-vb', '--validation-batch-size', type=positive_int, metavar='N', help='--batch-size when not given'
     )
     group.add_argument('-j', '--workers', type=non_negative_int, default=4, metavar='N', help='data loading processes')
+    group.add_argument('--cache-dataset', action='store_true', help='decode images once and keep them in memory')
     group.add_argument('--pin-mem', action='store_true', help='pin memory for faster transfer to a GPU')
 
 

@@ -102,6 +102,8 @@ class IndexedDataset(NamingDataset):
             if not isinstance(dataset.reader, _IndexedReader):
                 dataset.reader = _IndexedReader(dataset.reader)
             dataset.additional_features = ['index']
+        elif hasattr(dataset, 'with_index'):  # decoded images
+            dataset.with_index = True
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Tensor]:
         return self.__getitems__([key])[0]

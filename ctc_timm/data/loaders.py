@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,3 +44,44 @@ def create_eval_loader(
         device=device,
         persistent_workers=False,
     )
+
+
+def keep_batches(loader: PrefetchLoader) -> None:
+    """Let a loader that gives the same batches each time decode them once; they stay in memory as uint8.
+
+    Args:
+        loader: Of `create_eval_loader`.
+    """
+    inner: Any = _Kept(loader.loader)
+    loader.loader = inner
+
+
+class _Kept:
+    """A loader whose batches stay in memory after the first complete pass."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._batches: list[Any] | None = None
+
+    @property
+    def dataset(self) -> Any:
+        """What timm's evaluator counts."""
+        return self._loader.dataset
+
+    @property
+    def sampler(self) -> Any:
+        """What timm's evaluator asks about padding."""
+        return self._loader.sampler
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batches is not None:
+            yield from self._batches
+            return
+        batches = []
+        for batch in self._loader:
+            batches.append(batch)
+            yield batch
+        self._batches = batches

@@ -36,7 +36,7 @@ PROGRESS = 'progress.json'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of the run's folder."""
+    """Declare the flags that say which folder a run has."""
     group = parser.add_argument_group('Run folder')
     group.add_argument('--output', default='runs', metavar='DIR', help='where runs go')
     group.add_argument(
@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='auto|PATH',
         help='continue a run: its folder, one of its states, or the newest one that fits',
     )
+
+
+def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what goes into a run's folder, and how often."""
+    group = parser.add_argument_group('Saving')
     group.add_argument('--checkpoint-hist', type=positive_int, default=2, metavar='N', help='states kept for a resume')
     group.add_argument(
         '--keep-every',

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from ..arguments import non_negative_int, positive_float, positive_int, probability
+from ..data.cached import CachedDataset, cache_images
 from ..data.flags import INTERPOLATIONS, worker_count
 from ..data.indexed import EpochBatches, IndexedDataset
 from ..data.loaders import create_eval_loader
@@ -91,6 +94,26 @@ def _create_train_loader(
         ) from None
 
 
+def _with_padded_crop(steps: list[Any], padding: int, size: tuple[int, int]) -> list[Any]:
+    """timm's transforms behind a padded crop, where there is one, without those that change nothing.
+
+    For small images what changes nothing costs as much as what does: a resized crop of the whole of a crop that has
+    the size already, and a colour jitter of nothing.
+    """
+    crop = [transforms.RandomCrop(size, padding, pad_if_needed=True)] if padding else []
+    kept = []
+    for step in steps:
+        whole = isinstance(step, RandomResizedCropAndInterpolation) and {*step.scale, *step.ratio} == {1.0}
+        if whole and padding and size[0] == size[1]:
+            continue
+        if isinstance(step, transforms.ColorJitter):
+            factors = step.brightness, step.contrast, step.saturation, step.hue
+            if all(factor is None for factor in factors):
+                continue
+        kept.append(step)
+    return crop + kept
+
+
 class TrainLoader:
     """Batches of (images, targets, index) on the device, in an order that only seed and epoch decide.
 
@@ -122,9 +145,11 @@ class TrainLoader:
     ) -> None:
         indexed = IndexedDataset(dataset, seed=args.seed)
         loader = _create_train_loader(indexed, args, config, device)
-        if args.crop_padding:
+        if isinstance(indexed.transform, transforms.Compose):
             size = config['input_size'][-2:]
-            indexed.transform.transforms.insert(0, transforms.RandomCrop(size, args.crop_padding, pad_if_needed=True))
+            indexed.transform.transforms = _with_padded_crop(indexed.transform.transforms, args.crop_padding, size)
+            if isinstance(dataset, CachedDataset):
+                dataset.on_arrays(size)
         self.batches = EpochBatches(len(indexed), args.batch_size, args.seed, rank, world_size)
         if not len(self.batches):
             raise UserError(
@@ -157,6 +182,17 @@ class TrainLoader:
             targets_B, index_B, asked_B = rows_B3.unbind(dim=1)
             self.skipped += int((index_B != asked_B).sum())
             yield images, targets_B, index_B
+
+
+def cached(args: argparse.Namespace, source: Source, quiet: bool = False) -> Source:
+    """The same split with its images decoded and in memory.
+
+    Raises:
+        UserError: A streaming set, or not enough memory.
+    """
+    if source.labels_N is None:
+        raise UserError(f'--cache-dataset: {args.dataset} is a stream, of which nothing is kept; leave the flag out')
+    return replace(source, dataset=cache_images(source.dataset, quiet))
 
 
 class StreamLoader:

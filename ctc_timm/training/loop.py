@@ -6,75 +6,54 @@ import argparse
 import contextlib
 import logging
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
-from timm.layers import convert_sync_batchnorm
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..arguments import Parser, positive_int, probability
 from ..backbones import architecture, check_input
 from ..contrast.task import CTCTask
-from ..data.flags import add_dataset_arguments, data_config
-from ..data.loaders import create_eval_loader
-from ..data.splits import check_labels, is_streaming, open_split
-from ..errors import UserError, nearest
+from ..data.flags import data_config
+from ..data.loaders import create_eval_loader, keep_batches
+from ..data.splits import Source, check_labels, is_streaming, open_split
+from ..errors import UserError
 from ..measure.evaluation import evaluate
-from ..processes import add_precision_arguments, create_accelerator
+from ..processes import create_accelerator
 from ..progress import clock, progress_bar
 from . import checkpoints, loaders, mixing, models, optimization, report, schedules, stages
 from .checkpoints import RunFolder
+from .monitor import COLUMNS, Monitor, monitor_interval
 
 _logger = logging.getLogger(__name__)
-
-
-def add_arguments(parser: Parser) -> None:
-    """Declare every flag of a training run."""
-    add_dataset_arguments(parser)
-    models.add_arguments(parser)
-    stages.add_arguments(parser)
-    schedules.add_arguments(parser)
-    optimization.add_arguments(parser)
-    loaders.add_augmentation_arguments(parser)
-    mixing.add_arguments(parser)
-    models.add_execution_arguments(parser)
-    checkpoints.add_arguments(parser)
-    group = parser.add_argument_group('Run')
-    group.add_argument('--seed', type=int, default=42, metavar='S', help='of everything random')
-    group.add_argument(
-        '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
-    )
-    add_precision_arguments(group)
-    group.add_argument('--model-ema', action='store_true', help='keep a moving average; it is what is saved')
-    group.add_argument('--model-ema-decay', type=probability, default=0.9998, metavar='D', help='its decay')
-    group.add_argument('--model-ema-warmup', action='store_true', help='warm its decay up')
-    group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it on the CPU')
-    group.add_argument('--log-with', metavar='TRACKER', help="Accelerate's trackers: tensorboard, wandb, ...")
-    group.add_argument('--eval-interval', type=positive_int, default=1, metavar='N', help='epochs between evaluations')
 
 
 class Trainer:
     """One training run.
 
     Args:
-        args: Flags of `add_arguments`.
+        args: Flags of `flags.add_arguments`.
+        model: What to train, with its head; made as the flags say when None.
+        data: Training and validation split; opened as the flags say when None. For plain training.
+        frozen: Names of modules that stay in evaluation mode, see `freezing.freeze`. For plain training.
 
     Raises:
         UserError: Anything in the flags or the data that cannot work; nothing has been written then.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        *,
+        model: Any = None,
+        data: tuple[Source, Source] | None = None,
+        frozen: Collection[str] = (),
+    ) -> None:
         self.args = args
         resume = checkpoints.find_resume(args)
         self.run = (
@@ -85,23 +64,27 @@ class Trainer:
         self.run = RunFolder(broadcast_object_list([str(self.run.path)])[0])  # its name holds the time
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.device = self.accelerator.device
-        random_seed(args.seed, rank)
+        random_seed(args.seed)
 
         if args.mode == 'ctc' and is_streaming(args.dataset):
             raise stages.refused_stream(args)
         with self.accelerator.main_process_first():
-            train = open_split(args, args.train_split, is_training=True, batch_size=args.batch_size)
-            val = open_split(args, args.val_split, unsplit=False)
+            train, val = data or _open_splits(args)
+        if args.cache_dataset:
+            train = loaders.cached(args, train, quiet=rank > 0)
         self.num_instances = 0 if train.labels_N is None else len(train.labels_N)
-        self.model = models.create_model(args, args.num_classes or train.num_classes)
+        self.model = models.create_model(args, args.num_classes or train.num_classes) if model is None else model
         self.num_classes: int = self.model.num_classes
         check_labels(train, self.num_classes, args.train_split)
         check_labels(val, self.num_classes, args.val_split)
         self.config = data_config(args, self.model)
         check_input(self.model, self.config['input_size'])
-        self._prepare_model()
+        self.model = models.prepare_model(self.model, args, self.device, world_size)
 
-        self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank)
+        self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank, frozen)
+        if world_size > 1:  # alike up to here, for the moving average copies the model before the processes share it
+            random_seed(args.seed, rank)
+        self.monitor = self._create_monitor(resume)
         self.mixup = mixing.create_mixup(args, self.num_classes)
         if self.mixup is not None and args.batch_size % 2:
             raise UserError(f'--batch-size {args.batch_size}: must be even with --mixup or --cutmix')
@@ -111,6 +94,8 @@ class Trainer:
         else:
             self.loader = loaders.TrainLoader(train.dataset, args, self.config, self.device, rank, world_size)
         self.eval_loader = create_eval_loader(val.dataset, args, self.config, self.device, world_size > 1)
+        if args.cache_dataset:
+            keep_batches(self.eval_loader)
 
         if args.torchcompile:
             models.check_compiler(args.torchcompile)
@@ -151,7 +136,7 @@ class Trainer:
         args = self.args
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=args.mode == 'ctc')]
         if args.log_with:
-            _check_tracker(args.log_with)
+            report.check_tracker(args.log_with)
         return create_accelerator(
             args,
             log_with=args.log_with,
@@ -159,20 +144,16 @@ class Trainer:
             kwargs_handlers=handlers,
         )
 
-    def _prepare_model(self) -> None:
-        args = self.args
-        if args.grad_checkpointing:
-            try:
-                self.model.set_grad_checkpointing(True)
-            except (AssertionError, AttributeError, NotImplementedError):
-                raise UserError(f'--grad-checkpointing: {architecture(self.model)} has none') from None
-        if args.sync_bn and self.accelerator.num_processes > 1:
-            if self.device.type == 'cpu':
-                raise UserError('--sync-bn: PyTorch synchronises batch norm on accelerators only, not on the CPU')
-            self.model = convert_sync_batchnorm(self.model)
-        self.model.to(self.device)
-        if args.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+    def _create_monitor(self, resume: Path | None) -> Monitor | None:
+        if not self.args.monitor_target:
+            return None
+        if resume and not all(f'eval_{column}' in row for row in self.run.rows() for column in COLUMNS):
+            raise UserError(
+                f'--monitor-target {self.args.monitor_target}: {self.run.path} was started without it, and its '
+                f'summary.csv has no columns for it; leave the flag out to go on'
+            )
+        every = monitor_interval(self.args, self.num_instances)
+        return Monitor(self.args, self.config, self.accelerator, every)
 
     def _facts(self) -> dict[str, Any]:
         """What a state must agree on with the run that continues it."""
@@ -203,9 +184,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def fit(self) -> None:
-        """Train to the end of the last epoch, saving after each."""
-        self._announce()
+    def fit(self, brief: bool = False) -> None:
+        """Train to the end of the last epoch, saving after each.
+
+        Args:
+            brief: Leave out the lines about where the run begins and where its files are.
+        """
+        if not brief:
+            self._announce()
         started = time.monotonic()
         first = self.epoch
         while self.epoch < self.schedule.num_epochs:
@@ -217,6 +203,8 @@ class Trainer:
             metrics: dict[str, Any] = {}
             if last or (epoch + 1) % self.args.eval_interval == 0:
                 metrics = self._evaluate()
+            if self.monitor is not None and self.monitor.due(epoch, last):
+                metrics.update(self.monitor.measure(self._eval_model()))
             self._finish_epoch(epoch, train, metrics)
             spent = time.monotonic() - started
             left = spent / (self.epoch - first) * (self.schedule.num_epochs - self.epoch)
@@ -224,9 +212,9 @@ class Trainer:
             line = report.epoch_line(epoch, self._stage(epoch), train, metrics, lr)
             self.say(line + (f'  {clock(left)} left' if left >= 1 else ''))
         self.accelerator.wait_for_everyone()
-        self._conclude(time.monotonic() - started)
-        if self.args.log_with:
-            self.accelerator.end_training()
+        self._conclude(time.monotonic() - started, brief)
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
+            tracker.finish()
 
     def _start_temporal_stage(self) -> None:
         assert isinstance(self.task, CTCTask)
@@ -311,23 +299,31 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         if self.accelerator.num_processes > 1 and self.args.dist_bn:
-            distribute_bn(self.model, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+            for norm in self.model.modules():
+                if norm.training and getattr(norm, 'running_mean', None) is not None:  # a mean would round frozen ones
+                    distribute_bn(norm, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+        metrics = evaluate(
+            self._eval_model(), self.eval_loader, self.accelerator, self.num_classes, self.args.channels_last
+        )
+        return {key: metrics[key] for key in ('loss', 'top1', 'top5')}
+
+    def _eval_model(self) -> nn.Module:
         model = self.task.get_eval_model(ema=self.task.has_ema())
         assert model is not None
-        metrics = evaluate(model, self.eval_loader, self.accelerator, self.num_classes, self.args.channels_last)
-        return {key: metrics[key] for key in ('loss', 'top1', 'top5')}
+        return model
 
     def _finish_epoch(self, epoch: int, train: dict[str, float], metrics: dict[str, Any]) -> None:
         """Write the epoch's numbers, weights and state."""
         lr = self.optimizer.param_groups[0]['lr']
         stage = self._stage(epoch)
-        if metrics and (self.best is None or metrics['top1'] > self.best[0]):
+        if 'top1' in metrics and (self.best is None or metrics['top1'] > self.best[0]):
             self.best = (metrics['top1'], epoch)
         self.epoch = epoch + 1
         evaluation = {f'eval/{key}': value for key, value in metrics.items()}
         self.accelerator.log({'epoch': epoch, **evaluation}, step=self.updates)
         if self.accelerator.is_main_process:
-            blank = {key: metrics.get(key, '') for key in ('loss', 'top1', 'top5')}
+            columns = ('loss', 'top1', 'top5', *(COLUMNS if self.monitor is not None else ()))
+            blank = {key: metrics.get(key, '') for key in columns}
             self.run.log_epoch(epoch, train, blank, lr)
             self.run.log({'epoch': epoch, 'stage': stage, **train, **evaluation, 'lr': lr})
             self._save_weights(epoch, metrics)
@@ -342,9 +338,7 @@ class Trainer:
         checkpoints.save_state(self.accelerator, self.task, self.run, progress, self.args.checkpoint_hist)
 
     def _save_weights(self, epoch: int, metrics: dict[str, Any]) -> None:
-        model = self.task.get_eval_model(ema=self.task.has_ema())
-        assert model is not None
-        model = unwrap_model(model)  # of processes, compilation or averaging
+        model = unwrap_model(self._eval_model())  # of processes, compilation or averaging
         facts = {**self._facts(), 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
         self.run.save_weights('last', model, facts)
         if self.best is not None and self.best[1] == epoch:
@@ -365,21 +359,21 @@ class Trainer:
             f'process(es), {self.device}, to {self.run.path}'
         )
 
-    def _conclude(self, seconds: float) -> None:
+    def _conclude(self, seconds: float, brief: bool) -> None:
         if not self.accelerator.is_main_process:
             return
         from ..measure.plots import plot_run
 
-        self.say(report.conclusion(self.run.path, seconds, self.best, plot_run(self.run.path)))
+        pictures = plot_run(self.run.path)
+        if self.monitor is not None:
+            self.say(f'monitoring took {100 * self.monitor.seconds / max(seconds, 1e-9):.1f}% of the time')
+        if not brief:
+            self.say(report.conclusion(self.run.path, seconds, self.best, pictures))
 
 
-def _check_tracker(name: str) -> None:
-    known = [str(tracker.value) for tracker in LoggerType]
-    installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())]
-    if name not in known:
-        raise UserError(f'--log-with {name}: no such tracker{nearest(name, known)}; Accelerate has {", ".join(known)}')
-    if name not in installed:
-        raise UserError(f'--log-with {name}: its package is not installed; installed: {", ".join(installed[1:])}')
+def _open_splits(args: argparse.Namespace) -> tuple[Source, Source]:
+    train = open_split(args, args.train_split, is_training=True, batch_size=args.batch_size)
+    return train, open_split(args, args.val_split, unsplit=False)
 
 
 def _loggable(value: Any) -> bool:

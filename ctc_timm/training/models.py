@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_name, resolve_model_input_args
 from torch import nn
 
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--num-classes', type=positive_int, metavar='N', help="outputs; the data set's classes when not given"
     )
+    add_architecture_arguments(group)
+
+
+def add_architecture_arguments(group: Any) -> None:
+    """Declare timm's flags of how a model is built."""
     group.add_argument('--gp', metavar='POOL', help='global pooling type')
     group.add_argument('--drop', type=probability, default=0.0, metavar='P', help='dropout before the classifier')
     group.add_argument('--drop-path', type=probability, metavar='P', help='stochastic depth')
@@ -67,20 +73,8 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> Any:
     name = args.model
     if ':' not in name and not timm.is_model(name):
         raise UserError(f'--model {name}: unknown to timm{nearest(get_arch_name(name), timm.list_models())}')
-    channels = args.in_chans or (args.input_size[0] if args.input_size else None)
-    options: dict[str, Any] = dict(
-        in_chans=channels,
-        num_classes=num_classes,
-        drop_rate=args.drop or None,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
-        global_pool=args.gp,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
-    )
-    options.update(args.model_kwargs)
     try:
-        resolved = resolve_model_input_args(name, vars(args), **options)
+        resolved = resolve_model_input_args(name, vars(args), **{'num_classes': num_classes, **model_options(args)})
         model = timm.create_model(pretrained=args.pretrained, **{k: v for k, v in resolved.items() if v is not None})
     except UserError as error:
         raise UserError(f'--model {name}: {error}') from None
@@ -90,6 +84,41 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> Any:
         load_weights(model, args.initial_checkpoint, '--initial-checkpoint')
     if not has_classification_head(model):
         raise UserError(f'--model {name}: has no classification head to train; choose a model with one')
+    return model
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What timm's `create_model` is asked for beside name and classes; None leaves the model's own."""
+    options: dict[str, Any] = dict(
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
+        drop_rate=args.drop or None,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+    )
+    return {**options, **args.model_kwargs}
+
+
+def prepare_model(model: Any, args: argparse.Namespace, device: torch.device, num_processes: int) -> Any:
+    """The model on its device, as the execution flags say.
+
+    Raises:
+        UserError: It has no checkpointing, or the device no synchronised batch norm.
+    """
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError, NotImplementedError):
+            raise UserError(f'--grad-checkpointing: {architecture(model)} has none') from None
+    if args.sync_bn and num_processes > 1:
+        if device.type == 'cpu':
+            raise UserError('--sync-bn: PyTorch synchronises batch norm on accelerators only, not on the CPU')
+        model = convert_sync_batchnorm(model)
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     return model
 
 

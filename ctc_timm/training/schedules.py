@@ -20,16 +20,21 @@ SCHEDULES = ('cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare timm's schedule flags, and where and how the temporal stage starts."""
+    """Declare timm's schedule flags."""
     group = parser.add_argument_group('Schedule')
-    group.add_argument('--epochs', type=positive_int, default=300, metavar='N', help='length of the run, both stages')
+    group.add_argument('--epochs', type=positive_int, default=300, metavar='N', help='length of the run')
     group.add_argument(
         '--sched',
         choices=SCHEDULES,
         default='cosine',
         help="timm's schedules; cosine_open is the paper's, see CosineOpenLRScheduler",
     )
-    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule each update, not each epoch')
+    group.add_argument(
+        '--sched-on-updates',
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help='step the schedule each update, not each epoch',
+    )
     group.add_argument('--warmup-epochs', type=non_negative_int, default=0, metavar='N', help='of the first stage')
     group.add_argument(
         '--warmup-lr', type=non_negative_float, default=1e-5, metavar='LR', help='at the start of the warm-up'
@@ -57,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='MULT', help='decay per cycle')
     group.add_argument('--lr-cycle-limit', type=positive_int, default=1, metavar='N', help='number of cycles')
     group.add_argument('--lr-k-decay', type=float, default=1.0, metavar='K', help='for cosine and poly')
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where the temporal stage starts, and how the two stages' schedules differ."""
+    group = parser.add_argument_group('Two stages')
     group.add_argument(
         '--temporal-start-epoch',
         type=non_negative_int,

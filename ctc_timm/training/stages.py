@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import TrainingTask
 from torch import Tensor, nn
 
 from ..arguments import momentum, non_negative_float, positive_float, positive_int, probability
 from ..contrast.negatives import MODES, POSITIVES
-from ..contrast.task import CTCTask
+from ..contrast.task import PAST_FEATURES, CTCTask
 from ..errors import UserError
 from . import mixing
+from .freezing import PartlyFrozenTask
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of CTC, and timm's of the task's own loss."""
+    """Declare the flags of CTC."""
     group = parser.add_argument_group('Contrastive temporal coding')
     group.add_argument('--mode', choices=('ctc', 'vanilla'), default='ctc', help='ctc, or plain supervised training')
     group.add_argument(
@@ -40,13 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--num-negatives', type=positive_int, default=16384, metavar='K', help='negatives an image')
     group.add_argument(
-        '--negatives', choices=MODES, default='sampled', help='K rows of each image, or one draw for the batch'
+        '--negatives', choices=MODES, default='sampled', help='K rows of each image, a draw for the batch, or all rows'
     )
     group.add_argument(
         '--positives', choices=POSITIVES, default='exact', help='the image itself, or a random one of its class'
     )
+    group.add_argument(
+        '--past-features',
+        choices=PAST_FEATURES,
+        default='model',
+        help='pass each batch through the information bank, as published, or use its stored rows',
+    )
     group.add_argument('--embed-dim', type=positive_int, default=128, metavar='E', help='embedding size')
     group.add_argument('--train-projector', action='store_true', help="train the instance stage's projector too")
+
+
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare timm's flags of the task's own loss."""
     group = parser.add_argument_group("Task's loss")
     group.add_argument('--smoothing', type=probability, default=0.1, metavar='F', help='label smoothing')
     group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
@@ -68,6 +80,7 @@ def create_task(
     labels_N: Tensor | None,
     device: torch.device,
     rank: int = 0,
+    frozen: Collection[str] = (),
 ) -> TrainingTask:
     """The task that the flags describe.
 
@@ -77,6 +90,7 @@ def create_task(
         labels_N: Class of each training image, [N]; None for streaming sets.
         device: Where to train.
         rank: This process.
+        frozen: Names of modules that stay in evaluation mode; for plain training.
 
     Raises:
         UserError: CTC on a streaming set, a set of one class, a temperature too low.
@@ -89,7 +103,7 @@ def create_task(
         bce_sum=args.bce_sum,
     )
     if args.mode == 'vanilla':
-        return ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+        return PartlyFrozenTask(model, frozen, criterion_kwargs=criterion, device=device, verbose=False)
     if labels_N is None:
         raise refused_stream(args)
     try:
@@ -101,6 +115,7 @@ def create_task(
             num_negatives=args.num_negatives,
             negatives=args.negatives,
             positives=args.positives,
+            past_features=args.past_features,
             instance_weight=args.instance_weight,
             temporal_weight=args.temporal_weight,
             instance_temperature=args.instance_temperature,

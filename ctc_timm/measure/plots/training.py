@@ -1,8 +1,4 @@
-"""Every picture, drawn from the saved numbers.
-
-Colours are Okabe and Ito's, which colour-blind people can tell apart; lines differ in style too, so that a
-print in grey still reads.
-"""
+"""A training run's picture: loss parts, accuracy and learning rate over the epochs."""
 
 from __future__ import annotations
 
@@ -12,25 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#666666'
-STYLE: dict[Any, Any] = {
-    'axes.grid': True,
-    'axes.spines.right': False,
-    'axes.spines.top': False,
-    'figure.constrained_layout.use': True,
-    'font.size': 10,
-    'grid.alpha': 0.3,
-    'legend.frameon': False,
-    'lines.linewidth': 1.8,
-}
+from .style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, drawing, save
 
 
 def plot_run(run: str | os.PathLike) -> list[Path]:
@@ -40,13 +22,13 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
         run: The run's folder, with summary.csv and metrics.jsonl.
 
     Returns:
-        The pictures written, in the run's plots/.
+        The pictures written, in the run's plots/; one more where a target was monitored.
     """
     run = Path(run)
     with (run / 'summary.csv').open(encoding='utf-8', newline='') as file:
         rows = list(csv.DictReader(file))
-    change = _stage_change(run / 'metrics.jsonl')
-    with plt.rc_context(STYLE):
+    change = stage_change(run / 'metrics.jsonl')
+    with drawing():
         has_contrast = 'train_ctc_loss' in rows[0]
         figure, panels = plt.subplots(4 if has_contrast else 3, 1, figsize=(7, 10 if has_contrast else 8), sharex=True)
         axes = list(panels)
@@ -63,11 +45,36 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
                 place = {'xy': (change, 1.0), 'xycoords': ('data', 'axes fraction')}
                 axes[0].annotate(text, **place, ha=side, va='bottom', color=GREY, annotation_clip=False)
         figure.suptitle(run.name, fontsize=11)
-        picture = run / 'plots' / 'training.png'
-        picture.parent.mkdir(exist_ok=True)
-        figure.savefig(picture, dpi=130)
-        plt.close(figure)
-    return [picture]
+        pictures = [save(figure, run / 'plots' / 'training.png')]
+    if 'eval_monitor_ridge_top1' in rows[0]:
+        pictures.append(_plot_monitor(run, rows, change))
+    return pictures
+
+
+def _plot_monitor(run: Path, rows: list[dict[str, Any]], change: float | None) -> Path:
+    """Transfer and over-compression as they were watched while training."""
+    panels_of = {
+        'eval_monitor_ridge_top1': 'target top-1 accuracy (%),\nridge on frozen features',
+        'eval_monitor_effective_rank': 'effective rank\nof target features',
+        'eval_monitor_spread': 'within / between spread\nof target classes',
+    }
+    with drawing():
+        figure, panels = plt.subplots(3, 1, figsize=(7, 7.5), sharex=True)
+        for ax, (column, label) in zip(panels, panels_of.items()):
+            ax.plot(*_series(rows, column), color=VERMILION, marker='o', markersize=4, label='target')
+            ax.set_ylabel(label)
+            if change is not None:
+                ax.axvline(change, color=GREY, linestyle='-.', linewidth=1.2)
+        source = panels[0].twinx()
+        source.grid(False)
+        source.spines['right'].set_visible(True)
+        source.plot(*_series(rows, 'eval_top1'), color=BLUE, linestyle='--', label='source')
+        source.set_ylabel('source top-1 accuracy (%)', color=BLUE)
+        panels[0].yaxis.label.set_color(VERMILION)
+        panels[-1].set_xlabel('epoch')
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.suptitle(run.name, fontsize=11)
+        return save(figure, run / 'plots' / 'monitor.png')
 
 
 def _task_loss(ax: Axes, rows: list[dict[str, Any]]) -> None:
@@ -120,8 +127,14 @@ def _series(rows: list[dict[str, Any]], column: str) -> tuple[list[int], list[fl
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _stage_change(metrics: Path) -> float | None:
-    """Between which epochs the temporal stage starts, or None if the run has one stage only."""
+def stage_change(metrics: Path) -> float | None:
+    """Between which epochs the temporal stage starts, or None if the run has one stage only.
+
+    Args:
+        metrics: The run's metrics.jsonl.
+    """
+    if not metrics.is_file():
+        return None
     stages = {}
     for line in metrics.read_text(encoding='utf-8').splitlines():
         row = json.loads(line)

@@ -1,0 +1,218 @@
+"""Frozen features of a model on a split: computed once, in evaluation mode, without augmentation, and kept.
+
+Letters: N images, D feature size, C classes of the model, P pixel values of an image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from ..backbones import check_input, features_and_logits
+from ..data.loaders import create_eval_loader, keep_batches
+from ..data.splits import Source
+from ..data.subsets import draw, part_of
+from ..errors import UserError
+from ..progress import progress_bar
+from ..sources import Loaded
+
+KEPT_BYTES = 2 * 2**30  # decoded images of a split that stay in memory for the next model
+
+
+@dataclass
+class Features:
+    """A model's view of a split.
+
+    Attributes:
+        features_ND: Pooled, pre-classifier, float32.
+        labels_N: Of the split.
+        logits_NC: Of the model's own classifier, where they were asked for.
+    """
+
+    features_ND: Tensor
+    labels_N: Tensor
+    logits_NC: Tensor | None = None
+
+
+class SplitImages:
+    """A split's images as a model is to see them, decoded once and kept in memory where they fit.
+
+    Args:
+        source: The opened split; its transform is set.
+        args: Data flags: batch size, workers.
+        config: Of `data.flags.data_config`.
+        accelerator: Device and processes.
+        most: Draw so many images, with the classes in proportion; all when None.
+
+    Attributes:
+        name: Data set and split, for people.
+        facts: What the images are and how they are transformed, for the cache.
+
+    Raises:
+        UserError: A streaming set on several processes, or to be drawn from.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        args: argparse.Namespace,
+        config: dict[str, Any],
+        accelerator: Accelerator,
+        most: int | None = None,
+    ) -> None:
+        several = accelerator.num_processes > 1
+        if source.labels_N is None and (several or most):
+            raise UserError(f'{source.name}: a streaming set is measured whole and by one process')
+        if source.labels_N is not None and most and most < len(source.labels_N):
+            source = part_of(source, draw(source.labels_N, most, seed=0))
+        self.source = source
+        self.accelerator = accelerator
+        self.input_size: tuple[int, int, int] = tuple(config['input_size'])
+        self.count = len(source.labels_N) if source.labels_N is not None else None
+        transform = {key: config[key] for key in sorted(config)}
+        self.facts = {'data': source.name, 'identity': _identity(source), 'most': most, 'transform': transform}
+        self._loader = create_eval_loader(source.dataset, args, config, accelerator.device, distributed=several)
+        if self.count is not None and self.count * torch.Size(self.input_size).numel() <= KEPT_BYTES:
+            keep_batches(self._loader)
+
+    def batches(self, description: str) -> Any:
+        """Batches of (images, targets) on the device, behind a progress bar."""
+        return progress_bar(self._loader, description, self.accelerator)
+
+    def gather(self, rows: list[Tensor]) -> Tensor:
+        """All processes' rows in the split's order, on the CPU."""
+        local = torch.cat(rows)
+        if self.accelerator.num_processes == 1:
+            return local.cpu()
+        # the evaluation sampler deals image i to process i mod P and fills up at the end
+        dealt: Any = self.accelerator.gather(local)
+        by_process = dealt.view(self.accelerator.num_processes, -1, *local.shape[1:])
+        return by_process.transpose(0, 1).flatten(0, 1)[: self.count].cpu()
+
+    def pixels(self, side: int = 32) -> Tensor:
+        """The images as vectors, [N, P], normalised as the model sees them.
+
+        Args:
+            side: Larger images are averaged down to this height and width.
+        """
+        rows = []
+        for images, _ in self.batches('pixels'):
+            if max(images.shape[-2:]) > side:
+                images = adaptive_avg_pool2d(images, (min(side, images.shape[-2]), min(side, images.shape[-1])))
+            rows.append(images.flatten(1).float())
+        return self.gather(rows)
+
+
+def features_of(
+    loaded: Loaded, images: SplitImages, accelerator: Accelerator, cache: Path | None, logits: bool = False
+) -> Features:
+    """The features of a model on a split, from the cache if they are there.
+
+    Args:
+        loaded: The model.
+        images: The split.
+        accelerator: Device, precision and processes.
+        cache: Folder of the cache; None computes anew and keeps nothing.
+        logits: Whether the model's own logits are wanted too.
+
+    Raises:
+        UserError: A model without a classification head, or one that cannot take images of this size.
+    """
+    facts = {**images.facts, 'weights': weights_hash(loaded.model), 'precision': accelerator.mixed_precision}
+    text = json.dumps(facts, sort_keys=True, default=str)
+    file = cache / f'{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors' if cache else None
+    found = _read(file, text, logits) if file and accelerator.is_main_process else None
+    if broadcast_object_list([found is not None])[0]:
+        features = found or _read(file, text, logits)
+        if features is not None:
+            return features
+        raise UserError(f'{file}: seen by the first process and not by this one; --output must be a shared folder')
+    check_input(loaded.model.cpu(), images.input_size)
+    features = compute_features(loaded.model.to(accelerator.device), images, accelerator, logits)
+    if file and accelerator.is_main_process:
+        _write(file, text, features)
+    return features
+
+
+@torch.no_grad()
+def compute_features(model: nn.Module, images: SplitImages, accelerator: Accelerator, logits: bool = False) -> Features:
+    """One pass over a split in evaluation mode.
+
+    Raises:
+        UserError: The model has no classification head.
+    """
+    model.eval()
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+    for batch, targets in images.batches(f'features of {images.source.name}'):
+        with accelerator.autocast():
+            features_BD, logits_BC = features_and_logits(model, batch)
+        parts[0].append(features_BD.float())
+        parts[1].append(targets)
+        if logits:
+            parts[2].append(logits_BC.float())
+    return Features(*(images.gather(part) for part in parts if part))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over the names, types, shapes and bytes of all parameters and buffers, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _identity(source: Source) -> str:
+    """sha256 over what tells whether the images of a split are still the same, without reading them."""
+    digest = hashlib.sha256()
+    if source.labels_N is not None:
+        digest.update(source.labels_N.numpy().tobytes())
+    reader = getattr(source.dataset, 'reader', source.dataset)
+    reader = getattr(reader, '_reader', reader)
+    pixels = getattr(reader, 'images', None)
+    if pixels is not None:  # the digits hold theirs in memory
+        digest.update(pixels)
+    digest.update(str(getattr(getattr(reader, 'dataset', None), '_fingerprint', '')).encode())
+    for sample in getattr(reader, 'samples', ()):
+        path = str(sample[0])
+        if os.path.isfile(path):
+            status = os.stat(path)
+            path = f'{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}'
+        digest.update(path.encode(errors='surrogateescape'))
+    return digest.hexdigest()
+
+
+def _read(file: Path | None, facts: str, logits: bool) -> Features | None:
+    """A cached file, or None if it is missing, damaged, of something else, or without the logits wanted."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework='pt') as stored:
+            if (stored.metadata() or {}).get('facts') != facts:
+                return None
+            names = ('features', 'labels', 'logits') if logits else ('features', 'labels')
+            return Features(*(stored.get_tensor(name).clone() for name in names))
+    except (SafetensorError, OSError):
+        return None
+
+
+def _write(file: Path, facts: str, features: Features) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix('.tmp')
+    tensors = {'features': features.features_ND, 'labels': features.labels_N, 'logits': features.logits_NC}
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, temporary, metadata={'facts': facts})
+    os.replace(temporary, file)

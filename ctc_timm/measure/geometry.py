@@ -1,0 +1,189 @@
+"""Shape of a cloud of features: how many directions it fills, how tight its classes are, how even it is on the sphere.
+
+Over-compression shows as a falling effective rank and as classes that tighten until what tells images of a class apart
+is gone. Everything is computed in float64 but `uniformity`, whose N^2 distances are taken in the features' precision.
+
+Letters: N images, D feature size, C classes, R directions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .sets import BLOCK_ROWS, check_finite, exact_mean, gram, unit_rows, with_float64
+
+_EPS = torch.finfo(torch.float64).eps
+_BLOCK_PAIRS = 1 << 23
+
+
+class ClassSpread(NamedTuple):
+    """Variance within and between classes.
+
+    Attributes:
+        within: Trace of the covariance within classes, in squared units of the features.
+        between: Trace of the covariance of the class means, each class weighing by its images.
+        spread: within / between; infinite when all class means are the same.
+        collapse: tr(within-class covariance @ pinv(between-class covariance)) / C; infinite likewise. It goes to zero
+            in neural collapse (Papyan, Han & Donoho 2020, NC1), and no rotation or scaling of the features changes it.
+    """
+
+    within: float
+    between: float
+    spread: float
+    collapse: float
+
+
+def measure_geometry(features_ND: Tensor, labels_N: Tensor, what: str = 'the features') -> dict[str, float]:
+    """All measures of this file.
+
+    Args:
+        features_ND: [N, D].
+        labels_N: [N].
+        what: Name of the features, for messages.
+
+    Returns:
+        `effective_rank`, `within`, `between`, `spread`, `collapse`, `alignment` and `uniformity`. Dead features and
+        zero vectors give no NaN; `spread` and `collapse` are infinite where the class means don't differ.
+
+    Raises:
+        UserError: Features that are not finite; one class only; no two images of a class.
+    """
+    check_finite(features_ND, what)
+    return {
+        'effective_rank': effective_rank(features_ND),
+        **class_spread(features_ND, labels_N)._asdict(),
+        'alignment': alignment(features_ND, labels_N),
+        'uniformity': uniformity(features_ND),
+    }
+
+
+def effective_rank(features_ND: Tensor) -> float:
+    """Number of directions the features fill: exp of the entropy of the normalised singular values.
+
+    Of the features less their mean (Roy & Vetterli 2007, definition 1). The singular values are roots of the
+    covariance's eigenvalues, of which those at the level of rounding count as zero.
+
+    Args:
+        features_ND: [N, D].
+
+    Returns:
+        From 1 to min(N - 1, D), or 0 when all images have the same features.
+    """
+    features_ND = _on_float64_device(features_ND)
+    eigenvalues_R = torch.linalg.eigvalsh(gram(features_ND)[1])
+    kept_R = eigenvalues_R[eigenvalues_R > eigenvalues_R[-1] * max(features_ND.shape) * _EPS]
+    if not len(kept_R):
+        return 0.0
+    share_R = kept_R.sqrt() / kept_R.sqrt().sum()
+    return math.exp(float(torch.special.entr(share_R).sum()))
+
+
+def class_spread(features_ND: Tensor, labels_N: Tensor) -> ClassSpread:
+    """Variance within classes against variance between them.
+
+    With the class means less the mean of all images, each times the root of its share of the images, as the rows of
+    M = U diag(s) V', the between-class covariance is M'M and its pseudo-inverse V diag(s^-2) V'. So the collapse
+    measure is the within-class variance along each direction of V over s^2, and no [D, D] matrix is needed.
+
+    Args:
+        features_ND: [N, D].
+        labels_N: [N].
+
+    Raises:
+        UserError: One class only.
+    """
+    features_ND, labels_N = _on_float64_device(features_ND), _on_float64_device(labels_N)
+    mean_D = exact_mean(features_ND)
+    class_N, count_C, mean_CD = _class_means(features_ND, labels_N, mean_D)
+    if len(count_C) < 2:
+        raise UserError('every image is of one class, the spread between classes needs at least two')
+    _, s_R, v_RD = torch.linalg.svd(mean_CD * (count_C / len(class_N)).sqrt()[:, None], full_matrices=False)
+    kept = s_R > s_R[0] * max(mean_CD.shape) * _EPS
+    kept[len(count_C) - 1 :] = False  # the rows of M add up to zero, each times its root: C - 1 directions at most
+    s_R, v_RD = s_R[kept], v_RD[kept]
+    within, along_R = 0.0, torch.zeros_like(s_R)
+    for block_BD, class_B in zip(features_ND.split(BLOCK_ROWS), class_N.split(BLOCK_ROWS)):
+        residual_BD = block_BD.double() - mean_D - mean_CD[class_B]
+        within += float(residual_BD.square().sum()) / len(class_N)
+        along_R += (residual_BD @ v_RD.T).square().sum(dim=0) / len(class_N)
+    between = float(s_R.square().sum())
+    if between == 0:
+        return ClassSpread(within, between, math.inf, math.inf)
+    return ClassSpread(within, between, within / between, float((along_R / s_R.square()).sum()) / len(count_C))
+
+
+def alignment(features_ND: Tensor, labels_N: Tensor) -> float:
+    """Mean squared distance between unit-length features of two images of a class, over all such pairs.
+
+    Wang & Isola 2020 (arXiv 2005.10242, section 4.1, alpha 2), with the images of a class as positives. For n vectors
+    with mean m the sum over ordered pairs is 2 n sum |u - m|^2, so no pair is ever formed.
+
+    Args:
+        features_ND: [N, D]. A zero vector counts as the zero vector.
+        labels_N: [N].
+
+    Returns:
+        0 when each class is a point on the sphere, about 2 when its images are spread evenly over it.
+
+    Raises:
+        UserError: No two images of a class.
+    """
+    unit_ND, labels_N = unit_rows(_on_float64_device(features_ND)), _on_float64_device(labels_N)
+    mean_D = exact_mean(unit_ND)
+    class_N, count_C, mean_CD = _class_means(unit_ND, labels_N, mean_D)
+    pairs = float((count_C * (count_C - 1)).sum())
+    if not pairs:
+        raise UserError('every class has a single image, alignment needs two images of a class')
+    total = 0.0
+    for block_BD, class_B in zip(unit_ND.split(BLOCK_ROWS), class_N.split(BLOCK_ROWS)):
+        square_B = (block_BD.double() - mean_D - mean_CD[class_B]).square().sum(dim=1)
+        total += float((2 * count_C[class_B] * square_B).sum())
+    return total / pairs
+
+
+def uniformity(features_ND: Tensor) -> float:
+    """Log of the mean Gaussian potential exp(-2 |u - v|^2) of unit-length features over pairs of distinct images.
+
+    Wang & Isola 2020 (arXiv 2005.10242, section 4.1, t 2). Memory is bounded: distances are taken in blocks.
+
+    Args:
+        features_ND: [N, D], at least two images. A zero vector counts as the zero vector.
+
+    Returns:
+        From 0, all images at one point, down to about -4 for features even over a sphere of many dimensions.
+
+    Raises:
+        UserError: Fewer than two images.
+    """
+    unit_ND = unit_rows(features_ND)
+    count = len(unit_ND)
+    if count < 2:
+        raise UserError(f'uniformity needs at least two images, got {count}')
+    square_N = unit_ND.square().sum(dim=1)
+    total = 0.0
+    rows = max(1, _BLOCK_PAIRS // count)
+    for start in range(0, count, rows):
+        # Columns begin at the block's own first image, so that above the diagonal each pair comes once.
+        inner_BN = unit_ND[start : start + rows] @ unit_ND[start:].T
+        distance_BN = (square_N[start : start + rows, None] + square_N[start:] - 2 * inner_BN).clamp_min_(0)
+        total += float(distance_BN.mul_(-2).exp_().triu_(diagonal=1).sum(dtype=torch.float64))
+    return math.log(total / (count * (count - 1) / 2))
+
+
+def _class_means(features_ND: Tensor, labels_N: Tensor, mean_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Place of each image's class among those present [N], their images [C], their means less that of all [C, D]."""
+    _, class_N, count_C = labels_N.unique(return_inverse=True, return_counts=True)
+    count_C = count_C.double()
+    sum_CD = mean_D.new_zeros(len(count_C), len(mean_D))
+    for block_BD, class_B in zip(features_ND.split(BLOCK_ROWS), class_N.split(BLOCK_ROWS)):
+        sum_CD.index_add_(0, class_B, block_BD.double() - mean_D)
+    return class_N, count_C, sum_CD / count_C[:, None]
+
+
+def _on_float64_device(values: Tensor) -> Tensor:
+    return values.to(with_float64(values.device))

@@ -1,0 +1,127 @@
+"""Multinomial logistic regression with an L2 penalty, by L-BFGS along a path of strengths.
+
+The features are centred and divided by one number, the root of their mean variance u, and no further: scaling each
+feature by itself would blow up nearly dead ones, and would measure other features than the model gives. With x the
+features so scaled, W and b minimise
+
+    mean_i cross_entropy(x_i W + b, y_i) + strength / 2 |W|^2,
+
+the bias unpenalised. scikit-learn's `LogisticRegression` minimises C sum_i cross_entropy + |W|^2 / 2, the same with
+C = 1 / (N strength). For two classes it fits one logit where there are two here, of half the size each, and its C is
+2 / (N strength).
+
+Features are correlated, and L-BFGS slows down with the ratio of the largest to the smallest curvature. So it works in
+their principal axes, in which the curvature is nearly diagonal: about e_r v_c for axis r and class c, with e_r the
+variance along the axis and v_c the mean of p_c (1 - p_c). Dividing by the root of that plus the strength makes all
+curvatures about one. The objective and its minimum stay what they are.
+
+Letters: N images, D feature size, C classes, R axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .sets import Labelled, gram
+
+STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -11, -1))  # 10 down to 1e-5
+DEFAULT_STRENGTH = 1.0  # the best or near it with one image a class, on digits and on CIFAR-10
+_TOLERANCE, _RANKING_TOLERANCE = 1e-7, 1e-3  # largest entry of the gradient, in coordinates of curvature about one
+_MAX_ITERATIONS = 1000
+
+
+def solve(
+    train: Labelled, num_classes: int, strengths: Sequence[float], exact: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logistic regression along strengths, each started from the last, a `selection.PathSolver`.
+
+    A class without images gets a bias of minus infinity: the objective has no minimum for it, only that limit.
+
+    Args:
+        train: [N, D] and [N].
+        num_classes: C.
+        strengths: Solved in this order, best the strongest first.
+        exact: To a gradient of 1e-7, weights to about 1e-5 of the largest; else to 1e-3.
+
+    Yields:
+        weights [D, C] and bias [C] for the features as given, float64.
+    """
+    present_P, labels_N = train.labels_N.unique(return_inverse=True)
+    mean_D, axes_DR, scaled_RN, variance_R = _principal(train.features_ND)
+    tolerance = _TOLERANCE if exact else _RANKING_TOLERANCE
+    weights_PR = scaled_RN.new_zeros(len(present_P), len(variance_R))
+    bias_P = scaled_RN.new_zeros(len(present_P))
+    for strength in strengths:
+        _minimise(weights_PR, bias_P, scaled_RN, labels_N, variance_R, strength, tolerance)
+        weights_DC = scaled_RN.new_zeros(len(mean_D), num_classes)
+        bias_C = scaled_RN.new_full((num_classes,), -torch.inf)
+        weights_DC[:, present_P] = axes_DR @ weights_PR.T
+        bias_C[present_P] = bias_P - mean_D @ weights_DC[:, present_P]
+        yield weights_DC, bias_C
+
+
+def _principal(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean [D], scaled axes [D, R], and in these axes the features [R, N] and their variances [R].
+
+    An axis holds the division by the root of the mean variance. Classes and axes come before images throughout:
+    the products and the softmax run two to ten times faster that way round.
+    """
+    count, size = features_ND.shape
+    mean_D, gram_RR = gram(features_ND)
+    eigenvalues_R, vectors_RR = torch.linalg.eigh(gram_RR)
+    unit = float(eigenvalues_R.sum()) / size or 1.0
+    if count < size:
+        # No weight ever leaves the span of the images, so N axes do; those without variance are rounding.
+        kept = eigenvalues_R > eigenvalues_R[-1] * size * torch.finfo(torch.float64).eps
+        eigenvalues_R, vectors_NR = eigenvalues_R[kept], vectors_RR[:, kept]
+        axes_DR = (features_ND.double() - mean_D).T @ (vectors_NR / (count * eigenvalues_R).sqrt())
+        scaled_RN = (vectors_NR * (count * eigenvalues_R / unit).sqrt()).T.contiguous()
+    else:
+        axes_DR = vectors_RR
+        scaled_RN = axes_DR.T @ (features_ND.double() - mean_D).T / unit**0.5
+    return mean_D, axes_DR / unit**0.5, scaled_RN, eigenvalues_R.clamp_min(0) / unit
+
+
+@torch.no_grad()
+def _minimise(
+    weights_PR: Tensor,
+    bias_P: Tensor,
+    scaled_RN: Tensor,
+    labels_N: Tensor,
+    variance_R: Tensor,
+    strength: float,
+    tolerance: float,
+) -> None:
+    """Move weights and bias to the minimum, in place."""
+    count = len(labels_N)
+    chance_PN = torch.addmm(bias_P[:, None], weights_PR, scaled_RN).softmax(dim=0)
+    spread_P = (chance_PN * (1 - chance_PN)).mean(dim=1).clamp_min(1e-6)
+    step_PR, step_P = (spread_P[:, None] * variance_R + strength).rsqrt(), spread_P.rsqrt()
+    w_PR, b_P = torch.nn.Parameter(weights_PR / step_PR), torch.nn.Parameter(bias_P / step_P)
+    minus_one_1N = scaled_RN.new_full((1, count), -1.0)
+    optimizer = torch.optim.LBFGS(
+        [w_PR, b_P],
+        max_iter=_MAX_ITERATIONS,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-14,
+        history_size=10,
+        line_search_fn='strong_wolfe',
+    )
+
+    @torch.no_grad()
+    def objective() -> Tensor:
+        weights_PR.copy_(step_PR * w_PR)
+        bias_P.copy_(step_P * b_P)
+        log_PN = torch.addmm(bias_P[:, None], weights_PR, scaled_RN).log_softmax(dim=0)
+        loss = strength / 2 * weights_PR.square().sum() - log_PN.gather(0, labels_N[None]).mean()
+        error_PN = log_PN.exp_().scatter_add_(0, labels_N[None], minus_one_1N)
+        w_PR.grad = step_PR * (error_PN @ scaled_RN.T / count + strength * weights_PR)
+        b_P.grad = step_P * error_PN.mean(dim=1)
+        return loss
+
+    optimizer.step(objective)
+    weights_PR.copy_(step_PR * w_PR)
+    bias_P.copy_(step_P * b_P)

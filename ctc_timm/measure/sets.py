@@ -1,0 +1,170 @@
+"""Frozen features with labels: what every measure takes in, and whether it can be measured at all.
+
+Letters: N images, D feature size, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+BLOCK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features of images and the class of each.
+
+    Attributes:
+        features_ND: Floating point, [N, D].
+        labels_N: int64, [N], counted from 0.
+
+    Raises:
+        ValueError: Features that are no matrix, or not one label an image.
+    """
+
+    features_ND: Tensor
+    labels_N: Tensor
+
+    def __post_init__(self) -> None:
+        if self.features_ND.ndim != 2 or self.labels_N.shape != self.features_ND.shape[:1]:
+            raise ValueError(
+                'features must be [N, D] and labels [N], '
+                f'got {list(self.features_ND.shape)} and {list(self.labels_N.shape)}'
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def take(self, chosen: Tensor) -> Labelled:
+        """The images at these positions, or where this mask is true."""
+        return Labelled(self.features_ND[chosen], self.labels_N[chosen])
+
+    def to(self, device: torch.device | str) -> Labelled:
+        """The same on a device."""
+        return Labelled(self.features_ND.to(device), self.labels_N.to(device))
+
+
+def check_sets(
+    train: Labelled, test: Labelled, num_classes: int, what: str, class_names: Sequence[str] | None = None
+) -> None:
+    """Refuse sets on which no probe can be fitted or measured.
+
+    A class with no image in either set is allowed: it takes no part.
+
+    Args:
+        train: What the probe is fitted on.
+        test: What it is measured on.
+        num_classes: C.
+        what: Name of the data set, the start of each message.
+        class_names: Name of each class, for the messages.
+
+    Raises:
+        UserError: No images; a label outside 0 to C - 1; one class only; a class in one set and absent from the
+            other; features that are not finite.
+    """
+    parts = {'training': train, 'test': test}
+    for name, part in parts.items():
+        if not len(part):
+            raise UserError(f'{what}: no {name} images')
+        low, high = int(part.labels_N.min()), int(part.labels_N.max())
+        if low < 0 or high >= num_classes:
+            raise UserError(
+                f'{what}: {name} labels run from {low} to {high}, with {num_classes} classes '
+                f'they must lie between 0 and {num_classes - 1}'
+            )
+    has = {name: torch.bincount(part.labels_N, minlength=num_classes).cpu() > 0 for name, part in parts.items()}
+    if int((has['training'] | has['test']).sum()) < 2:
+        only = class_label(int(train.labels_N[0]), class_names)
+        raise UserError(f'{what}: every image is of {only}, a probe needs at least two classes')
+    for name, other in (('test', 'training'), ('training', 'test')):
+        absent = (has[other] & ~has[name]).nonzero().flatten().tolist()
+        if absent:
+            label = class_label(absent[0], class_names)
+            more = f' and {len(absent) - 1} more' if len(absent) > 1 else ''
+            raise UserError(
+                f'{what}: no {name} images of {label}{more}, of which there are {other} images; '
+                'both splits must hold the same classes'
+            )
+    for name, part in parts.items():
+        check_finite(part.features_ND, f'{what}: the {name} features')
+
+
+def check_finite(features_ND: Tensor, what: str) -> None:
+    """Refuse features with NaN or infinite entries.
+
+    Args:
+        features_ND: [N, D].
+        what: Start of the message.
+
+    Raises:
+        UserError: With how many images have such features.
+    """
+    bad = int((~torch.isfinite(features_ND).all(dim=1)).sum())
+    if bad:
+        raise UserError(
+            f'{what} of {bad} of {len(features_ND)} images are NaN or infinite; '
+            'take weights from before the training diverged'
+        )
+
+
+def class_label(number: int, class_names: Sequence[str] | None) -> str:
+    """A class as messages name it: ``class 3`` or ``class 3 ('cat')``."""
+    return f'class {number}' if class_names is None else f'class {number} ({class_names[number]!r})'
+
+
+def unit_rows(features_ND: Tensor) -> Tensor:
+    """Each row over its length, [N, D], in float32 or better; a zero row has no direction and stays zero.
+
+    A row is divided by its largest entry first, so that no scale of the features over- or underflows.
+    """
+    rows_ND = features_ND.to(torch.promote_types(features_ND.dtype, torch.float32))
+    largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
+    rows_ND = rows_ND / torch.where(largest_N1 > 0, largest_N1, 1.0)
+    return rows_ND / rows_ND.norm(dim=1, keepdim=True).clamp_min(1)
+
+
+def with_float64(device: torch.device | str) -> torch.device:
+    """The device itself, or the CPU in place of one without float64 (Apple's)."""
+    device = torch.device(device)
+    return torch.device('cpu') if device.type == 'mps' else device
+
+
+def exact_mean(features_ND: Tensor) -> Tensor:
+    """Mean over images, [D], float64, from which a constant feature differs by exactly zero.
+
+    Summed as differences from the first image: a plain mean would leave a rounding error in a dead feature,
+    which anything that divides by a variance could blow up.
+    """
+    origin_D = features_ND[0].double()
+    total_D = torch.zeros_like(origin_D)
+    for block_BD in features_ND.split(BLOCK_ROWS):
+        total_D += (block_BD.double() - origin_D).sum(dim=0)
+    return origin_D + total_D / len(features_ND)
+
+
+def gram(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the features and the smaller of their two second-moment matrices, float64.
+
+    Args:
+        features_ND: [N, D].
+
+    Returns:
+        mean [D], and with X the features less their mean, the covariance X'X / N, [D, D], or when there are fewer
+        images than features X X' / N, [N, N], which has the same eigenvalues but for zeros.
+    """
+    count, size = features_ND.shape
+    mean_D = exact_mean(features_ND)
+    if count < size:
+        centred_ND = features_ND.double() - mean_D
+        return mean_D, centred_ND @ centred_ND.T / count
+    gram_DD = torch.zeros(size, size, dtype=torch.float64, device=features_ND.device)
+    for block_BD in features_ND.split(BLOCK_ROWS):  # a float64 copy of all the features would be large
+        centred_BD = block_BD.double() - mean_D
+        gram_DD.addmm_(centred_BD.T, centred_BD)
+    return mean_D, gram_DD / count

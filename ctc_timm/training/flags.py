@@ -1,0 +1,42 @@
+"""All flags of a training run, each group declared where it is read."""
+
+from __future__ import annotations
+
+from ..arguments import Parser, positive_int, probability
+from ..data.flags import add_dataset_arguments
+from ..processes import add_precision_arguments
+from . import checkpoints, loaders, mixing, models, monitor, optimization, schedules, stages
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare every flag of `train.py`."""
+    add_dataset_arguments(parser)
+    models.add_arguments(parser)
+    stages.add_arguments(parser)
+    schedules.add_stage_arguments(parser)
+    checkpoints.add_arguments(parser)
+    add_common_arguments(parser)
+
+
+def add_common_arguments(parser: Parser) -> None:
+    """Declare what holds for any training, of one stage or two, from scratch or not."""
+    stages.add_loss_arguments(parser)
+    schedules.add_arguments(parser)
+    optimization.add_arguments(parser)
+    loaders.add_augmentation_arguments(parser)
+    mixing.add_arguments(parser)
+    models.add_execution_arguments(parser)
+    checkpoints.add_saving_arguments(parser)
+    monitor.add_arguments(parser)
+    group = parser.add_argument_group('Run')
+    group.add_argument('--seed', type=int, default=42, metavar='S', help='of everything random')
+    group.add_argument(
+        '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
+    )
+    add_precision_arguments(group)
+    group.add_argument('--model-ema', action='store_true', help='keep a moving average; it is what is saved')
+    group.add_argument('--model-ema-decay', type=probability, default=0.9998, metavar='D', help='its decay')
+    group.add_argument('--model-ema-warmup', action='store_true', help='warm its decay up')
+    group.add_argument('--model-ema-force-cpu', action='store_true', help='keep it on the CPU')
+    group.add_argument('--log-with', metavar='TRACKER', help="Accelerate's trackers: tensorboard, wandb, ...")
+    group.add_argument('--eval-interval', type=positive_int, default=1, metavar='N', help='epochs between evaluations')

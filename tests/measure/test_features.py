@@ -1,0 +1,146 @@
+"""Frozen features against a plain loop, and the cache that keeps them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from processes import run_processes
+from torchvision.transforms import functional
+
+from ctc_timm.arguments import Parser, parse
+from ctc_timm.backbones import features_and_logits
+from ctc_timm.data.digits import DigitsReader
+from ctc_timm.data.flags import add_dataset_arguments, data_config
+from ctc_timm.data.splits import open_split
+from ctc_timm.errors import UserError
+from ctc_timm.measure.features import SplitImages, compute_features, features_of, weights_hash
+from ctc_timm.sources import Loaded
+
+WORDS = '--dataset digits --img-size 16 --mean 0.3 --std 0.4 --interpolation bilinear --crop-pct 1.0 -b 32 -j 0'
+
+
+def read(words: str = WORDS) -> argparse.Namespace:
+    """The data flags."""
+    parser = Parser()
+    add_dataset_arguments(parser)
+    return parse(parser, words.split())
+
+
+def model(seed: int = 0) -> Loaded:
+    """A small model with random weights."""
+    torch.manual_seed(seed)
+    return Loaded(timm.create_model('test_resnet', num_classes=7).eval(), 'small', 'small', None, {})
+
+
+def images_of(accelerator: Accelerator, split: str = 'validation[:70]', most: int | None = None) -> SplitImages:
+    """A split of the digits through the model's transform."""
+    args = read()
+    source = open_split(args, split)
+    return SplitImages(source, args, data_config(args, timm.create_model('test_resnet')), accelerator, most)
+
+
+def plainly(split: slice) -> torch.Tensor:
+    """The images as the flags say, without timm's loader."""
+    reader = DigitsReader('validation')
+    pixels = torch.from_numpy(reader.images[split])[:, None]
+    pil = [functional.to_pil_image(image).convert('RGB').resize((16, 16), 2) for image in pixels]
+    return torch.stack([functional.to_tensor(image) for image in pil]).sub(0.3).div(0.4)
+
+
+def test_features_equal_a_plain_loop() -> None:
+    """Twice, from decoded files and from memory; logits and labels too."""
+    accelerator = Accelerator()
+    images = images_of(accelerator)
+    loaded = model()
+    with torch.no_grad():
+        wanted, logits = features_and_logits(loaded.model, plainly(slice(70)))
+    for _ in range(2):
+        found = compute_features(loaded.model, images, accelerator, logits=True)
+        torch.testing.assert_close(found.features_ND, wanted, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found.logits_NC, logits, atol=2e-5, rtol=1e-5)
+        assert found.labels_N.tolist() == DigitsReader('validation').labels[:70].tolist()
+    torch.testing.assert_close(images.pixels(), plainly(slice(70)).flatten(1), atol=1e-5, rtol=0)
+    averaged = torch.nn.functional.avg_pool2d(plainly(slice(70)), 4).flatten(1)
+    torch.testing.assert_close(images.pixels(side=4), averaged, atol=1e-5, rtol=0)
+
+
+def test_cache(tmp_path: Path) -> None:
+    """A hit needs the same weights, images and transform; anything else, or damage, is computed anew."""
+    accelerator = Accelerator()
+    images, loaded = images_of(accelerator), model()
+    first = features_of(loaded, images, accelerator, tmp_path)
+    (file,) = tmp_path.iterdir()
+    for parameter in loaded.model.parameters():
+        parameter.data.zero_()
+    assert not torch.equal(features_of(loaded, images, accelerator, tmp_path).features_ND, first.features_ND)
+    assert len(list(tmp_path.iterdir())) == 2
+
+    again = features_of(model(), images_of(accelerator), accelerator, tmp_path)
+    assert torch.equal(again.features_ND, first.features_ND) and again.logits_NC is None
+    written = file.stat().st_mtime_ns
+    with_logits = features_of(model(), images, accelerator, tmp_path, logits=True)
+    assert with_logits.logits_NC is not None and file.stat().st_mtime_ns > written
+    for other in (images_of(accelerator, 'validation[1:71]'), images_of(accelerator, most=50)):
+        features_of(model(), other, accelerator, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+    file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(features_of(model(), images, accelerator, tmp_path).features_ND, first.features_ND)
+    torch.manual_seed(1)
+    poisoned = model(1)
+    assert not torch.equal(features_of(poisoned, images, accelerator, tmp_path).features_ND, first.features_ND)
+
+
+def test_weights_hash_sees_every_tensor() -> None:
+    """One changed buffer value is another model; a copy is the same."""
+    one, other = model().model, model().model
+    assert weights_hash(one) == weights_hash(other)
+    next(other.buffers()).view(-1)[0] += 1
+    assert weights_hash(one) != weights_hash(other)
+
+
+def test_folder_changes_are_seen(image_folder: Path, flags: Callable[..., argparse.Namespace]) -> None:
+    """An image that is written anew is another data set."""
+    args = flags('--data-dir', str(image_folder), '-j 0')
+    config = data_config(args, timm.create_model('test_resnet'))
+
+    def facts() -> dict:
+        return SplitImages(open_split(args, 'validation'), args, config, Accelerator()).facts
+
+    before = facts()
+    assert facts() == before
+    picture = next(image_folder.rglob('validation/*/*.png'))
+    picture.write_bytes(picture.read_bytes() + b' ')
+    assert facts() != before
+
+
+def _gathered(rank: int, world: int) -> tuple[torch.Tensor, ...]:
+    accelerator = Accelerator(cpu=True)
+    assert (accelerator.process_index, accelerator.num_processes) == (rank, world)
+    images = images_of(accelerator, 'validation[:33]')
+    features = compute_features(model().model, images, accelerator, logits=True)
+    return features.features_ND, features.labels_N, images.pixels()
+
+
+def test_processes_see_what_one_sees(tmp_path: Path) -> None:
+    """Two processes share an odd number of images and both get all of them, in order."""
+    found = run_processes(_gathered, 2, tmp_path)
+    alone = compute_features(model().model, images_of(Accelerator(), 'validation[:33]'), Accelerator(), logits=True)
+    for features, labels, pixels in found:
+        torch.testing.assert_close(features, alone.features_ND)
+        assert torch.equal(labels, alone.labels_N) and len(pixels) == 33
+
+
+def test_stream_is_not_drawn_from(flags: Callable[..., argparse.Namespace]) -> None:
+    """A set without an index is measured whole."""
+    args = read()
+    source = open_split(args, 'validation')
+    source.labels_N = None
+    with pytest.raises(UserError, match='measured whole'):
+        SplitImages(source, args, data_config(args, timm.create_model('test_resnet')), Accelerator(), most=5)

@@ -1,0 +1,159 @@
+"""Shape of a cloud of features against loops over images and pairs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ctc_timm.errors import UserError
+from ctc_timm.measure import geometry, sets
+from ctc_timm.measure.geometry import alignment, class_spread, effective_rank, measure_geometry, uniformity
+
+NAMES = ['effective_rank', 'within', 'between', 'spread', 'collapse', 'alignment', 'uniformity']
+
+
+def cloud(count=60, size=12, classes=4, seed=0):
+    """Features far from the origin, of unequal scales, with a dead feature and classes of unequal size."""
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.choice(classes, count - classes, p=[0.6, 0.2, 0.1, 0.1])])
+    features = rng.normal(size=(classes, size))[labels] + rng.normal(size=(count, size)) * np.linspace(0.1, 2, size)
+    features += 5
+    features[:, 0] = 0.1
+    return torch.tensor(features), torch.tensor(labels)
+
+
+def unit(row):
+    length = math.sqrt(sum(x * x for x in row))
+    return [x / length if length else 0.0 for x in row]
+
+
+def squared_distances(features):
+    """Of all ordered pairs of distinct images, as {(i, j): d^2}."""
+    rows = [unit(row) for row in features.tolist()]
+    return {
+        (i, j): sum((x - y) ** 2 for x, y in zip(rows[i], rows[j]))
+        for i in range(len(rows))
+        for j in range(len(rows))
+        if i != j
+    }
+
+
+@pytest.fixture(params=[1, 7, 8192], ids=lambda rows: f'blocks of {rows}')
+def blocks(request, monkeypatch):
+    monkeypatch.setattr(sets, 'BLOCK_ROWS', request.param)
+    monkeypatch.setattr(geometry, 'BLOCK_ROWS', request.param)
+    monkeypatch.setattr(geometry, '_BLOCK_PAIRS', request.param * 61)
+
+
+@pytest.mark.parametrize('count, size', [(60, 12), (9, 40)])
+def test_effective_rank_against_singular_values(count, size, blocks):
+    features, _ = cloud(count, size)
+    values = np.linalg.svd(features.numpy() - features.numpy().mean(axis=0), compute_uv=False)
+    share = values[values > 1e-10] / values.sum()
+    assert effective_rank(features) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
+
+
+def test_effective_rank_of_known_shapes():
+    cross = torch.cat([torch.eye(6), -torch.eye(6)])  # the same spread along six axes
+    assert effective_rank(cross) == pytest.approx(6, rel=1e-9)
+    line = torch.linspace(-1, 1, 20)[:, None] * torch.ones(1, 8)
+    assert effective_rank(line) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize('count, size', [(60, 12), (20, 40), (60, 3)])
+def test_class_spread_against_covariances(count, size, blocks):
+    features, labels = cloud(count, size)
+    x, y = features.numpy(), labels.numpy()
+    within, between = np.zeros((size, size)), np.zeros((size, size))
+    for row, label in zip(x, y):
+        mean = x[y == label].mean(axis=0)
+        within += np.outer(row - mean, row - mean) / len(x)
+        between += np.outer(mean - x.mean(axis=0), mean - x.mean(axis=0)) / len(x)
+    found = class_spread(features, labels)
+    assert found.within == pytest.approx(np.trace(within), rel=1e-10)
+    assert found.between == pytest.approx(np.trace(between), rel=1e-10)
+    assert found.spread == pytest.approx(np.trace(within) / np.trace(between), rel=1e-10)
+    collapse = np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / 4
+    assert found.collapse == pytest.approx(collapse, rel=1e-8)
+
+
+def test_alignment_against_all_pairs_of_a_class(blocks):
+    features, labels = cloud()
+    features[5] = 0
+    labels[5] = 0
+    values = [d for (i, j), d in squared_distances(features).items() if labels[i] == labels[j]]
+    assert alignment(features, labels) == pytest.approx(np.mean(values), rel=1e-10)
+
+
+@pytest.mark.parametrize('dtype, rel', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_uniformity_against_all_pairs(dtype, rel, blocks):
+    features, _ = cloud()
+    features = features - 5  # all around the origin
+    features[5] = 0
+    values = [math.exp(-2 * d) for d in squared_distances(features).values()]
+    assert uniformity(features.to(dtype)) == pytest.approx(math.log(np.mean(values)), rel=rel)
+
+
+def test_full_collapse_and_no_structure():
+    labels = torch.arange(300) % 3
+    found = measure_geometry(torch.eye(3)[labels], labels)
+    for name in ('within', 'spread', 'collapse', 'alignment'):
+        assert found[name] == pytest.approx(0, abs=1e-20), name
+    assert found['effective_rank'] == pytest.approx(2)
+    noise = torch.randn(3000, 200, generator=torch.Generator().manual_seed(0))
+    found = measure_geometry(noise, torch.arange(3000) % 3)
+    assert found['alignment'] == pytest.approx(2, abs=0.02)
+    assert found['uniformity'] == pytest.approx(-4, abs=0.06)  # exp(-2 d^2) is convex: a little above
+    assert found['spread'] > 300
+
+
+def test_scale_matters_to_variances_alone():
+    features, labels = cloud()
+    plain, scaled = measure_geometry(features, labels), measure_geometry(features * 1e3, labels)
+    assert list(plain) == NAMES
+    for name in NAMES:
+        factor = 1e6 if name in ('within', 'between') else 1
+        assert scaled[name] == pytest.approx(plain[name] * factor, rel=1e-9), name
+
+
+def test_the_origin_does_not_matter_to_variances():
+    features, labels = cloud()
+    near, far = class_spread(features, labels), class_spread(features + 1e5, labels)
+    assert far == pytest.approx(near, rel=1e-7)
+    assert effective_rank(features + 1e5) == pytest.approx(effective_rank(features), rel=1e-7)
+
+
+def test_dead_features_and_zero_vectors():
+    shapes = (torch.zeros(20, 5), torch.full((20, 5), 0.1), torch.full((1003, 5), 0.1, dtype=torch.float64))
+    assert (shapes[-1] - shapes[-1].mean(dim=0)).any()  # a plain mean is off by a rounding error
+    for features in shapes:
+        labels = torch.arange(len(features)) % 2
+        found = measure_geometry(features, labels)
+        assert found == {
+            **dict.fromkeys(NAMES, 0.0),
+            'spread': math.inf,
+            'collapse': math.inf,
+            'uniformity': pytest.approx(0, abs=1e-6),
+        }
+    features, labels = cloud()
+    features[:10] = 0
+    found = measure_geometry(features, labels)
+    assert all(math.isfinite(value) for value in found.values())
+    dead = torch.cat([features, torch.zeros(len(features), 7)], dim=1)
+    assert measure_geometry(dead, labels) == pytest.approx(found, rel=1e-9)
+
+
+def test_what_cannot_be_measured():
+    features, labels = cloud()
+    features[3, 0], features[9, 2] = torch.nan, -torch.inf
+    with pytest.raises(UserError, match='^epoch 3: .* 2 of 60 images .*') as caught:
+        measure_geometry(features, labels, 'epoch 3: the features')
+    assert '\n' not in str(caught.value)
+    features, labels = cloud()
+    with pytest.raises(UserError, match='one class'):
+        measure_geometry(features, torch.zeros_like(labels))
+    with pytest.raises(UserError, match='single image'):
+        measure_geometry(features, torch.arange(len(labels)))
+    with pytest.raises(UserError, match='two images'):
+        uniformity(features[:1])
