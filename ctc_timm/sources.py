@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,35 @@ class Loaded:
     weights: str
     run: Path | None
     run_args: dict[str, Any]
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> Any:
+    """Declare how a model with its weights is named, for scripts that measure or go on from one.
+
+    Returns:
+        The group, for more about the model.
+    """
+    parser.add_argument(
+        'source', nargs='?', metavar='MODEL', help='run folder, weights file, timm name, hf-hub: or local-dir:'
+    )
+    group = parser.add_argument_group('Model')
+    group.add_argument('--model', default='', metavar='NAME', help='timm name, hf-hub: or local-dir:')
+    group.add_argument('--checkpoint', default='', metavar='FILE', help='weights file or run folder')
+    group.add_argument('--pretrained', action='store_true', help='always meant for a name; taken for timm users')
+    return group
+
+
+def named_source(args: argparse.Namespace) -> tuple[str, str, str]:
+    """What the flags name: a source, the architecture of a weights file, and the flag for messages.
+
+    Raises:
+        UserError: Nothing is named.
+    """
+    source = args.source or args.checkpoint or args.model
+    if not source:
+        raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
+    flag = '--model' if source == args.model else '--checkpoint' if source == args.checkpoint else 'MODEL'
+    return source, args.model if source != args.model else '', flag
 
 
 def load_model(source: str, architecture: str = '', flag: str = '--model', **options: Any) -> Loaded:

@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from ..arguments import KeyValues, Parser, non_negative_int, positive_int
 from ..data.flags import data_config
-from ..errors import UserError
 from ..processes import add_precision_arguments, create_accelerator
 from ..progress import outer_bar
-from ..sources import Loaded, load_model
+from ..sources import Loaded, add_source_arguments, load_model, named_source
 from .features import features_of
 from .few_shot import few_shot
 from .plots.probes import plot_probes
@@ -27,13 +26,7 @@ from .targets import Target, add_target_arguments, open_targets, target_names
 
 def add_arguments(parser: Parser) -> None:
     """Declare the flags of the probes."""
-    parser.add_argument(
-        'source', nargs='?', metavar='MODEL', help='run folder, weights file, timm name, hf-hub: or local-dir:'
-    )
-    group = parser.add_argument_group('Model')
-    group.add_argument('--model', default='', metavar='NAME', help='timm name, hf-hub: or local-dir:')
-    group.add_argument('--checkpoint', default='', metavar='FILE', help='weights file or run folder')
-    group.add_argument('--pretrained', action='store_true', help='as is always meant; taken for timm users')
+    group = add_source_arguments(parser)
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the model'
     )
@@ -68,13 +61,9 @@ def linear_probe(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: A model or a target that cannot be had or measured. Finished rows stay.
     """
-    source = args.source or args.checkpoint or args.model
-    if not source:
-        raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
-    architecture = args.model if source != args.model else ''
-    flag = '--model' if source == args.model else '--checkpoint' if source == args.checkpoint else 'MODEL'
+    source, architecture, flag = named_source(args)
     accelerator = create_accelerator(args)
-    loaded = load_model(source, architecture, flag=flag, in_chans=args.in_chans, **args.model_kwargs)
+    loaded = load_model(source, architecture, flag, in_chans=args.in_chans, **args.model_kwargs)
     config = data_config(args, loaded.model)
     targets = open_targets(target_names(args), args, config['input_size'][0], accelerator)
     folder = Path(args.output) if args.output else (loaded.run or Path('results') / loaded.name) / 'linear_probe'

@@ -15,7 +15,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a file that is complete or not there; JSON knows no infinity and no NaN, which become null."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + '.tmp')
-    temporary.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
+    temporary.write_text(
+        json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8'
+    )
     os.replace(temporary, file)
 
 

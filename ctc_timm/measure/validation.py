@@ -13,20 +13,14 @@ from ..backbones import check_input
 from ..data.flags import add_dataset_arguments, data_config
 from ..data.loaders import create_eval_loader
 from ..data.splits import Source, check_labels, open_split
-from ..errors import UserError
 from ..processes import add_precision_arguments, create_accelerator
-from ..sources import Loaded, load_model
+from ..sources import Loaded, add_source_arguments, load_model, named_source
 from .evaluation import evaluate
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the flags of a validation, by timm's names."""
-    parser.add_argument(
-        'source', nargs='?', metavar='MODEL', help='run folder, weights file, timm name, hf-hub: or local-dir:'
-    )
-    group = parser.add_argument_group('Model')
-    group.add_argument('--model', default='', metavar='NAME', help='timm name, hf-hub: or local-dir:')
-    group.add_argument('--checkpoint', default='', metavar='FILE', help='weights file or run folder')
+    group = add_source_arguments(parser)
     group.add_argument('--num-classes', type=positive_int, metavar='N', help="outputs; the weights' own when not given")
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the model'
@@ -53,17 +47,13 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: A model or data that can't be had, or that do not fit each other.
     """
-    source = args.source or args.checkpoint or args.model
-    if not source:
-        raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
-    architecture = args.model if source != args.model else ''
-    flag = '--model' if source == args.model else '--checkpoint' if source == args.checkpoint else 'MODEL'
+    source, architecture, flag = named_source(args)
     accelerator = create_accelerator(args)
     split = args.split or args.val_split
     with accelerator.main_process_first():
         opened = open_split(args, split)
     options = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
-    loaded = load_model(source, architecture, flag=flag, **options)
+    loaded = load_model(source, architecture, flag, **options)
     num_classes: int = loaded.model.num_classes
     check_labels(opened, num_classes, split)
     config = data_config(args, loaded.model)

@@ -34,7 +34,7 @@ from ..measure.sets import Labelled, check_sets
 from ..measure.targets import slug
 from ..processes import create_accelerator
 from ..progress import clock
-from ..sources import Loaded, load_model
+from ..sources import Loaded, load_model, named_source
 from . import finetune_results, freezing, mixing, models
 from .finetune_flags import NOT_SETTINGS
 from .loop import Trainer
@@ -118,11 +118,8 @@ class FineTuning:
 
     def _load(self) -> Loaded:
         args = self.args
-        source = args.source or args.checkpoint or args.model
-        if not source:
-            raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
-        flag = 'MODEL' if source == args.source else '--checkpoint' if source == args.checkpoint else '--model'
-        loaded = load_model(source, args.model if source != args.model else '', flag, **models.model_options(args))
+        source, architecture, flag = named_source(args)
+        loaded = load_model(source, architecture, flag, **models.model_options(args))
         size = args.input_size[1:] if args.input_size else [args.img_size] * 2 if args.img_size else None
         if size and hasattr(loaded.model, 'set_input_size'):
             try:

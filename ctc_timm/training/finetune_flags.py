@@ -7,6 +7,7 @@ import math
 
 from ..arguments import Parser, non_negative_int, positive_int
 from ..data.flags import add_dataset_arguments
+from ..sources import add_source_arguments
 from . import flags, freezing, models
 
 DEFAULTS = dict(
@@ -25,7 +26,19 @@ DEFAULTS = dict(
 TWO_STAGES = dict(mode='vanilla', temporal_start_epoch=None, temporal_lr_scale=1.0, instance_weight_decay_scale=1.0)
 # what tells two runs of the same settings apart, or does not change what is measured
 NOT_SETTINGS = (
-    *('source', 'checkpoint', 'model', 'output', 'experiment', 'resume', 'config', 'seed', 'seeds', 'train_fraction'),
+    *(
+        'source',
+        'checkpoint',
+        'model',
+        'pretrained',
+        'output',
+        'experiment',
+        'resume',
+        'config',
+        'seed',
+        'seeds',
+        'train_fraction',
+    ),
     *('workers', 'cache_dataset', 'pin_mem', 'validation_batch_size', 'dataset_download', 'log_with', 'log_interval'),
     *('checkpoint_hist', 'keep_every', 'monitor_target', 'monitor_every', 'monitor_images'),
 )
@@ -44,12 +57,7 @@ def fraction(text: str) -> float:
 
 def add_arguments(parser: Parser) -> None:
     """Declare the flags of `transfer/finetune.py`."""
-    parser.add_argument(
-        'source', nargs='?', metavar='MODEL', help='run folder, weights file, timm name, hf-hub: or local-dir:'
-    )
-    group = parser.add_argument_group('Model')
-    group.add_argument('--model', default='', metavar='NAME', help='timm name, hf-hub: or local-dir:')
-    group.add_argument('--checkpoint', default='', metavar='FILE', help='weights file or run folder')
+    group = add_source_arguments(parser)
     models.add_architecture_arguments(group)
     group = parser.add_argument_group('Fine-tuning')
     group.add_argument(
