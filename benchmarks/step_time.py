@@ -5,20 +5,20 @@ Every round takes one step of each kind in turn, so that a busy machine slows th
 losses, drawing of negatives, backward, SGD with momentum and, in training, the banks' update; images are made
 beforehand. The figure is the median over rounds of the ratio to the same round's plain step.
 
-    python benchmarks/step_time.py --models cifar_resnet20 cifar_resnet18
+    python benchmarks/step_time.py --models cifar_resnet20 cifar_resnet18 --output steps.json
+    python benchmarks/step_time.py --models cifar_resnet20 cifar_resnet18 --compare steps.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
+from tables import Tables, finish
 from timm.task import ClassificationTask
 from tqdm import tqdm
 
@@ -52,9 +52,10 @@ def tasks(model: str, args: argparse.Namespace) -> dict[str, Callable[[int], Non
         batches.append((images, index % CLASSES, index))
     labels = torch.arange(args.instances) % CLASSES
 
-    def ctc(negatives: str) -> CTCTask:
+    def ctc(negatives: str, past_features: str = 'model') -> CTCTask:
         body = timm.create_model(model, num_classes=CLASSES)
-        return CTCTask(body, labels, num_negatives=args.num_negatives, negatives=negatives, verbose=False)
+        options = {'num_negatives': args.num_negatives, 'negatives': negatives, 'past_features': past_features}
+        return CTCTask(body, labels, **options, verbose=False)
 
     kinds = {
         'vanilla': stepper(
@@ -62,10 +63,12 @@ def tasks(model: str, args: argparse.Namespace) -> dict[str, Callable[[int], Non
         ),
         'instance': stepper(ctc('shared'), batches, contrast=True),
     }
-    for negatives in ('sampled', 'shared'):
-        task = ctc(negatives)
+    ways = [(negatives, 'model') for negatives in ('sampled', 'shared', 'all')]
+    for negatives, past_features in [*ways, ('shared', 'bank'), ('all', 'bank')]:
+        task = ctc(negatives, past_features)
         task.start_temporal_stage([])  # the banks' first values do as well for timing
-        kinds[f'temporal, {negatives}'] = stepper(task, batches, contrast=True)
+        past = ', past features of the bank' if past_features == 'bank' else ''
+        kinds[f'temporal, {negatives}{past}'] = stepper(task, batches, contrast=True)
     return kinds
 
 
@@ -79,40 +82,35 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=20)
     parser.add_argument('--threads', type=int, default=0, help='processor threads, 0 for all')
     parser.add_argument('--output', default='', help='JSON file for the numbers')
+    parser.add_argument('--compare', default='', help='JSON file of an earlier --output')
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    numbers: dict[str, dict[str, dict[str, float]]] = {}
+    tables: Tables = {}
     for model in args.models:
         kinds = tasks(model, args)
         for step in kinds.values():
             step(0)
             step(1)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for i in tqdm(range(args.rounds), model, leave=False):
+        for i in tqdm(range(args.rounds), model, leave=False, disable=None):
             for kind, step in kinds.items():
                 start = time.perf_counter()
                 step(i)
                 seconds[kind].append(time.perf_counter() - start)
-        numbers[model] = {}
+        tables[model] = {}
         for kind, times in seconds.items():
             ratios = [t / plain for t, plain in zip(times, seconds['vanilla'])]
             quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            numbers[model][kind] = {
-                'ratio': statistics.median(ratios),
-                'quarter': quarters[0],
-                'three_quarters': quarters[2],
-                'milliseconds': statistics.median(times) * 1e3,
+            tables[model][kind] = {
+                'over vanilla': statistics.median(ratios),
+                'lower quarter': quarters[0],
+                'upper quarter': quarters[2],
+                'ms': statistics.median(times) * 1e3,
             }
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch_size}, '
-          f'N = {args.instances:,}, K = {args.num_negatives:,}, {args.rounds} rounds\n')  # fmt: skip
-    print('| model | step | over vanilla | middle half of rounds | ms |\n| --- | --- | --- | --- | --- |')
-    for model, kinds_of in numbers.items():
-        for kind, n in kinds_of.items():
-            middle = f'{n["quarter"]:.2f} to {n["three_quarters"]:.2f}'
-            print(f'| {model} | {kind} | {n["ratio"]:.2f} | {middle} | {n["milliseconds"]:.0f} |')
-    if args.output:
-        Path(args.output).write_text(json.dumps({'settings': vars(args), 'numbers': numbers}, indent=2) + '\n')
+          f'N = {args.instances:,}, K = {args.num_negatives:,}, {args.rounds} rounds')  # fmt: skip
+    finish(tables, vars(args), args.output, args.compare)
 
 
 if __name__ == '__main__':

@@ -2,20 +2,33 @@
 
 A bank row is updated with the embedding of the step that used it, after that step's loss is computed. With
 several processes every process holds the whole bank and applies every process's updates in the same order,
-so that the copies stay bitwise equal.
+so that the copies stay bitwise equal; or each holds its rows of a split bank and updates those, see `sharding`.
 
-Letters: B batch of one process, G batch of all processes together, E embedding size, N instances.
+A bank in bfloat16 takes half the memory. Its rows are read into the precision of the embeddings, updated
+there and rounded when they are written.
+
+Letters: B batch of one process, G batch of all processes together, E embedding size, N instances, R rows held here.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sharding import Split, gather_rows
 
-def new_bank(num_instances: int, embed_dim: int, generator: torch.Generator | None = None) -> Tensor:
+BANK_DTYPES = (torch.float32, torch.bfloat16)
+_ROWS_AT_ONCE = 1 << 16
+
+
+def new_bank(
+    num_instances: int,
+    embed_dim: int,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    split: Split | None = None,
+) -> Tensor:
     """Random unit vectors, one per training image.
 
     Uniform in a cube before normalisation, as the paper's code starts its banks.
@@ -24,36 +37,29 @@ def new_bank(num_instances: int, embed_dim: int, generator: torch.Generator | No
         num_instances: N.
         embed_dim: E.
         generator: Where the numbers come from; torch's default when None.
+        dtype: Of the bank.
+        split: Which rows to keep; the rows kept are the same numbers as in a whole bank.
 
     Returns:
-        [N, E], each row of length one.
+        [N, E], or [R, E] of a split bank, each row of length one, up to rounding.
     """
-    return F.normalize(torch.rand(num_instances, embed_dim, generator=generator) * 2 - 1, dim=1)
-
-
-def across_processes() -> bool:
-    """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes one after the other, [B, ...] -> [G, ...]; every process gives B rows.
-
-    Args:
-        rows: This process's rows.
-
-    Returns:
-        All rows, in rank order, the same tensor everywhere. Not differentiable.
-    """
-    if not across_processes():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    rank, world = (0, 1) if split is None else (split.rank, split.world)
+    bank_RE = torch.empty(len(range(rank, num_instances, world)), embed_dim, dtype=dtype)
+    filled = 0
+    # In blocks, so that nothing but the rows kept is ever in memory as a whole.
+    for start in range(0, num_instances, _ROWS_AT_ONCE):
+        rows = min(_ROWS_AT_ONCE, num_instances - start)
+        block_E = F.normalize(torch.rand(rows, embed_dim, generator=generator) * 2 - 1, dim=1)
+        kept_E = block_E[(rank - start) % world :: world]
+        bank_RE[filled : filled + len(kept_E)] = kept_E
+        filled += len(kept_E)
+    return bank_RE
 
 
 @torch.no_grad()
-def momentum_update(bank_NE: Tensor, index_B: Tensor, embedding_BE: Tensor, momentum: float) -> None:
+def momentum_update(
+    bank: Tensor, index_B: Tensor, embedding_BE: Tensor, momentum: float, split: Split | None = None
+) -> None:
     """bank[index] <- normalize(momentum * bank[index] + (1 - momentum) * embedding), in place.
 
     An image that appears more than once among the processes' batches (a sampler that pads, repeated
@@ -61,15 +67,28 @@ def momentum_update(bank_NE: Tensor, index_B: Tensor, embedding_BE: Tensor, mome
     in which a device happens to write.
 
     Args:
-        bank_NE: Bank, [N, E], changed in place.
-        index_B: Rows to update, [B].
+        bank: Bank, [N, E], or this process's rows of a split one, [R, E]; changed in place.
+        index_B: Rows to update by their number in the whole bank, [B].
         embedding_BE: Unit vectors of this step, [B, E].
         momentum: In [0, 1); zero replaces the row.
+        split: Of a split bank.
     """
-    index_G = gather_rows(index_B)
-    embedding_GE = gather_rows(embedding_BE.detach()).to(bank_NE.dtype)
-    if momentum:
-        embedding_GE = torch.lerp(embedding_GE, bank_NE[index_G], momentum)
-    rows_GE = F.normalize(embedding_GE, dim=1)
-    first_G = (index_G[:, None] == index_G[None, :]).byte().argmax(dim=1)
-    bank_NE[index_G] = rows_GE[first_G]
+    index_G = gather_rows(index_B).contiguous()
+    embedding_GE = gather_rows(embedding_BE.detach())
+    embedding_GE = embedding_GE.to(torch.promote_types(bank.dtype, torch.float32))
+    ordered_G, order_G = index_G.sort(stable=True)
+    source_G = order_G[torch.searchsorted(ordered_G, index_G)]  # where each image appears first
+    place_G = index_G
+    if split is not None:
+        mine_G, place_G = split.find(index_G)
+        # Every image writes something, as picking out those that lie here would have to wait for the device: the
+        # others repeat what the first that does lie here writes.
+        stand_in = mine_G.byte().argmax()
+        place_G = torch.where(mine_G, place_G, place_G[stand_in])
+        source_G = torch.where(mine_G, source_G, source_G[stand_in])
+    old_GE = bank[place_G].to(embedding_GE.dtype)
+    new_GE = torch.lerp(embedding_GE[source_G], old_GE, momentum) if momentum else embedding_GE[source_G]
+    rows_GE = F.normalize(new_GE, dim=1).to(bank.dtype)
+    if split is not None:
+        rows_GE = torch.where(mine_G.any(), rows_GE, bank[place_G])
+    bank[place_G] = rows_GE

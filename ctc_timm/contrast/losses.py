@@ -9,7 +9,7 @@ R rows that a whole batch shares.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,45 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import streaming
-from .banks import across_processes, momentum_update, new_bank
+from .banks import momentum_update, new_bank
+from .embeddings import check_settings, embed, no_autocast
 from .negatives import WHOLE_BANK_RATIO, OtherClasses
+from .sharding import Split, across_processes, fetch_rows
 
 EPS = 1e-7
-_NO_DIRECTION = 1e-8
-
-
-def check_settings(feature_dim: int, num_instances: int, embed_dim: int, temperature: float, momentum: float) -> None:
-    """Refuse settings that no loss can work with.
-
-    Raises:
-        ValueError: A size below one, a temperature that is not a positive number, a momentum outside [0, 1).
-    """
-    sizes = {'feature_dim': feature_dim, 'num_instances': num_instances, 'embed_dim': embed_dim}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f'{name} must be at least 1, got {value}')
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f'temperature must be a positive number, got {temperature}')
-    if not 0 <= momentum < 1:
-        raise ValueError(f'momentum must be in [0, 1), got {momentum}')
-
-
-def _working(features: Tensor, projector: nn.Linear) -> Tensor:
-    """Features in the projector's precision: half-precision bodies must not make half-precision contrasts."""
-    return features.to(projector.weight.dtype)
-
-
-def unit(vectors_BE: Tensor) -> Tensor:
-    """Each row over its length, [B, E]; a zero row has no direction and stays zero, in its gradient too.
-
-    `F.normalize` gives such a row a gradient of 1e12, which one dead image would send through the whole model.
-    """
-    length_B1 = vectors_BE.norm(dim=1, keepdim=True)
-    return vectors_BE * torch.where(length_B1 > _NO_DIRECTION, 1 / length_B1.clamp_min(_NO_DIRECTION), 0.0)
-
-
-def _no_autocast(features: Tensor) -> torch.autocast:
-    return torch.autocast(features.device.type, enabled=False)
+_COUNTED_AT_ONCE = 4096
 
 
 class InstanceDiscriminationLoss(nn.Module):
@@ -78,11 +46,15 @@ class InstanceDiscriminationLoss(nn.Module):
         temperature: Of the softmax.
         momentum: Share of the old bank row in the new one.
         generator: Source of the first bank.
+        bank_dtype: float32 or bfloat16.
+        split_banks: Hold only this process's share of the bank, see `sharding.Split`; the processes' group must be
+            there already. The loss stays what it is with a whole bank.
 
     Attributes:
         projector: Linear, D -> E. The published code never hands it to the optimiser, so that it stays a fixed
             random projection; `CTCTask` does likewise by default.
-        bank: [N, E], unit rows.
+        bank: [N, E], unit rows; of a split bank [N / P, E] and not in the module's state.
+        split: The share, or None.
 
     Raises:
         ValueError: See `check_settings`.
@@ -98,13 +70,18 @@ class InstanceDiscriminationLoss(nn.Module):
         temperature: float = 0.1,
         momentum: float = 0.9,
         generator: torch.Generator | None = None,
+        bank_dtype: torch.dtype = torch.float32,
+        split_banks: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(feature_dim, num_instances, embed_dim, temperature, momentum)
+        check_settings(feature_dim, num_instances, embed_dim, temperature, momentum, bank_dtype)
+        self.num_instances = num_instances
         self.temperature = temperature
         self.momentum = momentum
         self.projector = nn.Linear(feature_dim, embed_dim)
-        self.register_buffer('bank', new_bank(num_instances, embed_dim, generator))
+        self.split = Split.of_processes(num_instances) if split_banks else None
+        bank = new_bank(num_instances, embed_dim, generator, bank_dtype, self.split)
+        self.register_buffer('bank', bank, persistent=not split_banks)
 
     def forward(self, features_BD: Tensor, index_B: Tensor, lam_B: Tensor | None = None) -> Tensor:
         """Loss of a batch; in training mode the images' bank rows are updated afterwards.
@@ -118,33 +95,35 @@ class InstanceDiscriminationLoss(nn.Module):
         Returns:
             Scalar.
         """
-        with _no_autocast(features_BD):
-            v_BE = unit(self.projector(_working(features_BD, self.projector)))
-            own_B = (v_BE * self.bank[index_B]).sum(dim=1)
+        with no_autocast(features_BD):
+            v_BE = embed(features_BD, self.projector)
+            rows_BE = fetch_rows(self.bank, index_B, self.split)
+            own_B = (v_BE * rows_BE).sum(dim=1)
             if lam_B is not None:
-                partner_B = (v_BE * self.bank[index_B.flip(0)]).sum(dim=1)
+                partner_B = (v_BE * rows_BE.flip(0)).sum(dim=1)
                 lam_B = lam_B.to(own_B.dtype)
                 own_B = lam_B * own_B + (1 - lam_B) * partner_B
-            spread_B = streaming.logsumexp_scores(v_BE, self.bank, self.temperature)
+            spread_B = streaming.logsumexp_scores(v_BE, self.bank, self.temperature, self.split)
             loss = (spread_B - own_B / self.temperature).mean()
         if self.training:
-            momentum_update(self.bank, index_B, v_BE, self.momentum)
+            momentum_update(self.bank, index_B, v_BE, self.momentum, self.split)
         return loss
 
     def extra_repr(self) -> str:
-        return f'temperature={self.temperature}, momentum={self.momentum}, instances={self.bank.shape[0]}'
+        return f'temperature={self.temperature}, momentum={self.momentum}, instances={self.num_instances}'
 
 
 class _Rows(NamedTuple):
     """A step's negatives: rows shared by the batch (all of the bank when None), or each image's own.
 
     `use_BR` weights the shared ones, `scale_B` an image's whole sum; `count_B` is the sum of an image's weights.
+    With split banks the rows are this process's, and the images those of all processes.
     """
 
     shared_R: Tensor | None
     own_BK: Tensor | None
     use_BR: Tensor | OtherClasses | None
-    scale_B: Tensor | None
+    scale_B: Tensor
     count_B: Tensor
 
 
@@ -171,10 +150,14 @@ class TemporalContrastLoss(nn.Module):
         temperature: Of the contrast, at least 0.012 so that exp(1 / temperature) fits in float32.
         momentum: Share of the old bank row in the new one.
         generator: Source of the first banks.
+        bank_dtype: float32 or bfloat16.
+        split_banks: As in `InstanceDiscriminationLoss`. Positives are fetched from the process that holds them;
+            negatives are rows that each process holds, drawn by it for the images of all processes.
 
     Attributes:
         present_projector, past_projector: Linear, D -> E, both trained.
-        present_bank, past_bank: [N, E], unit rows.
+        present_bank, past_bank: [N, E], unit rows; of split banks [N / P, E] and not in the module's state.
+        split: The share, or None.
         present_normalizer, past_normalizer: Scalars, zero until the first step in training mode sets them.
 
     Raises:
@@ -195,24 +178,33 @@ class TemporalContrastLoss(nn.Module):
         temperature: float = 0.1,
         momentum: float = 0.9,
         generator: torch.Generator | None = None,
+        bank_dtype: torch.dtype = torch.float32,
+        split_banks: bool = False,
     ) -> None:
         super().__init__()
-        check_settings(feature_dim, num_instances, embed_dim, temperature, momentum)
+        check_settings(feature_dim, num_instances, embed_dim, temperature, momentum, bank_dtype)
         if num_negatives < 1:
             raise ValueError(f'num_negatives must be at least 1, got {num_negatives}')
         if temperature < 0.012:
             raise ValueError(
                 f'temperature must be at least 0.012 here, exp(1 / temperature) overflows; got {temperature}'
             )
+        self.num_instances = num_instances
         self.num_negatives = num_negatives
         self.temperature = temperature
         self.momentum = momentum
         self.present_projector = nn.Linear(feature_dim, embed_dim)
         self.past_projector = nn.Linear(feature_dim, embed_dim)
-        self.register_buffer('present_bank', new_bank(num_instances, embed_dim, generator))
-        self.register_buffer('past_bank', new_bank(num_instances, embed_dim, generator))
+        self.split = Split.of_processes(num_instances) if split_banks else None
+        for name in ('present_bank', 'past_bank'):
+            bank = new_bank(num_instances, embed_dim, generator, bank_dtype, self.split)
+            self.register_buffer(name, bank, persistent=not split_banks)
         self.register_buffer('present_normalizer', torch.zeros(()))
         self.register_buffer('past_normalizer', torch.zeros(()))
+        # Whether they are set is known on the host, so that no step waits for the device to say so.
+        self._normalizers_set = False
+        self._seen: tuple[tuple[Tensor, int], ...] = ()
+        self.register_load_state_dict_post_hook(_look_again)
 
     def forward(
         self,
@@ -234,7 +226,8 @@ class TemporalContrastLoss(nn.Module):
                 passes each augmented image through the information bank.
             index_B: Position of each image in the training set, [B].
             negatives: Rows of other classes: [B, K], each image's own; [R], the same for the whole batch; or
-                None, the whole bank (R = N).
+                None, the whole bank (R = N). With split banks the rows are places in this process's share, and
+                B is the number of images of all processes here, in `use_BR` and in `scale_B`.
             use_BR: With the same rows for the whole batch, which of them are negatives of which image, [B, R]
                 booleans, or how often each counts, or an `OtherClasses`. None counts every row once.
             scale_B: Factor of each image's sum over its negatives, [B]; one when None.
@@ -247,18 +240,31 @@ class TemporalContrastLoss(nn.Module):
         Raises:
             ValueError: Negatives that are neither [B, K], [R] nor None.
         """
-        rows = self._rows(index_B.shape[0], negatives, use_BR, scale_B, present_BD.device)
+        if not torch.compiler.is_compiling():
+            self.look_at_normalizers()
         positives_B = index_B if positives_B is None else positives_B
-        with _no_autocast(present_BD):
-            present_BE = self._embed(present_BD, self.present_projector)
-            past_BE = self.past_bank[index_B] if past_BD is None else self._embed(past_BD, self.past_projector)
+        with no_autocast(present_BD):
+            present_BE = embed(present_BD, self.present_projector)
+            if past_BD is None:
+                past_BE = fetch_rows(self.past_bank, index_B, self.split).to(present_BE.dtype)
+            else:
+                past_BE = embed(past_BD, self.past_projector)
+            rows = self._rows(negatives, use_BR, scale_B, present_BE)
             loss = self._direction(present_BE, self.past_bank, self.present_normalizer, rows, positives_B, lam_B)
             loss = loss + self._direction(past_BE, self.present_bank, self.past_normalizer, rows, positives_B, lam_B)
         if self.training:
-            momentum_update(self.present_bank, index_B, present_BE, self.momentum)
+            self._normalizers_set = True
+            momentum_update(self.present_bank, index_B, present_BE, self.momentum, self.split)
             if past_BD is not None:
-                momentum_update(self.past_bank, index_B, past_BE, self.momentum)
+                momentum_update(self.past_bank, index_B, past_BE, self.momentum, self.split)
         return loss
+
+    def look_at_normalizers(self) -> None:
+        """Note whether the normalizers are set; waits for the device only where they were written since last time."""
+        now = tuple((n, n._version) for n in (self.present_normalizer, self.past_normalizer))
+        if len(self._seen) != 2 or any(a is not b or x != y for (a, x), (b, y) in zip(now, self._seen)):
+            self._normalizers_set = all(bool(normalizer.any()) for normalizer, _ in now)
+            self._seen = now
 
     @torch.no_grad()
     def refresh(self, features_BD: Tensor, index_B: Tensor) -> None:
@@ -268,43 +274,38 @@ class TemporalContrastLoss(nn.Module):
             features_BD: Features of the model when the temporal stage starts, [B, D].
             index_B: Position of each image in the training set, [B].
         """
-        with _no_autocast(features_BD):
-            present_BE = self._embed(features_BD, self.present_projector)
-            past_BE = self._embed(features_BD, self.past_projector)
-        momentum_update(self.present_bank, index_B, present_BE, momentum=0.0)
-        momentum_update(self.past_bank, index_B, past_BE, momentum=0.0)
-
-    @staticmethod
-    def _embed(features_BD: Tensor, projector: nn.Linear) -> Tensor:
-        return unit(projector(_working(features_BD, projector)))
+        with no_autocast(features_BD):
+            present_BE = embed(features_BD, self.present_projector)
+            past_BE = embed(features_BD, self.past_projector)
+        momentum_update(self.present_bank, index_B, present_BE, 0.0, self.split)
+        momentum_update(self.past_bank, index_B, past_BE, 0.0, self.split)
 
     def _rows(
-        self,
-        batch_size: int,
-        negatives: Tensor | None,
-        use_BR: Tensor | OtherClasses | None,
-        scale_B: Tensor | None,
-        device: torch.device,
+        self, negatives: Tensor | None, use_BR: Tensor | OtherClasses | None, scale_B: Tensor | None, v_BE: Tensor
     ) -> _Rows:
         """The negatives in the form that is cheapest to visit, with the sum of their weights."""
-        N = self.present_bank.shape[0]
+        held = self.present_bank.shape[0]
+        batch_size = v_BE.shape[0] * (1 if self.split is None else self.split.world)
+        scale_B = v_BE.new_ones(batch_size) if scale_B is None else scale_B
         if negatives is not None and negatives.ndim == 2 and negatives.shape[0] == batch_size:
-            count_B = torch.full((batch_size,), float(negatives.shape[1]), device=device)
-            if WHOLE_BANK_RATIO * negatives.shape[1] < N:
+            count_B = v_BE.new_full((batch_size,), float(negatives.shape[1]))
+            if WHOLE_BANK_RATIO * negatives.shape[1] < held:
                 return _Rows(None, negatives, None, scale_B, count_B)
-            return _Rows(None, None, _multiplicity(negatives, N), scale_B, count_B)
+            return _Rows(None, None, _multiplicity(negatives, held), scale_B, count_B)
         if negatives is not None and negatives.ndim != 1:
             raise ValueError(f'negatives must be [B, K], [R] or None, got shape {tuple(negatives.shape)}')
         if use_BR is None:
-            count_B = torch.full((batch_size,), float(N if negatives is None else len(negatives)), device=device)
-        else:
+            count_B = v_BE.new_full((batch_size,), float(held if negatives is None else negatives.shape[0]))
+        elif isinstance(use_BR, OtherClasses):
             count_B = use_BR.sum(dim=1)
+        else:  # in parts, as a sum of booleans makes eight bytes of each first
+            count_B = torch.stack([part.sum(dim=1) for part in use_BR.split(_COUNTED_AT_ONCE, dim=1)]).sum(dim=0)
         return _Rows(negatives, None, use_BR, scale_B, count_B)
 
     def _direction(
         self,
         v_BE: Tensor,
-        bank_NE: Tensor,
+        bank: Tensor,
         normalizer: Tensor,
         rows: _Rows,
         positives_B: Tensor,
@@ -315,17 +316,14 @@ class TemporalContrastLoss(nn.Module):
         With c = q + eps and x = <row, v> / T - log(Z c), the positive's -log(p / (p + c)) is log(1 + exp(-x)),
         and a negative's log((n + c) / q) is log(1 + exp(x)) + log(c / q).
         """
-        rate = self.num_negatives / bank_NE.shape[0]
-        score_B = (v_BE * bank_NE[positives_B]).sum(dim=1) / self.temperature
-        batch_RE = bank_NE if rows.shared_R is None else bank_NE[rows.shared_R]
-        scale_B = rows.scale_B if rows.scale_B is not None else torch.ones_like(score_B)
-        if not normalizer.any():
-            if rows.own_BK is not None:
-                sums_B = streaming.exponential_sums_gathered(v_BE, bank_NE, rows.own_BK, self.temperature)
-            else:
-                sums_B = streaming.exponential_sums(v_BE, batch_RE, rows.use_BR, self.temperature)
-            total = (scale_B * sums_B + score_B.detach().exp()).sum()
-            first = _mean_density(total, (scale_B * rows.count_B + 1).sum()) * bank_NE.shape[0]
+        rate = self.num_negatives / self.num_instances
+        positive_BE = fetch_rows(bank, positives_B, self.split)
+        score_B = (v_BE * positive_BE).sum(dim=1) / self.temperature
+        queries_BE = streaming.queries(v_BE, self.split)
+        if not self._normalizers_set:
+            total = (rows.scale_B * self._powers(queries_BE, bank, rows)).sum() + score_B.detach().exp().sum()
+            count = (rows.scale_B * rows.count_B).sum() + score_B.shape[0]
+            first = _mean_density(total, count) * self.num_instances
             if self.training:
                 normalizer.copy_(first)
             else:
@@ -334,21 +332,36 @@ class TemporalContrastLoss(nn.Module):
         offset = normalizer.log() + math.log(rate + EPS)
         positive_B = F.softplus(offset - score_B, threshold=50)
         if lam_B is not None:
-            partner_B = (v_BE * bank_NE[positives_B.flip(0)]).sum(dim=1) / self.temperature
+            partner_B = (v_BE * positive_BE.flip(0)).sum(dim=1) / self.temperature
             lam_B = lam_B.to(positive_B.dtype)
             positive_B = lam_B * positive_B + (1 - lam_B) * F.softplus(offset - partner_B, threshold=50)
         if rows.own_BK is not None:
-            negative_B = streaming.logistic_terms_gathered(v_BE, bank_NE, rows.own_BK, self.temperature, offset)
+            terms_B, slope_BE = streaming.logistic_terms_gathered(
+                queries_BE, bank, rows.own_BK, self.temperature, offset
+            )
         else:
-            negative_B = streaming.logistic_terms(v_BE, batch_RE, rows.use_BR, self.temperature, offset)
-        negative_B = negative_B + rows.count_B * math.log1p(EPS / rate)
-        return (positive_B + scale_B * negative_B).mean()
+            terms_B, slope_BE = streaming.logistic_terms(
+                queries_BE, bank, rows.shared_R, rows.use_BR, self.temperature, offset
+            )
+        terms_B = rows.scale_B * (terms_B + rows.count_B * math.log1p(EPS / rate))
+        negative_B = streaming.with_slope(v_BE, terms_B, rows.scale_B[:, None] * slope_BE, self.split)
+        return (positive_B + negative_B).mean()
+
+    def _powers(self, queries_BE: Tensor, bank: Tensor, rows: _Rows) -> Tensor:
+        """Sum of the negatives' unnormalised densities, [B]."""
+        if rows.own_BK is not None:
+            return streaming.exponential_sums_gathered(queries_BE, bank, rows.own_BK, self.temperature)
+        return streaming.exponential_sums(queries_BE, bank, rows.shared_R, rows.use_BR, self.temperature)
 
     def extra_repr(self) -> str:
         return (
             f'temperature={self.temperature}, momentum={self.momentum}, negatives={self.num_negatives}, '
-            f'instances={self.present_bank.shape[0]}'
+            f'instances={self.num_instances}'
         )
+
+
+def _look_again(loss: TemporalContrastLoss, _: Any) -> None:
+    loss.look_at_normalizers()
 
 
 def _multiplicity(negatives_BK: Tensor, num_instances: int) -> Tensor:
@@ -359,7 +372,7 @@ def _multiplicity(negatives_BK: Tensor, num_instances: int) -> Tensor:
 
 @torch.no_grad()
 def _mean_density(total: Tensor, count: Tensor) -> Tensor:
-    """Sum over number of densities in the batches of all processes; the same everywhere."""
+    """Sum over number of densities of all processes; the same everywhere."""
     sums = torch.stack([total, count])
     sums = sums if sums.device.type == 'mps' else sums.double()
     if across_processes():

@@ -1,69 +1,74 @@
 """Which bank rows an image is contrasted with: rows of other classes only, drawn on the training device.
 
-Letters: B batch, N instances, K negatives an image, R rows shared by a batch, M rows of other classes.
+What a draw depends on that is the same in every step, such as sizes of classes, is read once, on the host: a
+step must not wait for the device to tell. Only draws on the processor itself look at their own numbers.
+
+Letters: B batch (of all processes together where banks are split), C classes, N instances, K negatives an image,
+R rows shared by a batch or held by a process, M rows of other classes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .sharding import Split, gather_rows
+
 MODES = ('sampled', 'shared', 'all')
 POSITIVES = ('exact', 'relaxed')
 
 
+# Random rows that are sorted at a time, 32 MiB of them.
+_ROWS_AT_ONCE = 1 << 22
 # With fewer bank rows per negative than this it is cheaper to score the whole bank, a matrix product, and to
 # weight the rows than to gather each image's own.
 WHOLE_BANK_RATIO = 12
 
 
+@dataclass(frozen=True)
 class OtherClasses:
-    """Which rows of the whole set are of other classes than each image, made a block of rows at a time.
+    """Which rows are of other classes than each image, made a block of rows at a time.
 
-    Stands where a [B, N] boolean tensor could: `mask[:, start:stop]` is its block of columns, `mask.sum(dim=1)`
-    the number of true entries in each row. Nothing of size B x N is ever there.
+    Stands where a [B, R] boolean tensor could: `mask[:, start:stop]` is its block of columns, `mask.sum(dim=1)`
+    the number of true entries in each row. Nothing of size B x R is ever there.
 
     Args:
         labels_B: Class of each image.
         partners_B: Class of the image mixed into each, left out too; None when nothing is mixed.
-        labels_N: Class of each row.
-        sizes_C: Rows of each class.
+        labels_R: Class of each row.
+        count_B: Rows of other classes for each image.
     """
 
-    dtype = torch.bool
-
-    def __init__(self, labels_B: Tensor, partners_B: Tensor | None, labels_N: Tensor, sizes_C: Tensor) -> None:
-        self._labels_B = labels_B
-        self._partners_B = partners_B
-        self._labels_N = labels_N
-        self._sizes_C = sizes_C
+    labels_B: Tensor
+    partners_B: Tensor | None
+    labels_R: Tensor
+    count_B: Tensor
 
     def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
         rows, columns = place
-        partners_B = None if self._partners_B is None else self._partners_B[rows]
-        return ~_own_class(self._labels_B[rows], partners_B, self._labels_N[columns])
+        partners_B = None if self.partners_B is None else self.partners_B[rows]
+        return ~own_class(self.labels_B[rows], partners_B, self.labels_R[columns])
 
     def sum(self, dim: int) -> Tensor:
         """Rows of other classes for each image, [B]; `dim` is 1."""
-        others_B = self._labels_N.numel() - self._sizes_C[self._labels_B]
-        if self._partners_B is not None:
-            others_B = others_B - self._sizes_C[self._partners_B] * (self._partners_B != self._labels_B)
-        return others_B
+        return self.count_B
 
 
 class Draw(NamedTuple):
     """One step's rows.
 
     Attributes:
-        negatives: [B, K], each image's own rows; [R], rows for the whole batch; None, the whole bank, R = N.
+        negatives: [B, K], each image's own rows; [R], rows for the whole batch; None, the whole bank, R = N. With
+            split banks, places in this process's share.
         use_BR: Which of the batch's rows are negatives of which image, [B, R] booleans, or the same as a mask
             made block by block. None with rows of each image's own.
         scale_B: Factor of each image's sum over its negatives, [B], so that they stand for K; None for one.
-        positives_B: The positive's row for each image, [B].
+        positives_B: The positive's row for each image of this process, by its number in the whole bank.
     """
 
     negatives: Tensor | None
@@ -90,12 +95,16 @@ class NegativeSampler:
         mode: 'sampled', 'shared' or 'all'.
         positives: 'exact' takes the image itself, 'relaxed' a random image of its class.
         seed: Of the generator. Processes that train together share it for `shared` and differ by `rank` for
-            `sampled`.
+            `sampled`, and for both with split banks.
         rank: This process's number among those that train together.
         device: Where to draw.
+        split: This process's share of split banks. It then draws K / P of its own rows for the images of all
+            processes, weighted so that the processes' sums together stand for K rows of the whole bank: for every
+            image the expectation is that of a whole bank.
 
     Raises:
-        ValueError: K below one, fewer than two classes, an unknown mode, labels that are not [N] integers.
+        ValueError: K below one or below the number of processes of a split, fewer than two classes, an unknown
+            mode, labels that are not [N] integers.
     """
 
     def __init__(
@@ -107,6 +116,7 @@ class NegativeSampler:
         seed: int = 42,
         rank: int = 0,
         device: torch.device | str = 'cpu',
+        split: Split | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f'negatives must be one of {", ".join(MODES)}, got {mode!r}')
@@ -119,20 +129,37 @@ class NegativeSampler:
             raise ValueError(f'labels must be [N] integers, got {labels_N.dtype} of shape {tuple(labels_N.shape)}')
         if labels_N.numel() and int(labels_N.min()) < 0:
             raise ValueError(f'labels must not be negative, got {int(labels_N.min())}')
-        sizes_C = torch.bincount(labels_N.long())
+        sizes_C = torch.bincount(labels_N.long().cpu())
         if int((sizes_C > 0).sum()) < 2:
             raise ValueError('negatives come from other classes, but the data set has fewer than two classes')
+        if split is not None and num_negatives < split.world:
+            raise ValueError(f'num_negatives must be at least 1 a process, {split.world}, got {num_negatives}')
         self.num_negatives = num_negatives
         self.mode = mode
         self.positives = positives
         self.device = torch.device(device)
+        self.split = split
+        self._on_host = self.device.type == 'cpu'
         self.generator = torch.Generator(device=self.device)
-        self.generator.manual_seed(seed if mode == 'shared' else seed + 7919 * rank)
+        self.generator.manual_seed(seed if mode == 'shared' and split is None else seed + 7919 * rank)
         self._labels_N = labels_N.long().to(self.device)
-        # Rows sorted by class make every class one run, so that "the rows of other classes" is two runs.
-        self._by_class_N = torch.argsort(self._labels_N, stable=True)
         self._sizes_C = sizes_C.to(self.device)
-        self._starts_C = self._sizes_C.cumsum(0) - self._sizes_C
+        # An image mixed from both of two classes has no third; its partner's class then counts as another.
+        self._two_classes = int((sizes_C > 0).sum()) == 2
+        if positives == 'relaxed':
+            # Rows sorted by class make every class one run.
+            self._by_class_N = torch.argsort(self._labels_N, stable=True)
+            self._starts_C = self._sizes_C.cumsum(0) - self._sizes_C
+        # Of the rows held here: their classes, how many to draw, and how many an image has at least and at most.
+        self._labels_R, self._draw_size, held_C = self._labels_N, num_negatives, sizes_C
+        if split is not None:
+            self._labels_R = self._labels_N[split.rows(self.device)]
+            self._draw_size = len(range(split.rank, num_negatives, split.world))
+            held_C = torch.bincount(self._labels_R.cpu(), minlength=len(sizes_C))
+        self._held_C = held_C.to(self.device)
+        largest = held_C.sort(descending=True).values[:2].tolist()
+        self._others = {False: len(self._labels_R) - largest[0], True: len(self._labels_R) - sum(largest)}
+        self._most_others = len(self._labels_R) - int(held_C[sizes_C > 0].min())
 
     @property
     def num_instances(self) -> int:
@@ -143,36 +170,86 @@ class NegativeSampler:
         """Rows to contrast these images with.
 
         Args:
-            index_B: Position of each image in the training set, [B].
-            partner_B: For Mixup and CutMix, the position of the image mixed into each, [B]: with `shared`
-                negatives its class is left out too.
+            index_B: Position of each image of this process in the training set, [B].
+            partner_B: For Mixup and CutMix, the position of the image mixed into each, [B]: its class is left out
+                too.
 
         Returns:
             See `Draw`.
         """
+        positives_B = self._same_class(self._labels_N[index_B]) if self.positives == 'relaxed' else index_B
+        if self._two_classes:
+            partner_B = None
+        if self.split is not None:
+            index_B = gather_rows(index_B)
+            partner_B = None if partner_B is None else gather_rows(partner_B)
         labels_B = self._labels_N[index_B]
-        positives_B = self._same_class(labels_B) if self.positives == 'relaxed' else index_B
         partners_B = None if partner_B is None else self._labels_N[partner_B]
+        held_B = self._count(labels_B, partners_B, self._held_C)
+        others_B = held_B if self.split is None else self._count(labels_B, partners_B, self._sizes_C)
         if self.mode == 'all':
-            others = OtherClasses(labels_B, partners_B, self._labels_N, self._sizes_C)
-            return Draw(None, others, self.num_negatives / others.sum(dim=1).clamp_(min=1), positives_B)
+            others = OtherClasses(labels_B, partners_B, self._labels_R, held_B)
+            return Draw(None, others, self.num_negatives / others_B, positives_B)
+        # What the rows drawn here stand for: of K rows of the whole bank so many would be of those held here.
+        share_B = self.num_negatives * held_B / others_B
         if self.mode == 'shared':
             rows_R = self._shared_rows()
-            other_BR = ~_own_class(labels_B, partners_B, self._labels_N[rows_R])
-            return Draw(rows_R, other_BR, self.num_negatives / other_BR.sum(dim=1).clamp_(min=1), positives_B)
-        others_B = OtherClasses(labels_B, partners_B, self._labels_N, self._sizes_C).sum(dim=1)
-        if int(others_B.min()) < self.num_negatives:
-            return Draw(self._with_repetition(labels_B, partners_B), None, None, positives_B)
-        if self.num_instances > WHOLE_BANK_RATIO * self.num_negatives:
-            return Draw(self._distinct_rows(labels_B, partners_B), None, None, positives_B)
-        return Draw(None, self._distinct_mask(labels_B, partners_B, others_B), None, positives_B)
+            other_BR = ~own_class(labels_B, partners_B, self._labels_R[rows_R])
+            return Draw(rows_R, other_BR, share_B / other_BR.sum(dim=1).clamp_(min=1), positives_B)
+        scale_B = None if self.split is None else share_B / self._draw_size
+        return Draw(*self._sampled(labels_B, partners_B, held_B), scale_B, positives_B)
+
+    def _count(self, labels_B: Tensor, partners_B: Tensor | None, sizes_C: Tensor) -> Tensor:
+        """Rows of other classes for each image, [B], among rows of which each class has so many."""
+        count_B = sizes_C.sum() - sizes_C[labels_B]
+        if partners_B is not None:
+            count_B = count_B - sizes_C[partners_B] * (partners_B != labels_B)
+        return count_B
+
+    def _sampled(
+        self, labels_B: Tensor, partners_B: Tensor | None, others_B: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of each image's own, or a mask of the whole bank, whichever is cheaper to use."""
+        R, K = self._labels_R.numel(), self._draw_size
+        enough = self._others[partners_B is not None] >= K
+        if not enough and self._most_others >= K:  # it depends on the batch
+            enough = int(others_B.min()) >= K
+        if not enough:
+            return self._with_repetition(labels_B, partners_B), None
+        surplus = self._surplus(partners_B is not None)
+        if R > WHOLE_BANK_RATIO * K and surplus:
+            return self._distinct_rows(labels_B, partners_B, surplus), None
+        if self._on_host:
+            return None, self._distinct_mask(labels_B, partners_B, others_B)
+        own_BR = own_class(labels_B, partners_B, self._labels_R)
+        if surplus:
+            rows_BK = self._distinct_rows(labels_B, partners_B, surplus)
+        else:
+            keys_BR = torch.rand(own_BR.shape, generator=self.generator, device=self.device).masked_fill_(own_BR, 2.0)
+            rows_BK = keys_BR.topk(K, dim=1, largest=False, sorted=False).indices
+        return None, torch.zeros_like(own_BR).scatter_(1, rows_BK, True)
+
+    def _surplus(self, mixed: bool) -> int:
+        """How many random rows are sure to hold K different ones of other classes; 0 where that is too many to draw.
+
+        The number of different ones spreads by less than the root of its mean; eight times that is left as a margin.
+        """
+        R, K, M = self._labels_R.numel(), self._draw_size, self._others[mixed]
+        wanted = K + 8 * math.sqrt(K) + 16
+        if wanted > M / 2:
+            return 0
+        return math.ceil(math.log1p(-wanted / M) / math.log1p(-1 / R))
 
     def _shared_rows(self) -> Tensor:
-        """K rows of the whole set, [R], without repetition where there are that many."""
-        N, K = self.num_instances, self.num_negatives
-        if K > N:
-            return torch.randint(N, (K,), generator=self.generator, device=self.device)
-        return torch.randperm(N, generator=self.generator, device=self.device)[:K]
+        """K rows of all held here, [K], without repetition where there are that many."""
+        R, K = self._labels_R.numel(), self._draw_size
+        if K > R:
+            return torch.randint(R, (K,), generator=self.generator, device=self.device)
+        wanted = K + 8 * math.sqrt(K) + 16
+        if WHOLE_BANK_RATIO * wanted < R:  # a permutation takes a time that grows with R
+            drawn_1S = self._random_rows(1, math.ceil(1.1 * wanted))
+            return _first_different(drawn_1S, torch.ones_like(drawn_1S, dtype=torch.bool), K)[0]
+        return torch.randperm(R, generator=self.generator, device=self.device)[:K]
 
     def _same_class(self, labels_B: Tensor) -> Tensor:
         """A uniformly random image of each image's class, itself included, [B]."""
@@ -186,8 +263,8 @@ class NegativeSampler:
         K-th is sure to reach, and of the few levels around it the first rows by byte, ties at random. Several
         times cheaper than sorting a random number a row.
         """
-        own_BN = _own_class(labels_B, partners_B, self._labels_N)
-        N, K = self.num_instances, self.num_negatives
+        own_BN = own_class(labels_B, partners_B, self._labels_R)
+        N, K = own_BN.shape[1], self._draw_size
         least, most = K / int(others_B.max()), K / int(others_B.min())
         reach = 256 * 4 * math.sqrt(most * max(1 - least, 0) / N) + 1
         low, high = int(256 * least - reach), int(256 * most + reach) + 1
@@ -216,45 +293,40 @@ class NegativeSampler:
         """
         keys_BN = torch.rand(own_BN.shape, generator=self.generator, device=self.device).masked_fill_(own_BN, 2.0)
         # A row at a time: kthvalue keeps an index of eight bytes beside every key.
-        kth_B = torch.stack([keys_N.kthvalue(self.num_negatives).values for keys_N in keys_BN])
+        kth_B = torch.stack([keys_N.kthvalue(self._draw_size).values for keys_N in keys_BN])
         mask_BN = keys_BN <= kth_B[:, None]
-        tied_B = mask_BN.sum(dim=1) != self.num_negatives
+        tied_B = mask_BN.sum(dim=1) != self._draw_size
         if bool(tied_B.any()):
             mask_BN[tied_B] = self._smallest_keys(own_BN[tied_B])
         return mask_BN
 
-    def _distinct_rows(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
-        """K different other-class rows for each image, [B, K], when N is many times K.
+    def _distinct_rows(self, labels_B: Tensor, partners_B: Tensor | None, surplus: int) -> Tensor:
+        """K different other-class rows for each image, [B, K], for banks of many times K rows.
 
         Random rows are struck out where they repeat or are of the image's class, and the first K that are left
         are taken, which is sampling without repetition by rejection.
         """
-        classes = len(self._sizes_C)
-        kept = 1 - 2 * float(self._sizes_C.max()) / self.num_instances
-        surplus = int(self.num_negatives * (1.1 / max(kept, 0.05))) + 64
-        rows_B = []
-        for b, label in enumerate(labels_B.tolist()):
-            own = {label} if partners_B is None else {label, int(partners_B[b])}
-            keep_C = torch.ones(classes, dtype=torch.bool, device=self.device)
-            keep_C[list(own)] = False
-            found = self._labels_N.new_empty(0)
-            while found.numel() < self.num_negatives:
-                more = torch.randint(self.num_instances, (surplus,), generator=self.generator, device=self.device)
-                found = torch.cat([found, more[keep_C[self._labels_N[more]]]])
-                found = found[_first_appearances(found)]
-            rows_B.append(found[: self.num_negatives])
-        return torch.stack(rows_B)
+        rows_BK = []
+        at_once = max(1, _ROWS_AT_ONCE // surplus)
+        for start in range(0, labels_B.shape[0], at_once):
+            some = slice(start, start + at_once)
+            partners = None if partners_B is None else partners_B[some]
+            drawn_BS = self._random_rows(labels_B[some].shape[0], surplus)
+            allowed_BS = ~own_class(labels_B[some], partners, self._labels_R[drawn_BS])
+            rows_BK.append(_first_different(drawn_BS, allowed_BS, self._draw_size))
+        return torch.cat(rows_BK)
+
+    def _random_rows(self, count: int, surplus: int) -> Tensor:
+        shape = (count, surplus)
+        return torch.randint(self._labels_R.numel(), shape, generator=self.generator, device=self.device)
 
     def _with_repetition(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
-        """K other-class rows for each image, repetitions allowed, [B, K]."""
-        other_BN = ~_own_class(labels_B, partners_B, self._labels_N)
-        # An image whose partner's class leaves no other class at all falls back on its own class's others.
-        empty_B = ~other_BN.any(dim=1)
-        if bool(empty_B.any()):
-            other_BN[empty_B] = ~_own_class(labels_B[empty_B], None, self._labels_N)
-        counts_B1 = other_BN.sum(dim=1, keepdim=True)
-        rank_BK = (self._integers((labels_B.numel(), self.num_negatives)) % counts_B1).int()
-        return torch.searchsorted(other_BN.cumsum(dim=1, dtype=torch.int32), rank_BK + 1)
+        """K other-class rows for each image, repetitions allowed, [B, K]; any rows for an image that has none here."""
+        other_BR = ~own_class(labels_B, partners_B, self._labels_R)
+        counts_B1 = other_BR.sum(dim=1, keepdim=True).clamp_(min=1)
+        rank_BK = (self._integers((labels_B.numel(), self._draw_size)) % counts_B1).int()
+        rows_BK = torch.searchsorted(other_BR.cumsum(dim=1, dtype=torch.int32), rank_BK + 1)
+        return rows_BK.clamp_(max=other_BR.shape[1] - 1)
 
     def _integers(self, shape: Sequence[int]) -> Tensor:
         """Random integers below 2^31."""
@@ -269,17 +341,22 @@ class NegativeSampler:
         self.generator.set_state(state['generator'].cpu())
 
 
-def _own_class(labels_B: Tensor, partners_B: Tensor | None, labels_R: Tensor) -> Tensor:
-    """Which rows are of the image's class or its partner's, [B, R]."""
-    own_BR = labels_B[:, None] == labels_R[None, :]
+def own_class(labels_B: Tensor, partners_B: Tensor | None, labels: Tensor) -> Tensor:
+    """Which rows, by their labels [R] or [B, R], are of the image's class or its partner's, [B, R]."""
+    own_BR = labels_B[:, None] == labels
     if partners_B is not None:
-        own_BR |= partners_B[:, None] == labels_R[None, :]
+        own_BR |= partners_B[:, None] == labels
     return own_BR
 
 
-def _first_appearances(values: Tensor) -> Tensor:
-    """Mask of the places where a value appears for the first time, [n]."""
-    ordered, order = values.sort(stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return torch.zeros_like(first).scatter_(0, order, first)
+def _first_different(drawn_BS: Tensor, allowed_BS: Tensor, count: int) -> Tensor:
+    """In each line the first so many values that are allowed and appear for the first time, [B, count]."""
+    ordered_BS, order_BS = drawn_BS.sort(dim=1, stable=True)
+    first_BS = torch.ones_like(allowed_BS)
+    first_BS[:, 1:] = ordered_BS[:, 1:] != ordered_BS[:, :-1]
+    allowed_BS = allowed_BS & torch.empty_like(first_BS).scatter_(1, order_BS, first_BS)
+    place_BS = allowed_BS.cumsum(dim=1) - 1
+    # What is not wanted goes to one place more, which is cut off.
+    place_BS = place_BS.masked_fill_(~allowed_BS, count).clamp_(max=count)
+    found = drawn_BS.new_zeros(drawn_BS.shape[0], count + 1).scatter_(1, place_BS, drawn_BS)
+    return found[:, :count]

@@ -12,78 +12,21 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.models import group_parameters
 from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor
 
-from ..backbones import feature_dim, features_and_logits
+from ..backbones import feature_dim
 from .losses import InstanceDiscriminationLoss, TemporalContrastLoss
-from .negatives import Draw, NegativeSampler
+from .modules import Body, Trainable
+from .negatives import NegativeSampler
+from .sharding import Split
 
 _logger = logging.getLogger(__name__)
 
 STAGES = ('instance', 'temporal')
 PAST_FEATURES = ('model', 'bank')
-
-
-class Body(nn.Module):
-    """A timm model whose forward gives features and logits, so that both can be compiled and wrapped as one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, ...] to features [B, D] and logits [B, C]."""
-        return features_and_logits(self.model, images)
-
-
-class Trainable(nn.Module):
-    """All that has gradients: the model and both losses' projectors, one module so that DDP sees one forward.
-
-    The banks are left out of DDP's buffer broadcast: every process already holds the same ones, see `banks`.
-    """
-
-    def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: TemporalContrastLoss) -> None:
-        super().__init__()
-        self.body = Body(model)
-        self.instance = instance
-        self.temporal = temporal
-        self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_buffers() if name.startswith(('instance.', 'temporal.'))
-        ]
-
-    def forward(
-        self,
-        images: Tensor,
-        index_B: Tensor | None = None,
-        lam_B: Tensor | None = None,
-        past_BD: Tensor | None = None,
-        draw: Draw | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, C] and the contrast of the stage: temporal with drawn rows, else instance, if any."""
-        features_BD, logits_BC = self.body(images)
-        if index_B is None:
-            return logits_BC, None
-        if draw is None:
-            return logits_BC, self.instance(features_BD, index_B, lam_B)
-        contrast = self.temporal(features_BD, past_BD, index_B, *draw, lam_B)
-        return logits_BC, contrast
-
-    def no_weight_decay(self) -> set[str]:
-        """The model's own exceptions, under this module's names (read by timm's optimiser factory)."""
-        model: Any = self.body.model
-        exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
-        return {f'body.model.{name}' for name in exempt}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The model's layers, then the projectors with its head (read by timm for layer-wise learning rates)."""
-        model: Any = self.body.model
-        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-        last = max(layers.values(), default=0)
-        return lambda name: layers.get(name.removeprefix('body.model.'), last)
 
 
 class CTCTask(TrainingTask):
@@ -117,6 +60,9 @@ class CTCTask(TrainingTask):
         instance_momentum: Of the instance stage's bank.
         temporal_momentum: Of the temporal stage's two banks.
         train_projector: Train the instance stage's projector; the published code does not.
+        bank_dtype: Of all three banks, float32 or bfloat16.
+        split_banks: Each of P processes that train together holds N / P rows of every bank; their group must be
+            there already. The same losses, drawn negatives in expectation; see `sharding`.
         seed: Of the banks' first values and of the negatives.
         rank: This process's number among those that train together.
         device: Device for the task's tensors.
@@ -147,6 +93,8 @@ class CTCTask(TrainingTask):
         instance_momentum: float = 0.9,
         temporal_momentum: float = 0.9,
         train_projector: bool = False,
+        bank_dtype: torch.dtype = torch.float32,
+        split_banks: bool = False,
         seed: int = 42,
         rank: int = 0,
         device: torch.device | None = None,
@@ -168,18 +116,20 @@ class CTCTask(TrainingTask):
         self.instance_weight = instance_weight
         self.temporal_weight = temporal_weight
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
+        self.split = Split.of_processes(num_instances) if split_banks else None
         self.sampler = NegativeSampler(
-            labels, num_negatives, mode=negatives, positives=positives, seed=seed, rank=rank, device=self.device
+            labels, num_negatives, negatives, positives, seed=seed, rank=rank, device=self.device, split=self.split
         )
         classes = int(labels.max()) + 1
         if classes > model.num_classes:
             raise ValueError(f'label {classes - 1} is outside the {model.num_classes} classes of the model')
+        banks: dict[str, Any] = {'generator': generator, 'bank_dtype': bank_dtype, 'split_banks': split_banks}
         instance = InstanceDiscriminationLoss(
-            dim, num_instances, embed_dim, instance_temperature, instance_momentum, generator
+            dim, num_instances, embed_dim, instance_temperature, instance_momentum, **banks
         )
         instance.projector.requires_grad_(train_projector)
         temporal = TemporalContrastLoss(
-            dim, num_instances, embed_dim, num_negatives, temporal_temperature, temporal_momentum, generator
+            dim, num_instances, embed_dim, num_negatives, temporal_temperature, temporal_momentum, **banks
         )
         self.trainable_module: nn.Module = Trainable(model, instance, temporal).to(self.device)
         self.information_bank: Body | None = None
@@ -234,6 +184,7 @@ class CTCTask(TrainingTask):
                 assert self.information_bank is not None
                 with torch.no_grad():
                     past_BD, _ = self.information_bank(input)
+            self.temporal.look_at_normalizers()
             draw = self.sampler.draw(index, index.flip(0) if lam is not None else None)
             output, ctc_loss = self.trainable_module(input, index, lam, past_BD, draw)
             weight = self.temporal_weight
@@ -292,10 +243,10 @@ class CTCTask(TrainingTask):
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Compile the backbone's pass, in place so that no wrapper's prefix reaches a saved name."""
+        """Compile the backbone's pass and both losses, in place so that no wrapper's prefix reaches a saved name."""
         self._compile_kwargs = dict(backend=backend, mode=mode, **compile_kwargs)
-        unwrap_model(self.trainable_module).body.compile(**self._compile_kwargs)
-        self.model.compile(**self._compile_kwargs)
+        for module in (unwrap_model(self.trainable_module).body, self.instance, self.temporal, self.model):
+            module.compile(**self._compile_kwargs)
         return self.model
 
     def setup_ema(
@@ -330,7 +281,8 @@ class CTCTask(TrainingTask):
 
         Returns:
             'stage', 'instance' and 'temporal' (projectors, banks and normalizers), 'sampler' (the generator's
-            state), and in the temporal stage 'information_bank'. Empty for the moving average.
+            state), in the temporal stage 'information_bank', with split banks 'banks', the rows that this process
+            holds. Empty for the moving average.
         """
         if ema:
             return {}
@@ -342,7 +294,36 @@ class CTCTask(TrainingTask):
         }
         if self.information_bank is not None:
             state['information_bank'] = self.information_bank.model.state_dict()
+        if self.split is not None:
+            state['banks'] = self.banks()
         return state
+
+    def banks(self) -> dict[str, Tensor]:
+        """All three banks by name, [N, E] each; of split banks the rows that this process holds."""
+        return {
+            'instance.bank': self.instance.bank,
+            'temporal.present_bank': self.temporal.present_bank,
+            'temporal.past_bank': self.temporal.past_bank,
+        }
+
+    @torch.no_grad()
+    def load_rows(self, name: str, rows_RE: Tensor, held: Split) -> None:
+        """Take over what of another process's rows lies here; with the rows of all of them a bank is whole again.
+
+        Args:
+            name: Of `banks`.
+            rows_RE: The rows that `held` says; in another dtype they are cast to the bank's.
+            held: Of the process that saved them, among any number of processes.
+
+        Raises:
+            RuntimeError: Rows of another number or size.
+        """
+        bank = self.banks()[name]
+        if rows_RE.shape != (held.num_rows, bank.shape[1]):
+            raise RuntimeError(f'{name} has shape {tuple(rows_RE.shape)}, not {(held.num_rows, bank.shape[1])}')
+        here = (self.split or Split(held.num_instances)).rows(bank.device)
+        theirs, place = held.find(here)
+        bank[theirs] = rows_RE.to(bank)[place[theirs]]
 
     def load_task_state(
         self,
@@ -351,7 +332,7 @@ class CTCTask(TrainingTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Continue from what `get_task_state` gave.
+        """Continue from what `get_task_state` gave; banks saved in another dtype are cast.
 
         Raises:
             RuntimeError: Banks or projectors of another size.
@@ -361,6 +342,9 @@ class CTCTask(TrainingTask):
         self.instance.load_state_dict(state['instance'], strict=strict)
         self.temporal.load_state_dict(state['temporal'], strict=strict)
         self.sampler.load_state(state['sampler'])
+        if self.split is not None and 'banks' in state:
+            for name, rows_RE in state['banks'].items():
+                self.load_rows(name, rows_RE, self.split)
         if 'information_bank' in state:
             self._freeze()
             assert self.information_bank is not None

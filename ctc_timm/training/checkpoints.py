@@ -29,6 +29,7 @@ from timm.utils import update_summary
 from torch import Tensor, nn
 
 from ..arguments import non_negative_int, positive_int
+from ..contrast.sharding import Split
 from ..contrast.task import CTCTask
 from ..errors import UserError
 
@@ -186,7 +187,8 @@ def save_state(
     """Save all that a resume needs after an epoch, and drop the oldest states.
 
     Accelerate saves the trained modules, the optimiser, the gradient scaler and the random states; beside
-    them lie the information bank, the negatives' generators and the moving average.
+    them lie the information bank, the negatives' generators, each process's rows of split banks and the moving
+    average. Every process writes into the folder, so that all machines must see it.
 
     Args:
         accelerator: With the prepared module and optimiser.
@@ -204,6 +206,9 @@ def save_state(
     accelerator.save_state(str(temporary))
     if isinstance(task, CTCTask):
         save_file(task.sampler.get_state(), temporary / f'negatives_{accelerator.process_index}.safetensors')
+        if task.split is not None:
+            rows = {name: bank.cpu() for name, bank in task.banks().items()}
+            save_file(rows, temporary / f'banks_{task.split.rank:05d}.safetensors')
     if accelerator.is_main_process:
         if isinstance(task, CTCTask) and task.information_bank is not None:
             save_file(_tensors(task.information_bank.model), temporary / 'information_bank.safetensors')
@@ -248,6 +253,7 @@ def load_state(accelerator: Accelerator, task: TrainingTask, state: Path, expect
             if progress['stage'] == 'temporal':
                 extra['information_bank'] = load_file(state / 'information_bank.safetensors')
             task.load_task_state(extra)
+            _load_split_banks(task, state)
         if task.has_ema():
             module = task.get_trainable_module(ema=True)
             assert module is not None
@@ -256,6 +262,24 @@ def load_state(accelerator: Accelerator, task: TrainingTask, state: Path, expect
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f'--resume {state}: {" ".join(str(error).split())[:300]}') from None
     return progress
+
+
+def _load_split_banks(task: CTCTask, state: Path) -> None:
+    """Read this process's rows of split banks from the files of the processes that saved them, however many.
+
+    Raises:
+        ValueError: The state has whole banks and the task split ones, or the other way round.
+    """
+    files = sorted(state.glob('banks_*.safetensors'))
+    if bool(files) != (task.split is not None):
+        raise ValueError(f'was saved {"with" if files else "without"} --split-banks; go on in the same way')
+    for rank, file in enumerate(files):
+        held = Split(task.sampler.num_instances, rank, len(files))
+        if task.split is None or (task.split.world == held.world and task.split.rank != rank):
+            continue
+        with safe_open(file, framework='pt') as rows:
+            for name in task.banks():
+                task.load_rows(name, rows.get_tensor(name), held)
 
 
 def read_progress(state: Path, expected: dict[str, Any]) -> dict[str, Any]:

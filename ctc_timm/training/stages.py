@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--embed-dim', type=positive_int, default=128, metavar='E', help='embedding size')
     group.add_argument('--train-projector', action='store_true', help="train the instance stage's projector too")
+    group.add_argument(
+        '--bank-dtype', choices=('float32', 'bfloat16'), default='float32', help="precision of the banks' rows"
+    )
+    group.add_argument(
+        '--split-banks', action='store_true', help='each process holds its share of the banks, not a copy of them'
+    )
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +129,8 @@ def create_task(
             instance_momentum=args.instance_momentum,
             temporal_momentum=args.temporal_momentum,
             train_projector=args.train_projector,
+            bank_dtype=getattr(torch, args.bank_dtype),
+            split_banks=args.split_banks,
             seed=args.seed,
             rank=rank,
             device=device,

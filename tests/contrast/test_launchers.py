@@ -1,0 +1,32 @@
+"""The launcher configurations, as Accelerate reads them."""
+
+import os
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+FOLDER = Path(__file__).resolve().parents[2] / 'recipes' / 'accelerate'
+
+
+@pytest.mark.parametrize(
+    'name, kind, machines, processes',
+    [('multi_gpu', 'MULTI_GPU', 1, 8), ('multi_node', 'MULTI_GPU', 8, 64), ('fsdp', 'FSDP', 1, 8)],
+)
+def test_configurations_are_read(name, kind, machines, processes, monkeypatch):
+    """Every key is known to Accelerate, and the launcher takes from it what the file's first line promises."""
+    config = load_config_from_file(str(FOLDER / f'{name}.yaml'))
+    assert config.distributed_type.value == kind
+    for key in list(os.environ):
+        if key.startswith('ACCELERATE_'):
+            monkeypatch.delenv(key)
+    parser = launch_command_parser()
+    words = ['--config_file', str(FOLDER / f'{name}.yaml'), 'train.py']
+    args, _, _ = _validate_launch_command(parser.parse_args(words))
+    assert (args.num_machines, args.num_processes, args.mixed_precision) == (machines, processes, 'bf16')
+    assert (args.multi_gpu, args.use_fsdp) == (kind == 'MULTI_GPU', kind == 'FSDP')
+
+
+def test_all_configurations_are_tested():
+    assert {file.stem for file in FOLDER.iterdir()} == {'multi_gpu', 'multi_node', 'fsdp'}
