@@ -17,6 +17,7 @@ from ctc_timm.arguments import Parser, parse, run_script
 from ctc_timm.training import checkpoints
 from ctc_timm.training.flags import add_arguments
 from ctc_timm.training.loop import Trainer
+from ctc_timm.zoo.publish import check_target, push
 
 RECIPES = Path(__file__).resolve().parent / 'recipes'
 
@@ -34,7 +35,15 @@ def resumed(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
 def main() -> None:
     parser = Parser(description=__doc__.split('\n')[0])
     add_arguments(parser)
-    Trainer(parse(parser, default_recipe=RECIPES / 'digits.yaml', presets=resumed)).fit()
+    group = parser.add_argument_group('Hub')
+    group.add_argument('--push-to-hub', default='', metavar='USER/NAME', help='publish the run there when it is done')
+    args = parse(parser, default_recipe=RECIPES / 'digits.yaml', presets=resumed)
+    if args.push_to_hub:
+        check_target(args.push_to_hub)
+    trainer = Trainer(args)
+    trainer.fit()
+    if args.push_to_hub and trainer.accelerator.is_main_process:
+        print(push(trainer.run.path, args.push_to_hub).report())
 
 
 if __name__ == '__main__':

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .contrast.negatives import NegativeSampler
     from .contrast.task import CTCTask
     from .errors import UserError
+    from .zoo.publish import publish
 
 __version__ = '0.1.0'
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     'UserError',
     'feature_dim',
     'features_and_logits',
+    'publish',
 ]
 
 _HOME = {
@@ -38,6 +40,7 @@ _HOME = {
     'UserError': '.errors',
     'feature_dim': '.backbones',
     'features_and_logits': '.backbones',
+    'publish': '.zoo.publish',
 }
 
 _registry.register_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -10,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from ctc_timm.arguments import Parser, parse
 from ctc_timm.data.digits import DigitsReader
 from ctc_timm.training.flags import add_arguments
+
+# Two test processes share two cores: a thread each, in the processes they start too.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

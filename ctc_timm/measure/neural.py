@@ -167,6 +167,30 @@ class SmileObjective(ContrastObjective):
         return -jensen_shannon(scores.diagonal(), off_diagonal(scores))
 
 
+def read_halves(first: np.ndarray, second: np.ndarray, length: int) -> tuple[float, float]:
+    """The bound of each held-out half where the other half's is best over `length` points, averaged.
+
+    A critic that scores all pairs alike has the bound zero. It counts as a choice too, so where no window of the other
+    half is above zero the reading is zero.
+
+    Args:
+        first: Bounds on one half over the training, in nats.
+        second: On the other half, at the same steps.
+        length: Points of a window.
+
+    Returns:
+        The mean of the two readings, and its error: that of batch means, or half the readings' difference if more.
+    """
+    readings, errors = [], []
+    for own, other in ((first, second), (second, first)):
+        means = np.convolve(other, np.full(length, 1 / length), mode='valid')
+        start = int(means.argmax())
+        window = own[start : start + length]
+        readings.append(float(window.mean()) if means[start] > 0 else 0.0)
+        errors.append(batch_means_error(window.tolist(), batches=10))
+    return sum(readings) / 2, max(math.hypot(*errors), abs(readings[0] - readings[1])) / 2
+
+
 class NeuralEstimator:
     """Trains a critic on pairs of x and t and reads off a bound.
 
@@ -174,8 +198,9 @@ class NeuralEstimator:
     on: the published form. A critic can learn images by heart, so this is no lower bound on a finite sample.
 
     With `held_out` above 0 that share of the images is kept from training and cut in two halves. Every 5 steps the
-    bound is read on a batch of each. The window at which one half is best is where the other is read, and the estimate
-    is the mean of the two readings: stopping early costs no bias, for no image helps to choose its own window.
+    bound is read on a batch of each. The window at which one half is best is where the other is read, or zero if no
+    window of the one half is above it, and the estimate is the mean of the two readings: stopping early costs no bias,
+    for no image helps to choose its own window.
 
     Args:
         name: In error messages.
@@ -261,13 +286,8 @@ class NeuralEstimator:
         if len(curves) == 1:
             window = curves[0][-self.training.window :]
             return Estimate(float(window.mean()), batch_means_error(window.tolist()), curves[0].tolist())
-        length = max(4, self.training.window // EVALUATE_EVERY)
-        sums = [np.convolve(curve, np.ones(length), mode='valid') for curve in curves]
-        windows = [curves[i][start : start + length] for i, start in ((0, sums[1].argmax()), (1, sums[0].argmax()))]
-        means = [float(w.mean()) for w in windows]
-        noise = math.hypot(*(batch_means_error(w.tolist(), batches=10) for w in windows)) / 2
-        error = max(noise, abs(means[0] - means[1]) / 2)
-        return Estimate(sum(means) / 2, error, ((curves[0] + curves[1]) / 2).tolist(), EVALUATE_EVERY)
+        nats, error = read_halves(curves[0], curves[1], max(4, self.training.window // EVALUATE_EVERY))
+        return Estimate(nats, error, ((curves[0] + curves[1]) / 2).tolist(), EVALUATE_EVERY)
 
 
 _PUBLISHED = Training(
@@ -298,7 +318,7 @@ def mine(preset: str = 'small', **options: Any) -> NeuralEstimator:
     return NeuralEstimator('mine', PairObjective, settings_from(MINE_PRESETS[preset], 'mine', options))
 
 
-_CONTRAST = Training(batch_size=512, steps=1000)
+_CONTRAST = Training(batch_size=512, steps=1000, window=50)
 
 
 def infonce(**options: Any) -> NeuralEstimator:

@@ -1,0 +1,152 @@
+"""Processes that talk to a Hub: each reads its environment afresh, as huggingface_hub and timm do on import."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from hub_server import Hub
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = 'torch.linspace(-1, 1, 1536).view(2, 3, 16, 16)'
+ALICE, BOB = 'hf_aliceAliceAliceAliceAlice', 'hf_bobBobBobBobBobBobBobBob'
+
+# A process that has the slow imports behind it and forks for each piece of code, which then imports timm and
+# huggingface_hub afresh: these read most of their environment when they are imported.
+_FORKER = """
+import json, os, sys, traceback
+import matplotlib.pyplot, numpy, PIL.Image, safetensors.torch, sklearn.datasets, torch, torchvision, yaml
+print('ready', flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    if 'end' in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job['end'], 0)[1]), flush=True)
+        continue
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            for number, name in ((0, os.devnull), (1, job['out']), (2, job['err'])):
+                os.dup2(os.open(name, os.O_RDONLY if not number else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.environ.clear(); os.environ.update(job['env'])
+            os.chdir(job['cwd']); sys.path[:] = job['path']; sys.argv = job['argv']
+            exec(compile(job['code'], '<client>', 'exec'), {'__name__': '__main__'})
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+    print(child, flush=True)
+"""
+
+
+@dataclass
+class Done:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> str:
+        """The last line it printed."""
+        return self.out.strip().rpartition('\n')[2]
+
+
+class Client:
+    """Runs code in processes of their own, with an environment of their own.
+
+    Args:
+        forker: The process that forks them.
+        folder: Theirs to work in.
+        env: What they find in their environment, above this process's own.
+    """
+
+    def __init__(self, forker: subprocess.Popen, folder: Path, env: dict[str, str]) -> None:
+        self.forker, self.folder, self.env = forker, folder, env
+
+    def __call__(self, code: str, *argv: str, **env: str) -> Done:
+        """Run code to its end."""
+        return self.end(self.start(code, *argv, **env))
+
+    def start(self, code: str, *argv: str, **env: str) -> int:
+        """Start code; its process's number."""
+        mine = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'CTC_TIMM', 'TIMM', 'RANK'))}
+        job = {
+            'code': code,
+            'argv': ['-', *argv],
+            'cwd': str(self.folder),
+            'path': ['', str(ROOT), *(p for p in sys.path if p)],
+            'env': {k: v for k, v in {**mine, **self.env, **env}.items() if v},
+            'out': str(self.folder / 'out.txt'),
+            'err': str(self.folder / 'err.txt'),
+        }
+        return self._tell(job)
+
+    def end(self, process: int) -> Done:
+        """Wait for what was started."""
+        code = self._tell({'end': process})
+        return Done(code, *((self.folder / name).read_text() for name in ('out.txt', 'err.txt')))
+
+    def kill(self, process: int) -> Done:
+        """End it at once."""
+        os.kill(process, signal.SIGKILL)
+        return self.end(process)
+
+    def _tell(self, job: dict[str, object]) -> int:
+        assert self.forker.stdin and self.forker.stdout
+        self.forker.stdin.write(json.dumps(job) + '\n')
+        self.forker.stdin.flush()
+        return int(self.forker.stdout.readline())
+
+    def script(self, file: str, *argv: str, **env: str) -> Done:
+        """Run a script of this repository."""
+        code = f'import runpy, sys; sys.argv[0] = {file!r}; runpy.run_path({str(ROOT / file)!r}, run_name="__main__")'
+        return self(code, *argv, **env)
+
+    def command(self, *argv: str, **env: str) -> Done:
+        """Run `ctc-timm`."""
+        return self('import sys; sys.argv[0] = "ctc-timm"; from ctc_timm.cli import script; script()', *argv, **env)
+
+
+def start_forker() -> subprocess.Popen:
+    """The process that forks clients; end it with `kill`."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen([sys.executable, '-c', _FORKER], stdin=-1, stdout=-1, text=True, env=env)
+    assert process.stdout and process.stdout.readline() == 'ready\n'
+    return process
+
+
+def hub_environment(hub: Hub, cache: Path, token: str = '') -> dict[str, str]:
+    """What huggingface_hub is told of a Hub."""
+    return {
+        'HF_ENDPOINT': hub.url,
+        'HF_HOME': str(cache),
+        'HF_TOKEN': token,
+        'HF_HUB_DISABLE_XET': '1',
+        'HF_HUB_DISABLE_PROGRESS_BARS': '1',
+        'HF_HUB_DISABLE_TELEMETRY': '1',
+        'HF_HUB_DOWNLOAD_TIMEOUT': '5',
+    }
+
+
+def logits_of(folder: Path) -> np.ndarray:
+    """What plain timm makes of a run and `IMAGES`, in this process; bit for bit, so with one thread, as clients."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        return model(torch.linspace(-1, 1, 1536).view(2, 3, 16, 16)).detach().numpy()
+    finally:
+        torch.set_num_threads(threads)
