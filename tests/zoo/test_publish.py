@@ -294,3 +294,18 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     refused('unknown to timm')
     (run / 'config.json').write_text('[')
     refused('config.json')
+
+
+def test_a_run_is_pushed_when_it_is_done(
+    client: Client, anyone: Callable[..., Client], hub: Hub, tiny: list[str], tmp_path: Path
+) -> None:
+    """By train.py, best weights and card in one commit; who may not is told before anything is trained."""
+    where = ['--epochs', '1', '--mode', 'vanilla', '--output', str(tmp_path / 'runs')]
+    done = client.script('train.py', *tiny, *where, '--experiment', 'one', '--push-to-hub', 'alice/pushed')
+    assert done.code == 0, done.err
+    head = hub.repos['alice/pushed'].at('main').oid  # type: ignore[union-attr]
+    assert f'alice/pushed/commit/{head}' in done.out and f'hf-hub:alice/pushed@{head}' in done.out
+    for name, who, target in (('two', client, 'pushed'), ('three', anyone(), 'alice/other')):
+        done = who.script('train.py', *tiny, *where, '--experiment', name, '--push-to-hub', target)
+        assert done.code == 2 and target in done.err.splitlines()[-1], done.err
+        assert not (tmp_path / 'runs' / name).exists() and 'epoch' not in done.out
