@@ -60,5 +60,6 @@ def conclusion(run: Path, seconds: float, best: tuple[float, int] | None, pictur
         f'  pictures  {", ".join(str(p) for p in pictures)}\n'
         f'next:\n'
         f'  python validate.py {run}\n'
+        f'  python transfer/dynamics.py {run}\n'
         f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
     )
