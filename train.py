@@ -14,6 +14,7 @@ from typing import Any
 
 import ctc_timm  # noqa: F401  (registers the models)
 from ctc_timm.arguments import Parser, parse, run_script
+from ctc_timm.cli import repo_id
 from ctc_timm.training import checkpoints
 from ctc_timm.training.flags import add_arguments
 from ctc_timm.training.loop import Trainer
@@ -24,7 +25,7 @@ RECIPES = Path(__file__).resolve().parent / 'recipes'
 
 def resumed(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     """The arguments of the run that `--resume` names: continuing needs no flag typed again."""
-    state = checkpoints.find_resume(args)
+    state = checkpoints.find_resume(args).state
     if state is None:
         return None
     run = checkpoints.run_of_state(state)
@@ -36,7 +37,9 @@ def main() -> None:
     parser = Parser(description=__doc__.split('\n')[0])
     add_arguments(parser)
     group = parser.add_argument_group('Hub')
-    group.add_argument('--push-to-hub', default='', metavar='USER/NAME', help='publish the run there when it is done')
+    group.add_argument(
+        '--push-to-hub', type=repo_id, default='', metavar='USER/NAME', help='publish the run there when it is done'
+    )
     args = parse(parser, default_recipe=RECIPES / 'digits.yaml', presets=resumed)
     if args.push_to_hub:
         check_target(args.push_to_hub)

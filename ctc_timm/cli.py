@@ -15,33 +15,35 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NoReturn
 
-from .arguments import run_script
+from .arguments import OneLineParser, run_script
 from .errors import UserError
 from .zoo import catalogue
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+def repo_id(text: str) -> str:
+    """The id of a repo of the Hub, USER/NAME, or the empty default, for argparse."""
+    if text and not catalogue.is_repo_id(text):
+        raise argparse.ArgumentTypeError(
+            f'must be USER/NAME, of letters, digits, dots, dashes and underscores, got {text!r}'
+        )
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their flags."""
-    parser = _Parser(prog='ctc-timm', description='Publish CTC weights, and keep catalogues of them.')
+    parser = OneLineParser(prog='ctc-timm', description='Publish CTC weights, and keep catalogues of them.')
     commands = parser.add_subparsers(title='commands', required=True, metavar='COMMAND')
-    _add_publish(commands.add_parser('publish', help='publish a run on the Hub', allow_abbrev=False))
+    _add_publish(commands.add_parser('publish', help='publish a run on the Hub'))
     zoo = commands.add_parser('zoo', help='catalogues of weights').add_subparsers(
         title='commands', required=True, metavar='COMMAND'
     )
 
-    listing = zoo.add_parser('list', help='show what is catalogued', allow_abbrev=False)
+    listing = zoo.add_parser('list', help='show what is catalogued')
     listing.add_argument('filter', nargs='?', default='*', metavar='PATTERN', help="names, such as 'resnet*'")
     listing.add_argument('--json', action='store_true', help='everything, as JSON')
     listing.set_defaults(run=_list)
 
-    adding = zoo.add_parser('add', help="catalogue a run's folder or a repo of the Hub", allow_abbrev=False)
+    adding = zoo.add_parser('add', help="catalogue a run's folder or a repo of the Hub")
     adding.add_argument('source', metavar='RUN|USER/NAME[@REVISION]', help='what to catalogue')
     adding.add_argument('--name', default='', metavar='ARCH_ctc[.TAG]', help='its name; made of its own when not given')
     adding.add_argument('--tag', default='', help='the part of the name after the dot')
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     adding.set_defaults(run=_add)
 
-    syncing = zoo.add_parser('sync', help='catalogue every repo of a namespace that is tagged ctc', allow_abbrev=False)
+    syncing = zoo.add_parser('sync', help='catalogue every repo of a namespace that is tagged ctc')
     syncing.add_argument('namespace', metavar='NAMESPACE', help='user or organisation on the Hub')
     syncing.set_defaults(run=_sync)
     for command in (adding, syncing):
@@ -76,7 +78,7 @@ def script() -> NoReturn:
 
 def _add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('folder', metavar='RUN', help="a run's folder")
-    parser.add_argument('--repo-id', required=True, metavar='USER/NAME', help='best named ARCH_ctc[.TAG]')
+    parser.add_argument('--repo-id', type=repo_id, required=True, metavar='USER/NAME', help='best named ARCH_ctc[.TAG]')
     parser.add_argument('--private', action='store_true', help='make a new repo private')
     parser.add_argument('--revision', default='', metavar='BRANCH', help='commit to this branch')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request')
@@ -133,7 +135,7 @@ def _sync(args: argparse.Namespace) -> None:
     from .zoo.collect import sync
 
     if not catalogue.is_word(args.namespace):
-        raise UserError(f'{args.namespace!r}: must be the name of a user or an organisation')
+        raise UserError(f'NAMESPACE {args.namespace!r}: must be the name of a user or an organisation')
     file = _file(args)
     found = sync(args.namespace, file, print)
     _tell(file, found)

@@ -9,13 +9,21 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 
-def progress_bar(batches: Any, description: str, accelerator: Accelerator) -> tqdm:
-    """A bar over batches, with ETA, from the main process; a log file gets a line now and then instead."""
+def progress_bar(batches: Any, description: str, accelerator: Accelerator, done: int = 0) -> tqdm:
+    """A bar over batches, with ETA, from the main process; a log file gets a line now and then instead.
+
+    Args:
+        batches: To go through.
+        description: What this is.
+        accelerator: Tells the main process.
+        done: Batches of the whole that were gone through before.
+    """
     interval = 0.2 if sys.stderr.isatty() else 60
     return tqdm(
         batches,
         description,
         leave=False,
+        initial=done,
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
         mininterval=interval,

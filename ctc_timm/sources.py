@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_name
 
 from .errors import UserError, nearest, one_line
+from .outside import file_name
+from .plain_yaml import read_mapping
+from .weights_file import check_hash
+from .zoo.facts import check_model_args, known_facts
 
 DATA_FLAGS = (
     'dataset',
@@ -26,6 +30,9 @@ DATA_FLAGS = (
     'input_img_mode',
     'workers',
 )
+
+
+_COMMAND = re.compile(r'pipe:|[\'"`$;\\\n]')  # webdataset reads pipe:COMMAND, and hands URLs to a shell
 
 
 @dataclass
@@ -109,7 +116,7 @@ def load_model(source: str, architecture: str = '', flag: str = '--model', **opt
         model = timm.create_model(source, pretrained=True, **options)
     except Exception as error:
         raise UserError(f'{flag} {source}: {one_line(error)}') from None
-    return Loaded(model.eval(), source.replace('/', '_').replace(':', '_'), source, None, {})
+    return Loaded(model.eval(), file_name(source), source, None, {})
 
 
 def run_of(source: str | Path) -> Path | None:
@@ -122,14 +129,28 @@ def run_of(source: str | Path) -> Path | None:
 
 
 def run_arguments(run: Path | None) -> dict[str, Any]:
-    """The arguments that a run was trained with, empty where there is no run."""
+    """The arguments that a run was trained with, empty where there is no run.
+
+    Raises:
+        UserError: They are not plain values.
+    """
     file = run / 'args.yaml' if run is not None else None
-    return yaml.safe_load(file.read_text(encoding='utf-8')) if file and file.is_file() else {}
+    return read_mapping(file) if file and file.is_file() else {}
 
 
 def data_flags(run_args: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's arguments those that say where its images come from, for measuring it on them."""
+    """Of a run's arguments those that say where its images come from, for measuring it on them.
+
+    Raises:
+        UserError: One of another type, or one that would be run as a command. A run may be of other people.
+    """
     found = {key: run_args[key] for key in DATA_FLAGS if run_args.get(key) is not None}
+    for key, value in found.items():
+        if type(value) is not (int if key == 'workers' else str):
+            raise UserError(f'args.yaml: --{key.replace("_", "-")} cannot be {value!r}')
+        if found.get('dataset', '').lower().startswith('wds/') and _COMMAND.search(str(value)):
+            flag = f'--{key.replace("_", "-")}'
+            raise UserError(f'args.yaml: {flag} {value!r} would run a command; if you trust it, give {flag} yourself')
     if 'data' in found:
         found['data_dir'] = found.pop('data')
     return found
@@ -139,15 +160,12 @@ def _from_file(weights: Path, source: str, architecture: str, flag: str, options
     run = run_of(weights)
     arguments: dict[str, Any] = {}
     if run is not None and not architecture:
-        config = json.loads((run / 'config.json').read_text(encoding='utf-8'))
-        architecture = config['architecture']
-        arguments = {'num_classes': config['num_classes'], **config.get('model_args', {})}
-        data_facts = {k: v for k, v in config['pretrained_cfg'].items() if k not in ('num_classes', 'architecture')}
+        architecture, arguments, data_facts = _read_config(run / 'config.json')
         options = {'pretrained_cfg_overlay': data_facts, **options}
     elif not architecture:
         facts = _metadata(weights)
         architecture = facts.get('architecture', '')
-        if 'num_classes' in facts:
+        if facts.get('num_classes', '').isdecimal():
             arguments = {'num_classes': int(facts['num_classes'])}
         if not architecture:
             raise UserError(
@@ -156,12 +174,30 @@ def _from_file(weights: Path, source: str, architecture: str, flag: str, options
     if not timm.is_model(architecture):
         raise UserError(f'{flag} {source}: is for {architecture!r}, which timm does not know')
     try:
+        if weights.suffix == '.safetensors':
+            check_hash(weights)
         model = timm.create_model(architecture, **{**arguments, **options})
-        timm.models.load_checkpoint(model, str(weights))
+        timm.models.load_checkpoint(model, str(weights), weights_only=True)
     except Exception as error:
         raise UserError(f'{flag} {source}: not weights of {architecture}: {one_line(error)}') from None
-    name = f'{run.name}-{weights.stem}' if run is not None else weights.stem
+    name = file_name(f'{run.name}-{weights.stem}' if run is not None else weights.stem)
     return Loaded(model.eval(), name, str(weights), run, run_arguments(run))
+
+
+def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Architecture, arguments of the model, and facts about its data, as a run's config.json gives them."""
+    try:
+        config = json.loads(file.read_text(encoding='utf-8'))
+        architecture, facts = config['architecture'], dict(config['pretrained_cfg'])
+        known_facts(facts, str(file))
+        arguments = {'num_classes': config['num_classes'], **check_model_args(config.get('model_args', {}), str(file))}
+        if not isinstance(architecture, str):
+            raise TypeError(f'the architecture cannot be {architecture!r}')
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f'{file}: no config of timm: {one_line(error)}') from None
+    return architecture, arguments, {k: v for k, v in facts.items() if k not in ('num_classes', 'architecture')}
 
 
 def _metadata(weights: Path) -> dict[str, str]:

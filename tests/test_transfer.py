@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Ended, forget_processes, write_folder
 from PIL import Image
+from runs import Ended, forget_processes, write_folder
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 

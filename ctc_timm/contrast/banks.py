@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sharding import Split, gather_rows
 
 BANK_DTYPES = (torch.float32, torch.bfloat16)
+NO_DIRECTION = 1e-8  # the length of a vector that has none
 _ROWS_AT_ONCE = 1 << 16
 
 
@@ -88,7 +89,45 @@ def momentum_update(
         source_G = torch.where(mine_G, source_G, source_G[stand_in])
     old_GE = bank[place_G].to(embedding_GE.dtype)
     new_GE = torch.lerp(embedding_GE[source_G], old_GE, momentum) if momentum else embedding_GE[source_G]
-    rows_GE = F.normalize(new_GE, dim=1).to(bank.dtype)
+    length_G1 = new_GE.norm(dim=1, keepdim=True)
+    usable_G1 = (length_G1 > NO_DIRECTION) & length_G1.isfinite()
     if split is not None:
-        rows_GE = torch.where(mine_G.any(), rows_GE, bank[place_G])
-    bank[place_G] = rows_GE
+        usable_G1 &= mine_G.any()
+    bank[place_G] = torch.where(usable_G1, (new_GE / length_G1).to(bank.dtype), bank[place_G])
+
+
+class BankUpdates(nn.Module):
+    """A module whose banks are updated by the embeddings of the steps that used them.
+
+    At once, after each loss in training mode; or, with `hold_updates`, when `apply_updates` says that the
+    optimiser has stepped, so that a step of several batches is one step for the banks too, and `drop_updates`
+    leaves no trace of a step that was not taken.
+
+    Args:
+        momentum: Share of the old row in the new one.
+        split: Of split banks.
+    """
+
+    def __init__(self, momentum: float, split: Split | None) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.split = split
+        self.hold_updates = False
+        self._held: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def _update(self, bank: str, index_B: Tensor, embedding_BE: Tensor) -> None:
+        if self.hold_updates:
+            self._held.setdefault(bank, []).append((index_B, embedding_BE.detach()))
+        else:
+            momentum_update(getattr(self, bank), index_B, embedding_BE, self.momentum, self.split)
+
+    def apply_updates(self) -> None:
+        """Update the banks by all that is held; with several processes, in all of them."""
+        for bank, parts in self._held.items():
+            index_B, embedding_BE = (torch.cat(some) for some in zip(*parts))
+            momentum_update(getattr(self, bank), index_B, embedding_BE, self.momentum, self.split)
+        self._held = {}
+
+    def drop_updates(self) -> None:
+        """Forget what is held."""
+        self._held = {}

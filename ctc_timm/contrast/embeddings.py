@@ -10,9 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .banks import BANK_DTYPES
-
-_NO_DIRECTION = 1e-8
+from .banks import BANK_DTYPES, NO_DIRECTION
 
 
 def check_settings(
@@ -42,16 +40,21 @@ def check_settings(
 
 
 def unit(vectors_BE: Tensor) -> Tensor:
-    """Each row over its length, [B, E]; a zero row has no direction and stays zero, in its gradient too.
+    """Each row over its length, [B, E], in float32 or better; a zero row has no direction and stays zero.
 
     `F.normalize` gives such a row a gradient of 1e12, which one dead image would send through the whole model.
+    Here its gradient is zero. Squares of large values would overflow, hence the division by the largest first.
     """
+    vectors_BE = vectors_BE.to(torch.promote_types(vectors_BE.dtype, torch.float32))
+    largest_B1 = vectors_BE.detach().abs().amax(dim=1, keepdim=True)
+    directed_B1 = largest_B1 > NO_DIRECTION
+    vectors_BE = vectors_BE / torch.where(directed_B1, largest_B1, 1.0)
     length_B1 = vectors_BE.norm(dim=1, keepdim=True)
-    return vectors_BE * torch.where(length_B1 > _NO_DIRECTION, 1 / length_B1.clamp_min(_NO_DIRECTION), 0.0)
+    return vectors_BE * torch.where(directed_B1, 1 / length_B1.clamp_min(NO_DIRECTION), 0.0)
 
 
 def embed(features_BD: Tensor, projector: nn.Linear) -> Tensor:
-    """Unit embeddings, [B, E], in the projector's precision: half-precision bodies must not make such contrasts."""
+    """Unit embeddings, [B, E], in float32 or better: half precision is not enough for such contrasts."""
     return unit(projector(features_BD.to(projector.weight.dtype)))
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import streaming
-from .banks import momentum_update, new_bank
+from .banks import BankUpdates, momentum_update, new_bank
 from .embeddings import check_settings, embed, no_autocast
 from .negatives import WHOLE_BANK_RATIO, OtherClasses
 from .sharding import Split, across_processes, fetch_rows
@@ -26,7 +26,7 @@ EPS = 1e-7
 _COUNTED_AT_ONCE = 4096
 
 
-class InstanceDiscriminationLoss(nn.Module):
+class InstanceDiscriminationLoss(BankUpdates):
     """Stage one: tell each training image from all others (first stage of CTC, arXiv 2203.03871).
 
         v = unit(projector(features))
@@ -73,13 +73,11 @@ class InstanceDiscriminationLoss(nn.Module):
         bank_dtype: torch.dtype = torch.float32,
         split_banks: bool = False,
     ) -> None:
-        super().__init__()
         check_settings(feature_dim, num_instances, embed_dim, temperature, momentum, bank_dtype)
+        super().__init__(momentum, Split.of_processes(num_instances) if split_banks else None)
         self.num_instances = num_instances
         self.temperature = temperature
-        self.momentum = momentum
         self.projector = nn.Linear(feature_dim, embed_dim)
-        self.split = Split.of_processes(num_instances) if split_banks else None
         bank = new_bank(num_instances, embed_dim, generator, bank_dtype, self.split)
         self.register_buffer('bank', bank, persistent=not split_banks)
 
@@ -106,7 +104,7 @@ class InstanceDiscriminationLoss(nn.Module):
             spread_B = streaming.logsumexp_scores(v_BE, self.bank, self.temperature, self.split)
             loss = (spread_B - own_B / self.temperature).mean()
         if self.training:
-            momentum_update(self.bank, index_B, v_BE, self.momentum, self.split)
+            self._update('bank', index_B, v_BE)
         return loss
 
     def extra_repr(self) -> str:
@@ -127,7 +125,7 @@ class _Rows(NamedTuple):
     count_B: Tensor
 
 
-class TemporalContrastLoss(nn.Module):
+class TemporalContrastLoss(BankUpdates):
     """Stage two: keep today's features close to what the information bank saw in the same images (second stage of CTC).
 
     The present embedding is contrasted with the bank of past embeddings and the past embedding with the bank
@@ -181,7 +179,6 @@ class TemporalContrastLoss(nn.Module):
         bank_dtype: torch.dtype = torch.float32,
         split_banks: bool = False,
     ) -> None:
-        super().__init__()
         check_settings(feature_dim, num_instances, embed_dim, temperature, momentum, bank_dtype)
         if num_negatives < 1:
             raise ValueError(f'num_negatives must be at least 1, got {num_negatives}')
@@ -189,13 +186,12 @@ class TemporalContrastLoss(nn.Module):
             raise ValueError(
                 f'temperature must be at least 0.012 here, exp(1 / temperature) overflows; got {temperature}'
             )
+        super().__init__(momentum, Split.of_processes(num_instances) if split_banks else None)
         self.num_instances = num_instances
         self.num_negatives = num_negatives
         self.temperature = temperature
-        self.momentum = momentum
         self.present_projector = nn.Linear(feature_dim, embed_dim)
         self.past_projector = nn.Linear(feature_dim, embed_dim)
-        self.split = Split.of_processes(num_instances) if split_banks else None
         for name in ('present_bank', 'past_bank'):
             bank = new_bank(num_instances, embed_dim, generator, bank_dtype, self.split)
             self.register_buffer(name, bank, persistent=not split_banks)
@@ -254,9 +250,9 @@ class TemporalContrastLoss(nn.Module):
             loss = loss + self._direction(past_BE, self.present_bank, self.past_normalizer, rows, positives_B, lam_B)
         if self.training:
             self._normalizers_set = True
-            momentum_update(self.present_bank, index_B, present_BE, self.momentum, self.split)
+            self._update('present_bank', index_B, present_BE)
             if past_BD is not None:
-                momentum_update(self.past_bank, index_B, past_BE, self.momentum, self.split)
+                self._update('past_bank', index_B, past_BE)
         return loss
 
     def look_at_normalizers(self) -> None:
@@ -324,8 +320,8 @@ class TemporalContrastLoss(nn.Module):
             total = (rows.scale_B * self._powers(queries_BE, bank, rows)).sum() + score_B.detach().exp().sum()
             count = (rows.scale_B * rows.count_B).sum() + score_B.shape[0]
             first = _mean_density(total, count) * self.num_instances
-            if self.training:
-                normalizer.copy_(first)
+            if self.training:  # a batch that gives no number leaves it to the next one
+                normalizer.copy_(torch.where(first.isfinite(), first, 0.0))
             else:
                 normalizer = first.to(v_BE.dtype)
 

@@ -152,6 +152,20 @@ class CTCTask(TrainingTask):
         """The temporal stage's loss."""
         return unwrap_model(self.trainable_module).temporal
 
+    def hold_updates(self, hold: bool = True) -> None:
+        """Have the banks wait for `apply_updates` or `drop_updates`, see `banks.BankUpdates`."""
+        self.instance.hold_updates = self.temporal.hold_updates = hold
+
+    def apply_updates(self) -> None:
+        """Update the banks by the steps since the last time, where they wait for it."""
+        self.instance.apply_updates()
+        self.temporal.apply_updates()
+
+    def drop_updates(self) -> None:
+        """Forget the steps since the last time, where the banks wait."""
+        self.instance.drop_updates()
+        self.temporal.drop_updates()
+
     def train(self, mode: bool = True) -> CTCTask:
         """Set training mode; the information bank stays in evaluation mode."""
         super().train(mode)

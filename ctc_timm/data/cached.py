@@ -34,12 +34,22 @@ class CachedDataset(Dataset):
         targets_N: Class of each image.
         delivered_N: Which image it is: where one can't be read, timm's readers give the next.
         mode: PIL mode of the images.
+        unread: File and reason of each image that can't be read.
 
     Attributes:
         with_index: Whether a sample names the image delivered, as its third part.
+        reasons: Why an image can't be read.
     """
 
-    def __init__(self, pixels: Tensor, shapes_N3: Tensor, targets_N: Tensor, delivered_N: Tensor, mode: str) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        shapes_N3: Tensor,
+        targets_N: Tensor,
+        delivered_N: Tensor,
+        mode: str,
+        unread: dict[int, tuple[str, str]],
+    ) -> None:
         self._transform: Callable[[Any], Any] | None = None
         self.with_index = False
         self._pixels = pixels  # the tensor, which loader processes share
@@ -50,6 +60,8 @@ class CachedDataset(Dataset):
         self._targets = targets_N
         self._delivered = delivered_N
         self._mode = mode
+        self._names = {index: name for index, (name, _) in unread.items()}
+        self.reasons = {index: reason for index, (_, reason) in unread.items()}
 
     @property
     def transform(self) -> Callable[[Any], Any] | None:
@@ -72,6 +84,10 @@ class CachedDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._targets)
+
+    def filename(self, index: int) -> str | None:
+        """Of an image that can't be read."""
+        return self._names.get(index)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != '_values'}
@@ -131,7 +147,8 @@ def cache_images(dataset: Any, quiet: bool = False) -> CachedDataset:
     pixels = torch.empty(int(shapes.prod(dim=1).sum()), dtype=torch.uint8).share_memory_()
     np.concatenate([array.values for array in arrays], out=pixels.numpy())
     targets_N, delivered_N, _ = torch.stack(rows).unbind(dim=1)
-    return CachedDataset(pixels, shapes, targets_N.clone(), delivered_N.clone(), modes.pop())
+    unread = {i: (indexed.name(i), indexed.reason(i)) for i in indexed.unread()}
+    return CachedDataset(pixels, shapes, targets_N.clone(), delivered_N.clone(), modes.pop(), unread)
 
 
 class _Decoded:

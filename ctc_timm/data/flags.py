@@ -9,9 +9,10 @@ from typing import Any
 from timm.data import resolve_data_config
 from torch import nn
 
-from ..arguments import non_negative_int, positive_float, positive_int
+from ..arguments import any_text, number, positive_int, whole_number
 from ..errors import UserError
 
+LARGEST_SIDE = 16384  # pixels; a batch of larger images fits no memory
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
@@ -35,15 +36,16 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = Tr
     )
     group.add_argument(
         '--train-split',
+        type=any_text,
         default='train',
         metavar='NAME',
         help="training split; hfds and digits also take slices, 'train[:10000]'",
     )
-    group.add_argument('--val-split', default='validation', metavar='NAME', help='validation split')
+    group.add_argument('--val-split', type=any_text, default='validation', metavar='NAME', help='validation split')
     for split in ('train', 'val'):
         group.add_argument(
             f'--{split}-num-samples',
-            type=positive_int,
+            type=whole_number(1, 10**12),
             metavar='N',
             help='images in a streaming set that does not say how many it has',
         )
@@ -52,21 +54,27 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = Tr
     group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode images are converted to')
     group.add_argument('--input-key', metavar='KEY', help='column of the images')
     group.add_argument('--target-key', metavar='KEY', help='column of the labels')
-    group.add_argument('--img-size', type=positive_int, metavar='N', help='image size, square')
-    group.add_argument('--in-chans', type=positive_int, metavar='N', help='image channels')
+    group.add_argument('--img-size', type=whole_number(1, LARGEST_SIDE), metavar='N', help='image size, square')
+    group.add_argument('--in-chans', type=whole_number(1, 4096), metavar='N', help='image channels')
     group.add_argument(
-        '--input-size', type=positive_int, nargs=3, metavar=('C', 'H', 'W'), help='image channels, height and width'
+        '--input-size',
+        type=whole_number(1, LARGEST_SIDE),
+        nargs=3,
+        metavar=('C', 'H', 'W'),
+        help='image channels, height and width',
     )
-    group.add_argument('--crop-pct', type=positive_float, metavar='F', help='centre crop share at evaluation')
+    group.add_argument('--crop-pct', type=number(0.05, 2), metavar='F', help='centre crop share at evaluation')
     group.add_argument('--crop-mode', choices=('squash', 'border', 'center'), help='crop at evaluation')
-    group.add_argument('--mean', type=float, nargs='+', metavar='M', help='channel means, of 1')
-    group.add_argument('--std', type=positive_float, nargs='+', metavar='S', help='channel standard deviations')
+    group.add_argument('--mean', type=number(-1e6, 1e6), nargs='+', metavar='M', help='channel means, of 1')
+    group.add_argument('--std', type=number(1e-6, 1e6), nargs='+', metavar='S', help='channel standard deviations')
     group.add_argument('--interpolation', choices=INTERPOLATIONS, help='resize interpolation at evaluation')
     group.add_argument('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='of each process')
     group.add_argument(
         '-vb', '--validation-batch-size', type=positive_int, metavar='N', help='--batch-size when not given'
     )
-    group.add_argument('-j', '--workers', type=non_negative_int, default=4, metavar='N', help='data loading processes')
+    group.add_argument(
+        '-j', '--workers', type=whole_number(0, 4096), default=4, metavar='N', help='data loading processes'
+    )
     group.add_argument('--cache-dataset', action='store_true', help='decode images once and keep them in memory')
     group.add_argument('--pin-mem', action='store_true', help='pin memory for faster transfer to a GPU')
 

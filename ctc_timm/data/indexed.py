@@ -10,78 +10,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import ImageDataset
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Sampler, get_worker_info
 
-from ..errors import UserError
-
-
-class _IndexedReader:
-    """A timm reader that also says which sample it read."""
-
-    def __init__(self, reader: Any) -> None:
-        self._reader = reader
-
-    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
-        image, target, *_ = self._reader[index]
-        return image, target, index
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == '_reader':  # not there yet while a worker process unpickles this object
-            raise AttributeError(name)
-        return getattr(self._reader, name)
-
-
-class UnreadableError(UserError):
-    """Too many images in a row can't be read.
-
-    A worker process hands its error over as text with a traceback, of which only the message is kept.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f'{__name__}.{type(self).__name__}: '))
-
-
-class NamingDataset(Dataset):
-    """A map-style image dataset that names the file where timm gives up on unreadable images.
-
-    Args:
-        dataset: timm's `ImageDataset`, or any map-style dataset of (image, target) with a `transform`.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    @property
-    def transform(self) -> Any:
-        """The image transform; timm's loader sets it."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        try:
-            return self.dataset[index]
-        except RuntimeError as error:
-            if 'consecutive samples' not in str(error):
-                raise
-            reader = self.dataset.reader
-            name = Path(str(getattr(reader, 'root', None) or '')) / str(reader.filename(index) or f'image {index}')
-            raise UnreadableError(f'{name}: unreadable, and so are those that follow: {error}') from None
+from .reading import NamingDataset
+from .reading import UnreadableError as UnreadableError
 
 
 class IndexedDataset(NamingDataset):
@@ -98,11 +35,7 @@ class IndexedDataset(NamingDataset):
     def __init__(self, dataset: Any, seed: int | None = None) -> None:
         super().__init__(dataset)
         self.seed = seed
-        if isinstance(dataset, ImageDataset):
-            if not isinstance(dataset.reader, _IndexedReader):
-                dataset.reader = _IndexedReader(dataset.reader)
-            dataset.additional_features = ['index']
-        elif hasattr(dataset, 'with_index'):  # decoded images
+        if hasattr(dataset, 'with_index'):  # decoded images
             dataset.with_index = True
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Tensor]:
@@ -110,41 +43,53 @@ class IndexedDataset(NamingDataset):
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[tuple[Any, Tensor]]:
         """A batch at once, as PyTorch's loader asks for it."""
-        with nullcontext() if self.seed is None else _random_state_kept():
+        with nullcontext() if self.seed is None else random_state_kept():
             return [self._sample(*key) if isinstance(key, tuple) else self._sample(0, key) for key in keys]
 
     def _sample(self, epoch: int, index: int) -> tuple[Any, Tensor]:
         if self.seed is not None:
-            _seed_transforms(self.seed, epoch, index)
-        image, target, delivered = self._read(index)
+            seed_transforms(self.seed, epoch, index)
+        image, target, delivered = self.read(index)
+        if delivered != index:
+            self._note(index)
         return image, torch.tensor([int(target), delivered, index])
 
-    def _read(self, index: int) -> tuple[Any, Any, int]:
-        image, target, *rest = super().__getitem__(index)
-        return image, target, rest[0] if rest else index
 
+def seed_transforms(*key: int, device: torch.device | None = None) -> None:
+    """Seed the random states that image transforms draw from.
 
-def _seed_transforms(*key: int) -> None:
-    """Seed the random states that image transforms draw from."""
+    Args:
+        key: What the draws are a function of.
+        device: Whose state to seed too; the processor's is in any case.
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.random.default_generator.manual_seed(seed)
+    if device is not None and device.type == 'cuda':
+        torch.cuda.manual_seed(seed)
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """In the main process, put the random states back afterwards: dropout and Mixup draw from them too."""
+def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
+    """In the main process, put the random states back afterwards: dropout and Mixup draw from them too.
+
+    Args:
+        device: Whose state to keep too.
+    """
     if get_worker_info() is not None:
         yield
         return
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state() if device is not None and device.type == 'cuda' else None
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device)
 
 
 class EpochBatches(Sampler):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import pickle
 import sys
 import tarfile
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import ImageMode
 from timm.data import IterableImageDataset, create_dataset
+from timm.data.readers import get_img_extensions
 from torch import Tensor
 
 from ..errors import UserError, nearest, one_line
@@ -122,12 +126,14 @@ def open_split(
         raise UserError(
             f"{what}: needs a package that is not installed ({error}); pip install 'ctc-timm[data]'"
         ) from None
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError, TypeError, tarfile.TarError) as error:
+    except (
+        *(OSError, RuntimeError, ValueError, KeyError, AssertionError, TypeError),
+        *(tarfile.TarError, pickle.PickleError),
+    ) as error:
         hint = '; with --train-num-samples and --val-num-samples' if 'num_samples' in str(error) else ''
         raise UserError(f'{what}, split {split!r}: {one_line(error)}{hint}') from None
-    return _checked(
-        dataset, f'{what}, split {split!r}', name if '/' in name else str(args.data_dir or args.data), inside
-    )
+    shown_name = name if '/' in name else str(args.data_dir or args.data)
+    return _checked(dataset, f'{what}, split {split!r}', shown_name, inside, args.class_map)
 
 
 def check_labels(source: Source, num_classes: int, split: str) -> None:
@@ -149,10 +155,12 @@ def check_labels(source: Source, num_classes: int, split: str) -> None:
 
 def _check_name(args: argparse.Namespace, root: str | None) -> None:
     name = args.dataset
-    reader, slash, _ = name.partition('/')
+    reader, slash, rest = name.partition('/')
     if slash and reader.lower() not in READERS:
         near = nearest(reader, READERS)
         raise UserError(f'--dataset {name}: timm has no reader {reader!r}{near}; it has {", ".join(READERS)}')
+    if slash and not rest.strip('/ '):
+        raise UserError(f'--dataset {name}: names no data set of {reader}; use {reader}/NAME')
     if not slash and name.lower() not in FOLDER_NAMES:
         raise UserError(
             f'--dataset {name}: no such data set{nearest(name, (digits.NAME, *READERS))}; use digits, '
@@ -241,7 +249,7 @@ def _available_split(name: str, split: str) -> str:
     raise UserError(f'--dataset {name} has no split {wanted!r}; it has {", ".join(known)}')
 
 
-def _checked(dataset: Any, what: str, name: str, inside: str | None) -> Source:
+def _checked(dataset: Any, what: str, name: str, inside: str | None, class_map: str = '') -> Source:
     """A dataset with its labels and classes."""
     reader = getattr(dataset, 'reader', dataset)
     classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
@@ -251,7 +259,7 @@ def _checked(dataset: Any, what: str, name: str, inside: str | None) -> Source:
     _check_columns(reader, what)
     if inside:
         _keep_folder(reader, inside)
-    _check_class_folders(reader, what)
+    _check_class_folders(reader, what, class_map)
     labels_N = _labels(dataset, what)
     return Source(dataset, labels_N, max(int(labels_N.max()), max(names, default=-1)) + 1, name, names)
 
@@ -278,16 +286,30 @@ def _keep_folder(reader: Any, folder: str) -> None:
     reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
 
 
-def _check_class_folders(reader: Any, what: str) -> None:
-    """Refuse a class folder without images; timm would quietly give it no samples or leave the class out."""
+def _check_class_folders(reader: Any, what: str, class_map: str) -> None:
+    """Refuse images outside of all class folders, and a class folder without images.
+
+    timm would quietly make a class of the former, which moves all others by one, and leave the latter out. A class
+    map may leave out folders: those are not asked for.
+    """
     root = getattr(reader, 'root', None)
     if not root or not hasattr(reader, 'samples') or not Path(root).is_dir():
         return
     used = {os.path.dirname(os.path.realpath(sample[0])) for sample in reader.samples}
+    top = os.path.normpath(root)
+    outside = [sample[0] for sample in reader.samples if os.path.normpath(os.path.dirname(sample[0])) == top]
+    if outside:
+        raise UserError(
+            f'{what}: {len(outside):,} of {len(reader.samples):,} images lie in no class folder, the first is '
+            f'{outside[0]}; put each into the folder of its class'
+        )
     for folder in sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith('.')):
         real = os.path.realpath(folder)
+        if class_map and folder.name not in reader.class_to_idx:
+            continue
         if not any(path == real or path.startswith(real + os.sep) for path in used):
-            raise UserError(f'{what}: class folder {folder.name!r} has no images in it')
+            types = ', '.join(get_img_extensions())
+            raise UserError(f'{what}: class folder {folder.name!r} has no images in it, of the types {types}')
 
 
 def _labels(dataset: Any, what: str) -> Tensor:
@@ -305,13 +327,38 @@ def _labels(dataset: Any, what: str) -> Tensor:
         else:
             labels = [dataset[i][1] for i in range(len(dataset))]
     except KeyError as error:
+        if getattr(reader, 'remap_class', False):
+            raise UserError(f'{what}: --class-map has no class for the label {error}') from None
         raise UserError(f'{what}: no column {error} of labels; name it with --target-key') from None
     if not labels:
         raise UserError(f'{what}: no images')
+    labels = [label.item() if isinstance(label, Tensor) and label.ndim == 0 else label for label in labels]
+    numbers = [math.nan if label is None else label for label in labels]
+    missing = [i for i, number in enumerate(numbers) if isinstance(number, Real) and not float(number) >= 0]
+    if missing:
+        raise UserError(
+            f'{what}: {len(missing):,} of {len(labels):,} images have no label, the first is image {missing[0]}; '
+            f'leave them out of the set'
+        )
     try:
-        labels_N = torch.as_tensor([int(label) for label in labels])
+        return torch.as_tensor([int(label) for label in labels])
     except (TypeError, ValueError):
         raise UserError(f'{what}: labels must be class numbers, one an image') from None
-    if int(labels_N.min()) < 0:
-        raise UserError(f'{what}: image {int(labels_N.argmin())} has no label')
-    return labels_N
+
+
+def check_classes(train: Source, val: Source) -> None:
+    """Refuse a validation split whose classes have other numbers than those of the training split.
+
+    timm numbers class folders split by split, so a folder that one of them lacks moves all that follow.
+
+    Raises:
+        UserError: Naming the first class that differs.
+    """
+    for index, name in sorted(val.class_names.items()):
+        known = train.class_names.get(index)
+        if train.class_names and known != name:
+            there = f'is {known!r}' if known is not None else 'is missing'
+            raise UserError(
+                f'{val.name}: class {index} of the validation split, {name!r}, {there} in the training split; '
+                f'both must have the same classes, or name their order with --class-map'
+            )

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from timm.data import ImageDataset
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from .indexed import NamingDataset
 from .splits import Source
 
 
@@ -96,7 +96,7 @@ class _PartOfReader:
         return getattr(self._reader, name)
 
 
-class Subset(NamingDataset):
+class Subset(Dataset):
     """Some images of a map-style dataset, under the numbers 0, 1, ...
 
     Args:
@@ -105,11 +105,25 @@ class Subset(NamingDataset):
     """
 
     def __init__(self, dataset: Any, index_n: Tensor) -> None:
-        super().__init__(dataset)
+        self.dataset = dataset
         self.index = index_n.tolist()
+
+    @property
+    def transform(self) -> Any:
+        """The whole's; timm's loader sets it."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    @property
+    def samples(self) -> list[Any]:
+        """Files and targets, where the whole has files."""
+        return [self.dataset.samples[i] for i in self.index]
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(self.index[index])
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.index[index]]

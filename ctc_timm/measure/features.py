@@ -28,6 +28,7 @@ from ..data.subsets import draw, part_of
 from ..errors import UserError
 from ..progress import progress_bar
 from ..sources import Loaded
+from ..weights_file import HASH, tensors_hash
 
 KEPT_BYTES = 2 * 2**30  # decoded images of a split that stay in memory for the next model
 
@@ -168,11 +169,7 @@ def compute_features(model: nn.Module, images: SplitImages, accelerator: Acceler
 
 def weights_hash(model: nn.Module) -> str:
     """sha256 over the names, types, shapes and bytes of all parameters and buffers, in the order of names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_hash(model.state_dict())
 
 
 def _identity(source: Source) -> str:
@@ -201,11 +198,13 @@ def _read(file: Path | None, facts: str, logits: bool) -> Features | None:
         return None
     try:
         with safe_open(file, framework='pt') as stored:
-            if (stored.metadata() or {}).get('facts') != facts:
+            metadata = stored.metadata() or {}
+            held = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            if metadata.get('facts') != facts or metadata.get(HASH) != tensors_hash(held):
                 return None
             names = ('features', 'labels', 'logits') if logits else ('features', 'labels')
-            return Features(*(stored.get_tensor(name).clone() for name in names))
-    except (SafetensorError, OSError):
+            return Features(*(held[name].clone() for name in names))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
         return None
 
 
@@ -214,5 +213,5 @@ def _write(file: Path, facts: str, features: Features) -> None:
     temporary = file.with_suffix('.tmp')
     tensors = {'features': features.features_ND, 'labels': features.labels_N, 'logits': features.logits_NC}
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, temporary, metadata={'facts': facts})
+    save_file(kept, temporary, metadata={'facts': facts, HASH: tensors_hash(kept)})
     os.replace(temporary, file)

@@ -53,11 +53,11 @@ class RowStore:
         self.rows: dict[str, dict[str, Any]] = {}
         if not file.is_file():
             return
-        for line in file.read_text(encoding='utf-8').splitlines():
+        for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 stored = json.loads(line)
-                self.rows[stored['key']] = stored['row']
-            except (json.JSONDecodeError, KeyError, TypeError):
+                self.rows[str(stored['key'])] = dict(stored['row'])
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
 
     def add(self, key: str, row: dict[str, Any], write: bool = True) -> None:

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from ..arguments import positive_int
 from ..data import digits
 from ..data.flags import add_dataset_arguments
-from ..data.splits import READERS, Source, open_split
+from ..data.splits import READERS, Source, check_classes, open_split
 from ..errors import UserError, nearest
+from ..outside import file_name
 from .features import SplitImages
 from .sets import Labelled, check_sets
 
@@ -116,6 +117,7 @@ class Target:
             self.train = OpenSplit(open_split(own, own.train_split), own, accelerator, own.max_train)
             self.test = OpenSplit(open_split(own, own.val_split, unsplit=False), own, accelerator, own.max_test)
         sources = self.train.source, self.test.source
+        check_classes(*sources)
         self.num_classes = max(source.num_classes or 0 for source in sources)
         names = {**sources[1].class_names, **sources[0].class_names}
         self.class_names = [names.get(i, str(i)) for i in range(self.num_classes)]
@@ -151,5 +153,4 @@ def _without_features(source: Source) -> Labelled:
 
 def slug(name: str) -> str:
     """The end of a path or a data set's name, as a folder's name."""
-    last = Path(name.rstrip('/')).name or 'target'
-    return ''.join(c if c.isalnum() or c in '._-' else '_' for c in last).strip('.') or 'target'
+    return file_name(Path(name.rstrip('/')).name, 'target')

@@ -13,6 +13,7 @@ from ..backbones import check_input
 from ..data.flags import add_dataset_arguments, data_config
 from ..data.loaders import create_eval_loader
 from ..data.splits import Source, check_labels, open_split
+from ..outside import shown
 from ..processes import add_precision_arguments, create_accelerator
 from ..sources import Loaded, add_source_arguments, load_model, named_source
 from .evaluation import evaluate
@@ -114,7 +115,7 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 
 def _table(results: dict[str, Any], folder: Path) -> str:
     worst = sorted(results['per_class'], key=lambda row: row['top1'])[:3]
-    hardest = ', '.join('{name} {top1:.1f} %'.format(**row) for row in worst)
+    hardest = ', '.join(f'{shown(row["name"])} {row["top1"]:.1f} %' for row in worst)
     return (
         f'{results["model"]} ({results["weights"]}) on {results["num_images"]:,} images of {results["dataset"]}, '
         f'split {results["split"]}\n'

@@ -1,39 +1,37 @@
-"""A run's folder: its arguments, numbers, weights, pictures, and the state that a resume needs.
+"""A run's states: everything a resume needs, whole or not there at all.
 
-    runs/<name>/  args.yaml  config.json  summary.csv  metrics.jsonl
-                  weights/epoch-0005.safetensors ...  best.safetensors  last.safetensors
-                  state/epoch-0005/    plots/
-
-Weights hold the backbone and its classifier under timm's own names. Files and state folders are written
-beside their place and moved there once complete.
+epoch-0003              after epoch 3
+epoch-0004-step-000120  within epoch 4, after the run's 120th optimiser step
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
+import re
 import shutil
-from datetime import datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
 from accelerate import Accelerator
-from safetensors import safe_open
+from accelerate.utils import RNG_STATE_NAME, gather_object
+from accelerate.utils.other import load
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
 from timm.task import TrainingTask
-from timm.utils import update_summary
 from torch import Tensor, nn
 
 from ..arguments import non_negative_int, positive_int
 from ..contrast.sharding import Split
 from ..contrast.task import CTCTask
-from ..errors import UserError
+from ..errors import RunError, UserError, one_line
+from .durable import appear, damage, write_manifest
+from .run_folder import RunFolder, plain
 
 PROGRESS = 'progress.json'
+_NAME = re.compile(r'epoch-(\d+)(?:-step-(\d+))?')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +57,13 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Saving')
     group.add_argument('--checkpoint-hist', type=positive_int, default=2, metavar='N', help='states kept for a resume')
     group.add_argument(
+        '--checkpoint-steps',
+        type=non_negative_int,
+        default=0,
+        metavar='N',
+        help='save the state every N optimiser steps, not only after each epoch',
+    )
+    group.add_argument(
         '--keep-every',
         type=non_negative_int,
         metavar='N',
@@ -67,163 +72,160 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--log-interval', type=positive_int, default=50, metavar='N', help='batches between log lines')
 
 
-class RunFolder:
-    """Reads and writes one run.
+class Found(NamedTuple):
+    """The state to go on from, if any, and what is wrong with each newer one."""
 
-    Args:
-        path: The folder; made by `create`.
-    """
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        self.weights = self.path / 'weights'
-        self.states = self.path / 'state'
-        self.plots = self.path / 'plots'
-        self.summary = self.path / 'summary.csv'
-        self.metrics = self.path / 'metrics.jsonl'
-
-    def create(self, args: argparse.Namespace) -> None:
-        """Make the folder and write the arguments into it."""
-        for folder in (self.path, self.weights, self.states, self.plots):
-            folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump({k: _plain(v) for k, v in vars(args).items()}, sort_keys=True, allow_unicode=True)
-        _write_text(self.path / 'args.yaml', text)
-
-    def args(self) -> dict[str, Any]:
-        """The arguments that the run was started with."""
-        return yaml.safe_load((self.path / 'args.yaml').read_text(encoding='utf-8'))
-
-    def write_config(self, model: nn.Module, data_config: dict[str, Any]) -> None:
-        """timm's config.json, with which `timm.create_model('local-dir:<run>', pretrained=True)` loads the run."""
-        temporary = self.path / 'config.json.tmp'
-        save_config_for_hf(model, str(temporary), data_config=data_config)
-        os.replace(temporary, self.path / 'config.json')
-
-    def save_weights(self, name: str, model: nn.Module, facts: dict[str, Any]) -> None:
-        """Write `<name>.safetensors`.
-
-        Args:
-            name: 'best', 'last' or 'weights/epoch-0005'.
-            model: Backbone with classifier.
-            facts: For the file's metadata.
-        """
-        file = self.path / f'{name}.safetensors'
-        temporary = file.with_suffix('.tmp')
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-        save_file(tensors, temporary, metadata={'format': 'pt', **{k: str(v) for k, v in facts.items()}})
-        os.replace(temporary, file)
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with self.metrics.open('a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
-
-    def log_epoch(self, epoch: int, train: dict[str, Any], evaluation: dict[str, Any], lr: float) -> None:
-        """Append a row to summary.csv, by timm's column names."""
-        update_summary(epoch, train, evaluation, filename=str(self.summary), lr=lr)
-
-    def rows(self) -> list[dict[str, str]]:
-        """The rows of summary.csv."""
-        if not self.summary.exists():
-            return []
-        with self.summary.open(encoding='utf-8', newline='') as file:
-            return list(csv.DictReader(file))
-
-    def forget_from(self, epoch: int) -> None:
-        """Drop the numbers of this and later epochs, which a resume will write again."""
-        rows = self.rows()
-        kept = [row for row in rows if int(row['epoch']) < epoch]
-        if rows and len(kept) < len(rows):
-            lines = [','.join(rows[0])] + [','.join(row.values()) for row in kept]
-            _write_text(self.summary, '\n'.join(lines) + '\n' if kept else '')
-        if self.metrics.exists():
-            lines = self.metrics.read_text(encoding='utf-8').splitlines()
-            lines = [line for line in lines if json.loads(line)['epoch'] < epoch]
-            _write_text(self.metrics, ''.join(f'{line}\n' for line in lines))
-
-    def newest_state(self) -> Path | None:
-        """The state of the latest epoch, if any."""
-        states = sorted(p for p in self.states.glob('epoch-*') if (p / PROGRESS).is_file())
-        return states[-1] if states else None
-
-    def prune_states(self, keep: int) -> None:
-        """Remove all but the latest so many states."""
-        for old in sorted(self.states.glob('epoch-*'))[:-keep]:
-            shutil.rmtree(old)
+    state: Path | None
+    damaged: list[str]
 
 
-def run_name(args: argparse.Namespace) -> str:
-    """The run's folder under `--output`.
+def states_of(run: RunFolder) -> list[Path]:
+    """A run's states, the oldest first."""
+    return sorted((p for p in run.states.glob('epoch-*') if _NAME.fullmatch(p.name)), key=_place)
+
+
+def _place(state: Path) -> tuple[int, int]:
+    """Where in the run a state stands, by its name: the epoch to go on with, and the step."""
+    match = _NAME.fullmatch(state.name)
+    assert match is not None
+    epoch, step = int(match[1]), int(match[2] or 0)
+    return (epoch, step) if match[2] else (epoch + 1, 0)
+
+
+def _newest(run: RunFolder) -> Found:
+    """A run's newest state that is as it was written.
 
     Raises:
-        UserError: A name that would leave the output folder.
+        UserError: There are states, but all of them are damaged.
     """
-    if args.experiment:
-        name = Path(args.experiment)
-        if name.is_absolute() or '..' in name.parts:
-            raise UserError(f'--experiment {args.experiment}: must be a name inside --output {args.output}')
-        return str(name)
-    where = args.dataset or args.data_dir or args.data or 'digits'
-    words = [datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, Path(where).name, args.mode]
-    return '-'.join(''.join(c if c.isalnum() or c in '._-' else '_' for c in word) for word in words)
-
-
-def refuse_overwriting(run: RunFolder, args: argparse.Namespace, resume: Path | None) -> None:
-    """Refuse to start a run in the folder of another.
-
-    Raises:
-        UserError: The folder holds a run already, and it is not to be continued.
-    """
-    if resume is None and args.resume != 'auto' and (run.path / 'args.yaml').exists():
+    damaged: list[str] = []
+    for state in reversed(states_of(run)):
+        wrong = damage(state)
+        if wrong is None:
+            return Found(state, damaged)
+        damaged.append(f'{state} is damaged: {wrong}')
+    if damaged:
         raise UserError(
-            f'--experiment {args.experiment}: {run.path} holds a run already; '
-            f'continue it with --resume auto, or choose another name'
+            f'--resume {run.path}: every state in it is damaged; {"; ".join(damaged)}; start anew in another '
+            f'--experiment, from {run.path / "last.safetensors"} by --initial-checkpoint if you like'
         )
+    return Found(None, [])
 
 
 def save_state(
-    accelerator: Accelerator, task: TrainingTask, run: RunFolder, progress: dict[str, Any], keep: int
-) -> None:
-    """Save all that a resume needs after an epoch, and drop the oldest states.
+    accelerator: Accelerator, task: TrainingTask, run: RunFolder, progress: dict[str, Any], own: dict[str, Tensor]
+) -> Path:
+    """Save all that a resume needs; the folder gets its name when it is complete and on the disk.
 
     Accelerate saves the trained modules, the optimiser, the gradient scaler and the random states; beside
-    them lie the information bank, the negatives' generators, each process's rows of split banks and the moving
+    them lie the information bank, each process's own numbers, each process's rows of split banks and the moving
     average. Every process writes into the folder, so that all machines must see it.
 
     Args:
         accelerator: With the prepared module and optimiser.
         task: The task.
         run: Its folder.
-        progress: Where the run stands, plain numbers and texts; 'epoch' is the next one.
-        keep: How many states stay.
+        progress: Where the run stands, plain numbers and texts; 'epoch' and 'batch' are the next ones.
+        own: Of this process alone, by name.
+
+    Returns:
+        The state's folder.
+
+    Raises:
+        RunError: It could not be written; nothing of it is left, and older states are as they were.
     """
-    final = run.states / f'epoch-{progress["epoch"] - 1:04d}'
+    within = f'epoch-{progress["epoch"]:04d}-step-{progress["updates"]:06d}'
+    final = run.states / (within if progress['batch'] else f'epoch-{progress["epoch"] - 1:04d}')
     temporary = run.states / f'.{final.name}'
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    if isinstance(task, CTCTask):
-        save_file(task.sampler.get_state(), temporary / f'negatives_{accelerator.process_index}.safetensors')
-        if task.split is not None:
-            rows = {name: bank.cpu() for name, bank in task.banks().items()}
-            save_file(rows, temporary / f'banks_{task.split.rank:05d}.safetensors')
-    if accelerator.is_main_process:
-        if isinstance(task, CTCTask) and task.information_bank is not None:
-            save_file(_tensors(task.information_bank.model), temporary / 'information_bank.safetensors')
-        if task.has_ema():
-            save_file(_tensors(task.get_trainable_module(ema=True)), temporary / 'ema.safetensors')
-        _write_text(temporary / PROGRESS, json.dumps(progress, indent=2))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        run.prune_states(keep)
-    accelerator.wait_for_everyone()
+    with together(accelerator, f'{final} could not be saved', temporary):
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    with together(accelerator, f'{final} could not be saved', temporary):
+        accelerator.save_state(str(temporary))
+        numbers = dict(own)
+        if isinstance(task, CTCTask):
+            numbers['generator'] = task.sampler.get_state()['generator']
+            if task.split is not None:
+                rows = {name: bank.cpu() for name, bank in task.banks().items()}
+                save_file(rows, temporary / f'banks_{task.split.rank:05d}.safetensors')
+        save_file(numbers, temporary / _own_file(accelerator))
+        if accelerator.is_main_process:
+            if isinstance(task, CTCTask) and task.information_bank is not None:
+                save_file(_tensors(task.information_bank.model), temporary / 'information_bank.safetensors')
+            if task.has_ema():
+                save_file(_tensors(task.get_trainable_module(ema=True)), temporary / 'ema.safetensors')
+            (temporary / PROGRESS).write_text(json.dumps(progress, indent=2), encoding='utf-8')
+    with together(accelerator, f'{final} could not be saved', temporary):
+        if accelerator.is_main_process:
+            write_manifest(temporary)
+            appear(temporary, final)
+    return final
 
 
-def load_state(accelerator: Accelerator, task: TrainingTask, state: Path, expected: dict[str, Any]) -> dict[str, Any]:
+def prune_states(run: RunFolder, newest: Path, keep: int) -> None:
+    """Remove all but the latest so many states up to the newest, once that one is seen to be whole.
+
+    Later ones are of a run that was taken up again before them, or damaged.
+
+    Raises:
+        OSError: The newest reads otherwise than it was written.
+    """
+    wrong = damage(newest)
+    if wrong is not None:
+        raise OSError(f'{newest} is damaged: {wrong}')
+    states = states_of(run)
+    kept = states[: states.index(newest) + 1][-keep:]
+    for old in states:
+        if old not in kept:
+            shutil.rmtree(old)
+
+
+@contextmanager
+def together(accelerator: Accelerator, what: str, leftover: Path | None = None) -> Iterator[None]:
+    """Do something with files in every process, and fail in all of them where one fails.
+
+    A process that went on alone would wait for the others for ever.
+
+    Args:
+        accelerator: Whose processes.
+        what: Beginning of the message.
+        leftover: A file or folder to remove where it fails.
+
+    Raises:
+        RunError: With the reason of the first process that failed.
+    """
+    reasons: list[str | None] = [None]
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _is_about_files(error):
+            raise
+        reasons = [_reason(error)]
+    if accelerator.num_processes > 1:
+        reasons = gather_object(reasons)
+    failed = [reason for reason in reasons if reason]
+    if not failed:
+        return
+    if leftover is not None and accelerator.is_main_process:
+        shutil.rmtree(leftover, ignore_errors=True)
+    raise RunError(f'{what}: {failed[0]}; make room or mend it, then go on with --resume auto')
+
+
+def _is_about_files(error: RuntimeError) -> bool:
+    return 'PytorchStreamWriter' in str(error) or 'inline_container' in str(error) or 'write' in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file could not be written; PyTorch's own words say only that it could not."""
+    if isinstance(error, OSError):
+        return f'{error.strerror or one_line(error)}{f" ({error.filename})" if error.filename else ""}'
+    return one_line(error)
+
+
+def load_state(
+    accelerator: Accelerator, task: TrainingTask, state: Path, expected: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Continue from a state.
 
     Args:
@@ -233,23 +235,22 @@ def load_state(accelerator: Accelerator, task: TrainingTask, state: Path, expect
         expected: What must agree with the state: architecture, num_instances, ...
 
     Returns:
-        The `progress` that was saved.
+        The `progress` that was saved, and this process's own numbers, empty for one that was not there.
 
     Raises:
         UserError: A state of another model, data set or mode, or one that can't be read.
     """
     progress = read_progress(state, expected)
     try:
+        own = load_file(state / _own_file(accelerator)) if (state / _own_file(accelerator)).is_file() else {}
+        generator = own.pop('generator', None)
         if isinstance(task, CTCTask):
             extra: dict[str, Any] = {
                 'stage': progress['stage'],
                 'instance': task.instance.state_dict(),
                 'temporal': task.temporal.state_dict(),
-                'sampler': task.sampler.get_state(),
+                'sampler': task.sampler.get_state() if generator is None else {'generator': generator},
             }
-            negatives = state / f'negatives_{accelerator.process_index}.safetensors'
-            if negatives.is_file():
-                extra['sampler'] = load_file(negatives)
             if progress['stage'] == 'temporal':
                 extra['information_bank'] = load_file(state / 'information_bank.safetensors')
             task.load_task_state(extra)
@@ -258,10 +259,20 @@ def load_state(accelerator: Accelerator, task: TrainingTask, state: Path, expect
             module = task.get_trainable_module(ema=True)
             assert module is not None
             module.load_state_dict(load_file(state / 'ema.safetensors'))
+        random_states = state / f'{RNG_STATE_NAME}_{accelerator.process_index}.pkl'
+        if random_states.is_file():
+            load(random_states)  # Accelerate goes on without a word where it can't read them
         accelerator.load_state(str(state))
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f'--resume {state}: {" ".join(str(error).split())[:300]}') from None
-    return progress
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle_error()) as error:
+        raise UserError(f'--resume {state}: {one_line(error)}') from None
+    return progress, own
+
+
+def pickle_error() -> type[Exception]:
+    """What PyTorch raises on a file that holds more than tensors and plain values."""
+    from pickle import UnpicklingError
+
+    return UnpicklingError
 
 
 def _load_split_banks(task: CTCTask, state: Path) -> None:
@@ -298,39 +309,43 @@ def read_progress(state: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return progress
 
 
-def find_resume(args: argparse.Namespace) -> Path | None:
-    """The state that `--resume` means, or None to start afresh (only with 'auto').
+def find_resume(args: argparse.Namespace) -> Found:
+    """The state that `--resume` means, or none to start afresh (only with 'auto').
 
     Raises:
-        UserError: A path that is neither a run's folder nor one of its states.
+        UserError: A path that is neither a run's folder nor one of its states; a damaged state.
     """
     if not args.resume:
-        return None
+        return Found(None, [])
     if args.resume == 'auto':
         return _newest_fitting(args)
     path = Path(args.resume)
     if (path / PROGRESS).is_file():
-        return path
-    state = RunFolder(path).newest_state() if path.is_dir() else None
-    if state is None:
+        wrong = damage(path)
+        if wrong is not None:
+            run = run_of_state(path).path
+            raise UserError(f'--resume {path}: is damaged: {wrong}; --resume {run} takes the newest good one')
+        return Found(path, [])
+    found = _newest(RunFolder(path)) if path.is_dir() else Found(None, [])
+    if found.state is None:
         raise UserError(f'--resume {path}: no run with a saved state there; give a folder such as {args.output}/NAME')
-    return state
+    return found
 
 
-def _newest_fitting(args: argparse.Namespace) -> Path | None:
+def _newest_fitting(args: argparse.Namespace) -> Found:
     """With `--experiment` that run's newest state, else the newest among runs of the same model, data and mode."""
     if args.experiment:
-        return RunFolder(Path(args.output) / args.experiment).newest_state()
-    found = []
+        return _newest(RunFolder(Path(args.output) / args.experiment))
+    fitting = []
     for file in Path(args.output).glob('*/args.yaml'):
         run = RunFolder(file.parent)
-        state = run.newest_state()
-        if state is None:
+        states = states_of(run)
+        if not states:
             continue
         same = run.args()
-        if all(same.get(key) == _plain(getattr(args, key)) for key in ('model', 'dataset', 'data_dir', 'mode')):
-            found.append((state.stat().st_mtime, state))
-    return max(found)[1] if found else None
+        if all(same.get(key) == plain(getattr(args, key)) for key in ('model', 'dataset', 'data_dir', 'mode')):
+            fitting.append((states[-1].stat().st_mtime, run.path))
+    return _newest(RunFolder(max(fitting)[1])) if fitting else Found(None, [])
 
 
 def run_of_state(state: Path) -> RunFolder:
@@ -338,32 +353,10 @@ def run_of_state(state: Path) -> RunFolder:
     return RunFolder(state.resolve().parent.parent)
 
 
-def weights_metadata(file: str | os.PathLike) -> dict[str, str]:
-    """The facts written into a weights file."""
-    with safe_open(file, framework='pt') as weights:
-        return weights.metadata() or {}
-
-
-def keep_interval(args: argparse.Namespace, num_epochs: int) -> int:
-    """Every how many epochs weights are kept for good; 0 for never."""
-    return max(1, round(num_epochs / 20)) if args.keep_every is None else args.keep_every
+def _own_file(accelerator: Accelerator) -> str:
+    return f'process_{accelerator.process_index:05d}.safetensors'
 
 
 def _tensors(module: nn.Module | None) -> dict[str, Tensor]:
     assert module is not None
     return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-
-
-def _plain(value: Any) -> Any:
-    """A value that YAML's safe writer can write."""
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _write_text(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + '.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, file)

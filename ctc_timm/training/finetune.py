@@ -261,11 +261,11 @@ class FineTuning:
             'freeze': self.args.freeze,
             'train_fraction': plan.fraction,
             'seed': plan.seed,
-            'epoch': trainer.epoch - 1,
+            'epoch': trainer.at.epoch - 1,
         }
         row |= score_columns(bootstrap_scores(logits_NC, labels_N))
-        if trainer.best is not None:
-            row |= {'best_epoch_top1': trainer.best[0], 'best_epoch': trainer.best[1]}
+        if trainer.at.best is not None:
+            row |= {'best_epoch_top1': trainer.at.best[0], 'best_epoch': trainer.at.best[1]}
         trainer.accelerator.free_memory()
         return row
 

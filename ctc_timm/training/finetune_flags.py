@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from ..arguments import Parser, non_negative_int, positive_int
+from ..arguments import Parser, brief, non_negative_int, positive_int
 from ..data.flags import add_dataset_arguments
 from ..sources import add_source_arguments
 from . import flags, freezing, models
@@ -51,7 +51,7 @@ def fraction(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f'must be a number above 0 and at most 1, got {text!r}')
+        raise argparse.ArgumentTypeError(f'must be a number above 0 and at most 1, got {brief(text)}')
     return value
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..arguments import Parser, positive_int, probability
+from ..arguments import Parser, non_negative_int, positive_int, probability
 from ..data.flags import add_dataset_arguments
 from ..processes import add_precision_arguments
-from . import checkpoints, loaders, mixing, models, monitor, optimization, schedules, stages
+from . import checkpoints, loaders, mixing, models, monitor, optimization, schedules, stages, steps
 
 
 def add_arguments(parser: Parser) -> None:
@@ -29,10 +29,11 @@ def add_common_arguments(parser: Parser) -> None:
     checkpoints.add_saving_arguments(parser)
     monitor.add_arguments(parser)
     group = parser.add_argument_group('Run')
-    group.add_argument('--seed', type=int, default=42, metavar='S', help='of everything random')
+    group.add_argument('--seed', type=non_negative_int, default=42, metavar='S', help='of everything random')
     group.add_argument(
         '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
     )
+    steps.add_arguments(group)
     add_precision_arguments(group)
     group.add_argument('--model-ema', action='store_true', help='keep a moving average; it is what is saved')
     group.add_argument('--model-ema-decay', type=probability, default=0.9998, metavar='D', help='its decay')

@@ -6,19 +6,23 @@ import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from timm.data import create_loader
 from timm.data.loader import PrefetchLoader
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..arguments import non_negative_int, positive_float, positive_int, probability
+from ..arguments import number, positive_float, probability, whole_number
+from ..data import workers
 from ..data.cached import CachedDataset, cache_images
-from ..data.flags import INTERPOLATIONS, worker_count
+from ..data.erasing import erase
+from ..data.flags import INTERPOLATIONS, LARGEST_SIDE, worker_count
 from ..data.indexed import EpochBatches, IndexedDataset
 from ..data.loaders import create_eval_loader
 from ..data.splits import Source
@@ -34,21 +38,21 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--ratio', type=positive_float, nargs=2, metavar='F', help='random resize, aspect range')
     group.add_argument(
         '--crop-padding',
-        type=non_negative_int,
+        type=whole_number(0, LARGEST_SIDE),
         default=0,
         metavar='PIXELS',
         help='first pad by this and crop back to --img-size at random, as is usual for 32x32 images',
     )
     group.add_argument('--hflip', type=probability, default=0.5, metavar='P', help='horizontal flip')
     group.add_argument('--vflip', type=probability, default=0.0, metavar='P', help='vertical flip')
-    group.add_argument('--color-jitter', type=float, default=0.4, metavar='F', help='colour jitter factor')
+    group.add_argument('--color-jitter', type=number(0, 100), default=0.4, metavar='F', help='colour jitter factor')
     group.add_argument('--color-jitter-prob', type=probability, metavar='P', help='of colour jitter')
     group.add_argument('--grayscale-prob', type=probability, default=0.0, metavar='P', help='of grayscale')
     group.add_argument('--gaussian-blur-prob', type=probability, default=0.0, metavar='P', help='of blur')
     group.add_argument('--aa', metavar='POLICY', help="timm's auto-augment string, such as rand-m9-mstd0.5")
     group.add_argument('--reprob', type=probability, default=0.0, metavar='P', help='random erasing')
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='random erasing fill')
-    group.add_argument('--recount', type=positive_int, default=1, metavar='N', help='random erasing regions')
+    group.add_argument('--recount', type=whole_number(1, 1000), default=1, metavar='N', help='random erasing regions')
     group.add_argument(
         '--train-interpolation', default='random', choices=('random', *INTERPOLATIONS), help='resize interpolation'
     )
@@ -129,6 +133,7 @@ class TrainLoader:
 
     Attributes:
         skipped: How many images could not be read so far and were replaced by the next.
+        unreadable: Names of the files that could not be read so far, each once; known at the end of an epoch.
 
     Raises:
         UserError: Fewer images than one global batch.
@@ -167,8 +172,19 @@ class TrainLoader:
             persistent_workers=inner.persistent_workers,
             generator=torch.Generator(),  # workers' seeds must not draw from the state that dropout draws from
         )
+        self._erasing: RandomErasing | None = loader.random_erasing
+        loader.random_erasing = None  # type: ignore[assignment]  # timm would draw from the program's random state
+        if self._erasing is not None and device.type != 'cuda':
+            self._erasing.device = torch.device('cpu')  # whose random state can be kept
         self._loader: PrefetchLoader = loader
-        self.skipped = 0
+        self._indexed = indexed
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.unreadable: list[str] = []
+
+    @property
+    def skipped(self) -> int:
+        """How many images could not be read so far and were replaced by the next; waits for the device."""
+        return int(self._skipped)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
         """Which epoch the next iteration goes through, and at which batch it begins."""
@@ -178,10 +194,14 @@ class TrainLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for images, rows_B3 in self._loader:
-            targets_B, index_B, asked_B = rows_B3.unbind(dim=1)
-            self.skipped += int((index_B != asked_B).sum())
-            yield images, targets_B, index_B
+        with workers.told():
+            for (images, rows_B3), keys in zip(self._loader, self.batches):
+                if self._erasing is not None:
+                    erase(self._erasing, images, keys, self.batches.seed)
+                targets_B, index_B, asked_B = rows_B3.unbind(dim=1)
+                self._skipped += (index_B != asked_B).sum()
+                yield images, targets_B, index_B
+        self.unreadable += self._indexed.tell_unread()
 
 
 def cached(args: argparse.Namespace, source: Source, quiet: bool = False) -> Source:
@@ -199,21 +219,25 @@ class StreamLoader:
     """Batches of (images, targets, None) of a streaming set, for plain training; timm's own loader."""
 
     skipped = 0
+    unreadable: list[str] = []
 
     def __init__(self, dataset: Any, args: argparse.Namespace, config: dict[str, Any], device: torch.device) -> None:
         self._dataset = dataset
+        self._first = 0
         self._loader = _create_train_loader(dataset, args, config, device)
 
     def set_epoch(self, epoch: int, first: int = 0) -> None:
-        """Tell the reader which epoch to shuffle for."""
+        """Tell the reader which epoch to shuffle for; batches before the first are read and left out."""
         self._dataset.set_epoch(epoch)
+        self._first = first
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, None]]:
-        for images, targets in self._loader:
-            yield images, targets, None
+        with workers.told():
+            for images, targets in islice(self._loader, self._first, None):
+                yield images, targets, None
 
 
 class RefreshLoader:
@@ -235,7 +259,7 @@ class RefreshLoader:
         device: torch.device,
         distributed: bool = False,
     ) -> None:
-        self._loader = create_eval_loader(IndexedDataset(source.dataset), args, config, device, distributed)
+        self._loader = create_eval_loader(IndexedDataset(source.dataset), args, config, device, distributed, tell=False)
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import errno
 import logging
 import time
 from collections.abc import Collection
@@ -21,14 +21,18 @@ from ..backbones import architecture, check_input
 from ..contrast.task import CTCTask
 from ..data.flags import data_config
 from ..data.loaders import create_eval_loader, keep_batches
-from ..data.splits import Source, check_labels, is_streaming, open_split
+from ..data.reading import NamingDataset
+from ..data.splits import Source, check_classes, check_labels, is_streaming, open_split
 from ..errors import UserError
 from ..measure.evaluation import evaluate
 from ..processes import create_accelerator
 from ..progress import clock, progress_bar
 from . import checkpoints, loaders, mixing, models, optimization, report, schedules, stages
-from .checkpoints import RunFolder
-from .monitor import COLUMNS, Monitor, monitor_interval
+from .monitor import COLUMNS, create_monitor
+from .position import Position
+from .run_folder import RunFolder, keep_interval, refuse_overwriting, run_name
+from .steps import Steps
+from .stopping import Interrupted, StopSignal
 
 _logger = logging.getLogger(__name__)
 
@@ -55,11 +59,11 @@ class Trainer:
         frozen: Collection[str] = (),
     ) -> None:
         self.args = args
-        resume = checkpoints.find_resume(args)
+        found = checkpoints.find_resume(args)
         self.run = (
-            checkpoints.run_of_state(resume) if resume else RunFolder(Path(args.output) / checkpoints.run_name(args))
+            checkpoints.run_of_state(found.state) if found.state else RunFolder(Path(args.output) / run_name(args))
         )
-        checkpoints.refuse_overwriting(self.run, args, resume)
+        refuse_overwriting(self.run, args, found.state)
         self.accelerator = self._accelerator()
         self.run = RunFolder(broadcast_object_list([str(self.run.path)])[0])  # its name holds the time
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -70,6 +74,7 @@ class Trainer:
             raise stages.refused_stream(args)
         with self.accelerator.main_process_first():
             train, val = data or _open_splits(args)
+        self._image_name = NamingDataset(train.dataset).name
         if args.cache_dataset:
             train = loaders.cached(args, train, quiet=rank > 0)
         self.num_instances = 0 if train.labels_N is None else len(train.labels_N)
@@ -82,9 +87,8 @@ class Trainer:
         self.model = models.prepare_model(self.model, args, self.device, world_size)
 
         self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank, frozen)
-        if world_size > 1:  # alike up to here, for the moving average copies the model before the processes share it
-            random_seed(args.seed, rank)
-        self.monitor = self._create_monitor(resume)
+        resumed = self.run if found.state else None
+        self.monitor = create_monitor(args, self.config, self.accelerator, self.num_instances, resumed)
         self.mixup = mixing.create_mixup(args, self.num_classes)
         if self.mixup is not None and args.batch_size % 2:
             raise UserError(f'--batch-size {args.batch_size}: must be even with --mixup or --cutmix')
@@ -117,20 +121,23 @@ class Trainer:
         self.task.trainable_module = self.accelerator.prepare_model(module)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
 
-        self.epoch = 0
-        self.updates = 0
-        self.best: tuple[float, int] | None = None
-        if resume:
-            self._resume(resume)
-        if self.accelerator.is_main_process:
-            if not resume:
-                self.run.forget_from(0)  # of a run that was stopped before its first state
-                self.run.create(args)
-                self.run.write_config(self.model, self.config)
-            else:
-                self.run.forget_from(self.epoch)
+        # Up to here processes are alike, as the moving average copies the model; and what was drawn so far depends on
+        # what had been imported before.
+        random_seed(args.seed, 1 + rank)
+        self.steps = Steps(args, self.accelerator, self.task, self.optimizer, self.mixup, self.num_classes)
+        self.stop = StopSignal()
+        self.at = Position()
+        self._skipped_before = self._named = 0
+        if found.state:
+            self._resume(found)
+        with checkpoints.together(self.accelerator, f'{self.run.path} cannot be written to'):
+            if self.accelerator.is_main_process:
+                self.run.clear_up(self.at.epoch, self.at.batch)  # also after a run stopped before its first state
+                if not found.state:
+                    self.run.create(args)
+                    self.run.write_config(self.model, self.config)
         if args.log_with:
-            self.accelerator.init_trackers('ctc-timm', {k: v for k, v in vars(args).items() if _loggable(v)})
+            report.start_trackers(self.accelerator, args)
 
     def _accelerator(self) -> Accelerator:
         args = self.args
@@ -144,17 +151,6 @@ class Trainer:
             kwargs_handlers=handlers,
         )
 
-    def _create_monitor(self, resume: Path | None) -> Monitor | None:
-        if not self.args.monitor_target:
-            return None
-        if resume and not all(f'eval_{column}' in row for row in self.run.rows() for column in COLUMNS):
-            raise UserError(
-                f'--monitor-target {self.args.monitor_target}: {self.run.path} was started without it, and its '
-                f'summary.csv has no columns for it; leave the flag out to go on'
-            )
-        every = monitor_interval(self.args, self.num_instances)
-        return Monitor(self.args, self.config, self.accelerator, every)
-
     def _facts(self) -> dict[str, Any]:
         """What a state must agree on with the run that continues it."""
         return {
@@ -164,17 +160,24 @@ class Trainer:
             'mode': self.args.mode,
         }
 
-    def _resume(self, state: Path) -> None:
-        progress = checkpoints.load_state(self.accelerator, self.task, state, self._facts())
-        if self.args.mode == 'ctc' and progress['stage'] != self.schedule.stage(progress['epoch'] - 1):
+    def _resume(self, found: checkpoints.Found) -> None:
+        assert found.state is not None
+        progress, own = checkpoints.load_state(self.accelerator, self.task, found.state, self._facts())
+        at = Position.of(progress, own, self._global_batch, self.args.grad_accum_steps, self.device)
+        if self.args.mode == 'ctc' and progress['stage'] != self.schedule.stage(at.epoch if at.batch else at.epoch - 1):
             raise UserError(
-                f'--temporal-start-epoch {self.args.temporal_start_epoch}: {state} is in its {progress["stage"]} stage '
-                f'after {progress["epoch"]} epochs; leave the flag out to go on as before'
+                f'--temporal-start-epoch {self.args.temporal_start_epoch}: {found.state} is in its '
+                f'{progress["stage"]} stage after {at.epoch} epochs; leave the flag out to go on as before'
             )
-        self.epoch = progress['epoch']
-        self.updates = progress['updates']
-        self.best = (progress['best_top1'], progress['best_epoch']) if progress['best_epoch'] is not None else None
-        self.say(f'continuing {self.run.path} at epoch {self.epoch} of {self.schedule.num_epochs}')
+        self.at = at
+        for damaged in found.damaged:
+            self.say(f'{damaged}; going on from the state before')
+        within = f', batch {at.batch}' if at.batch else ''
+        self.say(f'continuing {self.run.path} at epoch {at.epoch}{within} of {self.schedule.num_epochs}')
+
+    @property
+    def _global_batch(self) -> int:
+        return self.args.batch_size * self.accelerator.num_processes
 
     def _stage(self, epoch: int) -> str:
         return self.schedule.stage(epoch) if isinstance(self.task, CTCTask) else 'vanilla'
@@ -189,32 +192,52 @@ class Trainer:
 
         Args:
             brief: Leave out the lines about where the run begins and where its files are.
+
+        Raises:
+            Stopped: A signal told the run to stop; its state is saved.
+            RunError: Files can't be written, or too many steps in a row gave no number.
         """
         if not brief:
-            self._announce()
+            self.say(report.announcement(self))
         started = time.monotonic()
-        first = self.epoch
-        while self.epoch < self.schedule.num_epochs:
-            epoch = self.epoch
-            if isinstance(self.task, CTCTask) and epoch == self.schedule.temporal_start:
-                self._start_temporal_stage()
-            train = self._train_epoch(epoch)
-            last = epoch == self.schedule.num_epochs - 1
-            metrics: dict[str, Any] = {}
-            if last or (epoch + 1) % self.args.eval_interval == 0:
-                metrics = self._evaluate()
-            if self.monitor is not None and self.monitor.due(epoch, last):
-                metrics.update(self.monitor.measure(self._eval_model()))
-            self._finish_epoch(epoch, train, metrics)
-            spent = time.monotonic() - started
-            left = spent / (self.epoch - first) * (self.schedule.num_epochs - self.epoch)
-            lr = self.optimizer.param_groups[0]['lr']
-            line = report.epoch_line(epoch, self._stage(epoch), train, metrics, lr)
-            self.say(line + (f'  {clock(left)} left' if left >= 1 else ''))
+        try:
+            with self.stop.heeded():
+                self._run_epochs(started)
+        except Interrupted:
+            if self.at.batch:
+                self._save_state()
+            raise report.stopped(self.run, self.stop.received, self.at.updates) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise report.disk_full(self.run, error) from None
         self.accelerator.wait_for_everyone()
         self._conclude(time.monotonic() - started, brief)
         for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
             tracker.finish()
+
+    def _run_epochs(self, started: float) -> None:
+        first, alone = self.at.epoch, self.accelerator.num_processes == 1
+        while self.at.epoch < self.schedule.num_epochs:
+            epoch = self.at.epoch
+            # Several processes would not all be at the same place when the signal comes.
+            if self._stage(epoch) == 'temporal' and self.task.stage == 'instance':
+                with self.stop.at_once(alone):
+                    self._start_temporal_stage()
+            train = self._train_epoch(epoch)
+            last = epoch == self.schedule.num_epochs - 1
+            metrics: dict[str, Any] = {}
+            with self.stop.at_once(alone):
+                if last or (epoch + 1) % self.args.eval_interval == 0:
+                    metrics = self._evaluate()
+                if self.monitor is not None and self.monitor.due(epoch, last):
+                    metrics.update(self.monitor.measure(self._eval_model()))
+            self._finish_epoch(epoch, train, metrics)
+            spent = time.monotonic() - started
+            left = spent / (self.at.epoch - first) * (self.schedule.num_epochs - self.at.epoch)
+            lr = self.optimizer.param_groups[0]['lr']
+            line = report.epoch_line(epoch, self._stage(epoch), train, metrics, lr)
+            self.say(line + (f'  {clock(left)} left' if left >= 1 else ''))
 
     def _start_temporal_stage(self) -> None:
         assert isinstance(self.task, CTCTask)
@@ -226,76 +249,81 @@ class Trainer:
         self.say('temporal stage: the model is frozen as the information bank, and the banks are filled from it')
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training set; mean losses over the epoch."""
-        args, accelerator, task = self.args, self.accelerator, self.task
-        stage = self._stage(epoch)
-        task.train()
-        self.loader.set_epoch(epoch)
+        """One pass over the training set, or what is left of it; mean losses over the epoch."""
+        at, args = self.at, self.args
+        self.task.train()
+        self.loader.set_epoch(epoch, at.batch)
         total, accumulate = len(self.loader), args.grad_accum_steps
-        mix = self.mixup if not args.mixup_off_epoch or epoch < args.mixup_off_epoch else None
-        sums: dict[str, Tensor] = {}
-        skipped = self.loader.skipped
-        bar = progress_bar(self.loader, f'epoch {epoch} of {self.schedule.num_epochs} ({stage})', accelerator)
-        self.schedule.step(epoch)
-        batch = -1
-        for batch, (images, targets, index) in enumerate(bar):
-            in_group = min(accumulate, total - batch // accumulate * accumulate)
-            last_of_group = (batch + 1) % accumulate == 0 or batch + 1 == total
-            images, targets, lam = self._mix(images, targets, mix)
-            if args.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            module = task.get_trainable_module()
-            waiting = contextlib.nullcontext() if last_of_group else accelerator.no_sync(module)
-            with waiting:
-                with accelerator.autocast():
-                    result = task(images, targets, index, lam) if isinstance(task, CTCTask) else task(images, targets)
-                accelerator.backward(result['loss'] / in_group)
-            for key in ('loss', 'task_loss', 'ctc_loss'):
-                if key in result:
-                    sums[key] = sums.get(key, 0) + result[key].detach()
-            if last_of_group:
-                self._update(epoch, batch // accumulate)
-            if (batch + 1) % args.log_interval == 0 or batch + 1 == total:
-                self._log_step(epoch, batch, sums, bar)
-        if batch < 0:
+        self._skipped_before = self.loader.skipped - at.skipped
+        name = f'epoch {epoch} of {self.schedule.num_epochs} ({self._stage(epoch)})'
+        rest = self.loader if at.batch < total else ()
+        bar = progress_bar(rest, name, self.accelerator, at.batch)
+        self.schedule.step(epoch, min(at.batch // accumulate, self.steps_per_epoch - 1))
+        seen: list[Tensor | None] = []
+        for images, targets, index in bar:
+            in_step = min(accumulate, total - at.batch // accumulate * accumulate)
+            last_of_step = (at.batch + 1) % accumulate == 0 or at.batch + 1 == total
+            self.steps.batch(images, targets, index, epoch, in_step, last_of_step)
+            seen.append(index)
+            at.batch += 1
+            logs = at.batch % args.log_interval == 0 or at.batch == total
+            stop = self._update(epoch, seen, ask=logs) if last_of_step else False
+            if logs:
+                self._log_step(epoch, bar)
+            if stop or (last_of_step and self._save_is_due(total)):
+                self._save_state()
+            if stop:
+                raise report.stopped(self.run, self.stop.received, self.at.updates)
+        if not at.batch:
             raise UserError(f'--dataset {args.dataset}: the training split gave no batch')
-        means = {key: value / (batch + 1) for key, value in sums.items()}
-        if accelerator.num_processes > 1:
-            means = {k: accelerator.reduce(v, 'mean') for k, v in means.items()}
-        numbers = {key: float(value) for key, value in means.items()}
+        reduce = self.accelerator.reduce
+        numbers = {key: float(reduce(value, 'mean')) for key, value in at.means().items()}
         if isinstance(self.loader, loaders.TrainLoader):
-            count = torch.tensor(self.loader.skipped - skipped, device=self.device)
-            numbers['skipped'] = int(accelerator.reduce(count, 'sum'))
+            at.skipped = self.loader.skipped - self._skipped_before
+            numbers['skipped'] = int(reduce(torch.tensor(at.skipped, device=self.device), 'sum'))
+        numbers['bad_steps'] = at.bad_steps
         return numbers
 
-    def _mix(
-        self, images: Tensor, targets: Tensor, mix: mixing.InstanceMixup | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        if mix is not None:
-            return mix(images, targets)
-        if self.mixup is not None:  # mixing has ended, but the criterion still takes soft targets
-            smoothing = self.args.smoothing
-            one_hot = nn.functional.one_hot(targets, self.num_classes).to(images.dtype)
-            targets = one_hot * (1 - smoothing) + smoothing / self.num_classes
-        return images, targets, None
-
-    def _update(self, epoch: int, update: int) -> None:
-        """One optimiser step with the gradients that are there."""
-        optimization.clip_gradients(self.accelerator, self.task, self.args)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.updates += 1
-        self.task.update_ema(step=self.updates)
+    def _update(self, epoch: int, seen: list[Tensor | None], ask: bool) -> bool:
+        """One optimiser step over the batches seen since the last; whether to stop after it."""
+        at = self.at
+        at.updates += 1
+        step = self.steps.update(at.updates, self.stop.received is not None, ask)
+        if step.bad:
+            at.bad_steps += 1
+            at.bad_in_a_row += 1
+            self._tell_bad_step(epoch, seen)
+        else:
+            at.bad_in_a_row = 0
+            at.add(step.losses, len(seen))
+        seen.clear()
+        update = (at.batch - 1) // self.args.grad_accum_steps
         if self.schedule.on_updates and update + 1 < self.steps_per_epoch:
             self.schedule.step(epoch, update + 1)
+        return step.stop
 
-    def _log_step(self, epoch: int, batch: int, sums: dict[str, Tensor], bar: tqdm) -> None:
-        row = {key: float(value) / (batch + 1) for key, value in sums.items()}
+    def _save_is_due(self, total: int) -> bool:
+        every = self.args.checkpoint_steps
+        return bool(every) and self.at.updates % every == 0 and self.at.batch < total
+
+    def _tell_bad_step(self, epoch: int, seen: list[Tensor | None]) -> None:
+        """Note which images a step that gave no number was of; stop the run after too many."""
+        names = [self._image_name(int(i)) for index in seen if index is not None for i in index]
+        where = f'step {self.at.updates} (epoch {epoch}, batch {self.at.batch - 1})'
+        if self.accelerator.is_main_process:
+            self.run.log({'epoch': epoch, 'batch': self.at.batch, 'update': self.at.updates, 'bad_step_of': names})
+        if self.at.bad_in_a_row >= self.args.max_bad_steps:
+            raise report.too_many_bad_steps(self.run, self.at.bad_in_a_row, where, names)
+        if self.at.bad_steps == 1:
+            self.say(f'{where}: loss or gradient not finite; left out, its images are in {self.run.metrics}')
+
+    def _log_step(self, epoch: int, bar: tqdm) -> None:
+        row = {key: float(value) for key, value in self.at.means().items()}
         row['lr'] = self.optimizer.param_groups[0]['lr']
         bar.set_postfix({key: f'{value:.4g}' for key, value in row.items()}, refresh=False)
-        self.accelerator.log({f'train/{k}': v for k, v in row.items()}, step=self.updates)
+        self.accelerator.log({f'train/{k}': v for k, v in row.items()}, step=self.at.updates)
         if self.accelerator.is_main_process:
-            self.run.log({'epoch': epoch, 'batch': batch + 1, 'update': self.updates, **row})
+            self.run.log({'epoch': epoch, 'batch': self.at.batch, 'update': self.at.updates, **row})
 
     def _evaluate(self) -> dict[str, Any]:
         if self.accelerator.num_processes > 1 and self.args.dist_bn:
@@ -314,50 +342,48 @@ class Trainer:
 
     def _finish_epoch(self, epoch: int, train: dict[str, float], metrics: dict[str, Any]) -> None:
         """Write the epoch's numbers, weights and state."""
-        lr = self.optimizer.param_groups[0]['lr']
-        stage = self._stage(epoch)
-        if 'top1' in metrics and (self.best is None or metrics['top1'] > self.best[0]):
-            self.best = (metrics['top1'], epoch)
-        self.epoch = epoch + 1
+        lr, stage, at = self.optimizer.param_groups[0]['lr'], self._stage(epoch), self.at
+        if 'top1' in metrics and (at.best is None or metrics['top1'] > at.best[0]):
+            at.best = (metrics['top1'], epoch)
         evaluation = {f'eval/{key}': value for key, value in metrics.items()}
-        self.accelerator.log({'epoch': epoch, **evaluation}, step=self.updates)
-        if self.accelerator.is_main_process:
-            columns = ('loss', 'top1', 'top5', *(COLUMNS if self.monitor is not None else ()))
-            blank = {key: metrics.get(key, '') for key in columns}
-            self.run.log_epoch(epoch, train, blank, lr)
-            self.run.log({'epoch': epoch, 'stage': stage, **train, **evaluation, 'lr': lr})
-            self._save_weights(epoch, metrics)
+        self.accelerator.log({'epoch': epoch, **evaluation}, step=at.updates)
+        with checkpoints.together(self.accelerator, f'{self.run.path} cannot be written to'):
+            if self.accelerator.is_main_process:
+                columns = ('loss', 'top1', 'top5', *(COLUMNS if self.monitor is not None else ()))
+                blank = {key: metrics.get(key, '') for key in columns}
+                self.run.log_epoch(epoch, train, blank, lr)
+                names = self.loader.unreadable[self._named :]
+                self._named += len(names)
+                unreadable = {'unreadable': names} if names else {}
+                self.run.log({'epoch': epoch, 'stage': stage, **train, **evaluation, 'lr': lr, **unreadable})
+                self._save_weights(epoch, metrics)
+        at.next_epoch()
+        self._save_state()
+
+    def _save_state(self) -> None:
+        """Save the state, and drop the oldest ones."""
+        if self.at.batch:
+            self.at.skipped = self.loader.skipped - self._skipped_before
         progress = {
             **self._facts(),
-            'epoch': self.epoch,
-            'updates': self.updates,
+            **self.at.progress(self._global_batch, self.args.grad_accum_steps),
             'stage': self.task.stage if isinstance(self.task, CTCTask) else 'vanilla',
-            'best_top1': self.best[0] if self.best else None,
-            'best_epoch': self.best[1] if self.best else None,
         }
-        checkpoints.save_state(self.accelerator, self.task, self.run, progress, self.args.checkpoint_hist)
+        state = checkpoints.save_state(self.accelerator, self.task, self.run, progress, self.at.own())
+        with checkpoints.together(self.accelerator, f'{state} could not be checked'):
+            if self.accelerator.is_main_process:
+                checkpoints.prune_states(self.run, state, self.args.checkpoint_hist)
 
     def _save_weights(self, epoch: int, metrics: dict[str, Any]) -> None:
         model = unwrap_model(self._eval_model())  # of processes, compilation or averaging
         facts = {**self._facts(), 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
         self.run.save_weights('last', model, facts)
-        if self.best is not None and self.best[1] == epoch:
+        if self.at.best is not None and self.at.best[1] == epoch:
             self.run.save_weights('best', model, facts)
-        every = checkpoints.keep_interval(self.args, self.schedule.num_epochs)
+        every = keep_interval(self.args, self.schedule.num_epochs)
         marks = (self.schedule.temporal_start - 1, self.schedule.num_epochs - 1)
         if every and (epoch % every == every - 1 or epoch in marks):
             self.run.save_weights(f'weights/epoch-{epoch:04d}', model, facts)
-
-    def _announce(self) -> None:
-        args = self.args
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        images = f'{self.num_instances:,} images' if self.num_instances else 'a stream of images'
-        self.say(
-            f'{args.mode}: {architecture(self.model)} ({parameters:.2f}M parameters, {self.num_classes} '
-            f'classes) on {images} of {args.dataset or args.data_dir or args.data or "digits"}, '
-            f'{self.schedule.num_epochs} epochs, batch {args.batch_size} on {self.accelerator.num_processes} '
-            f'process(es), {self.device}, to {self.run.path}'
-        )
 
     def _conclude(self, seconds: float, brief: bool) -> None:
         if not self.accelerator.is_main_process:
@@ -368,13 +394,11 @@ class Trainer:
         if self.monitor is not None:
             self.say(f'monitoring took {100 * self.monitor.seconds / max(seconds, 1e-9):.1f}% of the time')
         if not brief:
-            self.say(report.conclusion(self.run.path, seconds, self.best, pictures))
+            self.say(report.conclusion(self.run.path, seconds, self.at.best, pictures))
 
 
 def _open_splits(args: argparse.Namespace) -> tuple[Source, Source]:
     train = open_split(args, args.train_split, is_training=True, batch_size=args.batch_size)
-    return train, open_split(args, args.val_split, unsplit=False)
-
-
-def _loggable(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str))
+    val = open_split(args, args.val_split, unsplit=False)
+    check_classes(train, val)
+    return train, val

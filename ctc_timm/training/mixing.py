@@ -10,6 +10,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from ..arguments import non_negative_float, non_negative_int, probability
+from ..errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--cutmix', type=non_negative_float, default=0.0, metavar='ALPHA', help='cutmix if above 0')
     group.add_argument(
         '--cutmix-minmax',
-        type=float,
+        type=probability,
         nargs=2,
         metavar=('MIN', 'MAX'),
         help='box size range, overrides alpha and turns cutmix on',
@@ -91,7 +92,16 @@ class InstanceMixup:
         """
         B = len(images)
         self.mixup.num_classes = B
-        images, mixing_BB = self.mixup(images, torch.arange(B, device=images.device))
+        try:
+            images, mixing_BB = self.mixup(images, torch.arange(B, device=images.device))
+        except ValueError:
+            if self.mixup.cutmix_minmax is None:
+                raise
+            low, high = self.mixup.cutmix_minmax
+            size = 'x'.join(map(str, images.shape[-2:]))
+            raise UserError(
+                f'--cutmix-minmax {low:g} {high:g}: no box is between these shares of {size} images'
+            ) from None
         one_hot_BC = F.one_hot(targets, self.num_classes).to(mixing_BB.dtype)
         smooth_BC = one_hot_BC * (1 - self.smoothing) + self.smoothing / self.num_classes
         return images, mixing_BB @ smooth_BC, mixing_BB.diagonal()
@@ -101,6 +111,9 @@ def create_mixup(args: argparse.Namespace, num_classes: int) -> InstanceMixup | 
     """The mixing that the flags ask for, or None."""
     if not is_active(args):
         return None
+    if args.cutmix_minmax is not None and not args.cutmix_minmax[0] < args.cutmix_minmax[1]:
+        smaller, larger = args.cutmix_minmax
+        raise UserError(f'--cutmix-minmax {smaller:g} {larger:g}: the first must be smaller than the second')
     return InstanceMixup(
         num_classes,
         smoothing=args.smoothing,

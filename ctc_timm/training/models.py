@@ -8,13 +8,17 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_name, resolve_model_input_args
 from torch import nn
 
-from ..arguments import KeyValues, positive_int, probability
+from ..arguments import KeyValues, positive_float, probability, whole_number
 from ..backbones import architecture, has_classification_head
 from ..errors import UserError, nearest, one_line
+from ..weights_file import check_hash
+from .sync_bn import synchronise
+
+MOST_CLASSES = 10**6
+COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--pretrained', action='store_true', help="start from the name's pretrained weights")
     group.add_argument('--initial-checkpoint', default='', metavar='FILE', help='start from these weights')
     group.add_argument(
-        '--num-classes', type=positive_int, metavar='N', help="outputs; the data set's classes when not given"
+        '--num-classes',
+        type=whole_number(1, MOST_CLASSES),
+        metavar='N',
+        help="outputs; the data set's classes when not given",
     )
     add_architecture_arguments(group)
 
@@ -38,7 +45,7 @@ def add_architecture_arguments(group: Any) -> None:
     group.add_argument('--drop-path', type=probability, metavar='P', help='stochastic depth')
     group.add_argument('--drop-block', type=probability, metavar='P', help='drop block')
     group.add_argument('--bn-momentum', type=probability, metavar='M', help='batch norm momentum')
-    group.add_argument('--bn-eps', type=float, metavar='EPS', help='batch norm epsilon')
+    group.add_argument('--bn-eps', type=positive_float, metavar='EPS', help='batch norm epsilon')
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the model'
     )
@@ -50,7 +57,7 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
-    group.add_argument('--torchcompile-mode', metavar='MODE', help="torch.compile's mode")
+    group.add_argument('--torchcompile-mode', choices=COMPILE_MODES, help="torch.compile's mode")
     group.add_argument('--sync-bn', action='store_true', help='batch norm over all processes')
     group.add_argument(
         '--dist-bn',
@@ -78,7 +85,7 @@ def create_model(args: argparse.Namespace, num_classes: int | None) -> Any:
         model = timm.create_model(pretrained=args.pretrained, **{k: v for k, v in resolved.items() if v is not None})
     except UserError as error:
         raise UserError(f'--model {name}: {error}') from None
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
+    except Exception as error:  # timm's, torch's and the client's of the Hub, about weights and configs of other people
         raise UserError(f'--model {name}: {one_line(error)}') from None
     if args.initial_checkpoint:
         load_weights(model, args.initial_checkpoint, '--initial-checkpoint')
@@ -105,7 +112,7 @@ def prepare_model(model: Any, args: argparse.Namespace, device: torch.device, nu
     """The model on its device, as the execution flags say.
 
     Raises:
-        UserError: It has no checkpointing, or the device no synchronised batch norm.
+        UserError: It has no checkpointing.
     """
     if args.grad_checkpointing:
         try:
@@ -113,9 +120,7 @@ def prepare_model(model: Any, args: argparse.Namespace, device: torch.device, nu
         except (AssertionError, AttributeError, NotImplementedError):
             raise UserError(f'--grad-checkpointing: {architecture(model)} has none') from None
     if args.sync_bn and num_processes > 1:
-        if device.type == 'cpu':
-            raise UserError('--sync-bn: PyTorch synchronises batch norm on accelerators only, not on the CPU')
-        model = convert_sync_batchnorm(model)
+        model = synchronise(model, device)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -145,6 +150,8 @@ def load_weights(model: nn.Module, path: str | Path, flag: str) -> None:
     if not file.is_file():
         raise UserError(f'{flag} {path}: no such file')
     try:
-        timm.models.load_checkpoint(model, str(file))
+        if file.suffix == '.safetensors':
+            check_hash(file)
+        timm.models.load_checkpoint(model, str(file), weights_only=True)
     except Exception as error:
         raise UserError(f'{flag} {path}: not weights of {architecture(model)}: {one_line(error)}') from None

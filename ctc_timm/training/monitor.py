@@ -17,11 +17,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..arguments import positive_int
+from ..errors import UserError
 from ..measure.features import compute_features
 from ..measure.geometry import class_spread, effective_rank
 from ..measure.probes import ridge_scores
 from ..measure.sets import Labelled
 from ..measure.targets import Target
+from .run_folder import RunFolder
 
 FITTED = 2 / 3  # of the images; the rest is measured
 COST = 0.02  # of the training time, that the default interval aims at
@@ -113,3 +115,32 @@ class Monitor:
         )
         self.seconds += time.monotonic() - started
         return dict(zip(COLUMNS, values))
+
+
+def create_monitor(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    num_instances: int,
+    resumed: RunFolder | None,
+) -> Monitor | None:
+    """The monitor that the flags ask for, if any.
+
+    Args:
+        args: The flags above and the data flags.
+        config: Of `data_config`.
+        accelerator: Of the run.
+        num_instances: N.
+        resumed: The run that goes on.
+
+    Raises:
+        UserError: That run was started without it.
+    """
+    if not args.monitor_target:
+        return None
+    if resumed and not all(f'eval_{column}' in row for row in resumed.rows() for column in COLUMNS):
+        raise UserError(
+            f'--monitor-target {args.monitor_target}: {resumed.path} was started without it, and its summary.csv '
+            f'has no columns for it; leave the flag out to go on'
+        )
+    return Monitor(args, config, accelerator, monitor_interval(args, num_instances))

@@ -83,7 +83,7 @@ def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim
     options: dict[str, Any] = optimizer_kwargs(argparse.Namespace(**vars(args), opt_args=args.opt_kwargs or None))
     try:
         return create_optimizer_v2(module, **options, filter_bias_and_bn=args.filter_bias_and_bn)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, AssertionError, RuntimeError, ImportError) as error:
         raise UserError(
             f'--opt {args.opt} with --opt-betas {args.opt_betas} and --opt-kwargs {args.opt_kwargs}: '
             f'{" ".join(str(error).split())}'

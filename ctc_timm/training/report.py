@@ -1,16 +1,24 @@
-"""What a run tells, and to whom: a line at the start, a line an epoch, where everything is; the trackers there are."""
+"""What a run tells, and to whom: a line at the start, a line an epoch, how it ended; the trackers there are."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from ..errors import UserError, nearest
+from ..backbones import architecture
+from ..errors import RunError, Stopped, UserError, nearest
 from ..progress import clock
+from .checkpoints import states_of
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .loop import Trainer
 
 
 def check_tracker(name: str) -> None:
@@ -25,6 +33,25 @@ def check_tracker(name: str) -> None:
         raise UserError(f'--log-with {name}: no such tracker{nearest(name, known)}; Accelerate has {", ".join(known)}')
     if name not in installed:
         raise UserError(f'--log-with {name}: its package is not installed; installed: {", ".join(installed[1:])}')
+
+
+def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Have Accelerate's trackers begin a run, with its flags."""
+    plain = {name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
+    accelerator.init_trackers('ctc-timm', plain)
+
+
+def announcement(trainer: Trainer) -> str:
+    """What is about to be trained, on what, and where to."""
+    args, model = trainer.args, trainer.model
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    images = f'{trainer.num_instances:,} images' if trainer.num_instances else 'a stream of images'
+    return (
+        f'{args.mode}: {architecture(model)} ({parameters:.2f}M parameters, {trainer.num_classes} '
+        f'classes) on {images} of {args.dataset or args.data_dir or args.data or "digits"}, '
+        f'{trainer.schedule.num_epochs} epochs, batch {args.batch_size} on {trainer.accelerator.num_processes} '
+        f'process(es), {trainer.device}, to {trainer.run.path}'
+    )
 
 
 def epoch_line(epoch: int, stage: str, train: dict[str, float], metrics: dict[str, Any], lr: float) -> str:
@@ -45,6 +72,8 @@ def epoch_line(epoch: int, stage: str, train: dict[str, float], metrics: dict[st
     if 'monitor_ridge_top1' in metrics:
         parts.append(f'target {metrics["monitor_ridge_top1"]:.2f}%')
     parts.append(f'lr {lr:.3g}')
+    if train.get('bad_steps'):
+        parts.append(f'{train["bad_steps"]:.0f} bad steps left out')
     if train.get('skipped'):
         parts.append(f'{train["skipped"]:.0f} unreadable')
     return '  '.join(parts)
@@ -63,3 +92,40 @@ def conclusion(run: Path, seconds: float, best: tuple[float, int] | None, pictur
         f'  python transfer/dynamics.py {run}\n'
         f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
     )
+
+
+def stopped(run: RunFolder, signal: str | None, updates: int) -> Stopped:
+    """That a run was told to stop, and how it goes on.
+
+    Args:
+        run: Its folder.
+        signal: Name of the signal; None where another process got it.
+        updates: Optimiser steps so far.
+    """
+    return Stopped(f'stopped by {signal or "a signal"} after step {updates}; {_kept(run)}; go on with --resume auto')
+
+
+def disk_full(run: RunFolder, error: OSError) -> RunError:
+    """That a run's files can't be written any more."""
+    return RunError(f'{run.path}: {error.strerror}; {_kept(run)}; make room, then go on with --resume auto')
+
+
+def too_many_bad_steps(run: RunFolder, steps: int, where: str, names: list[str]) -> RunError:
+    """That so many steps in a row gave no number.
+
+    Args:
+        run: Its folder.
+        steps: How many.
+        where: The last of them.
+        names: Its images; none of a stream.
+    """
+    some = ', '.join(names[:4]) + (f' and {len(names) - 4} more in {run.metrics}' if len(names) > 4 else '')
+    return RunError(
+        f'--max-bad-steps {steps}: loss or gradient not finite in {steps} steps in a row, up to {where} with the '
+        f'images {some or "of a stream"}; {_kept(run)}; try a lower --lr, --clip-grad or no --amp, then --resume auto'
+    )
+
+
+def _kept(run: RunFolder) -> str:
+    states = states_of(run)
+    return f'its last good state is {states[-1]}' if states else 'it has no state yet'

@@ -13,7 +13,15 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch.optim import Optimizer
 
-from ..arguments import non_negative_float, non_negative_int, positive_float, positive_int
+from ..arguments import (
+    non_negative_float,
+    non_negative_int,
+    number,
+    positive_float,
+    positive_int,
+    probability,
+    whole_number,
+)
 from ..errors import UserError
 
 SCHEDULES = ('cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
@@ -22,7 +30,7 @@ SCHEDULES = ('cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare timm's schedule flags."""
     group = parser.add_argument_group('Schedule')
-    group.add_argument('--epochs', type=positive_int, default=300, metavar='N', help='length of the run')
+    group.add_argument('--epochs', type=whole_number(1, 10**6), default=300, metavar='N', help='length of the run')
     group.add_argument(
         '--sched',
         choices=SCHEDULES,
@@ -51,17 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--decay-milestones', type=positive_int, nargs='+', default=[90, 180, 270], metavar='N', help='for multistep'
     )
     group.add_argument(
-        '--decay-rate', '--dr', type=positive_float, default=0.1, metavar='RATE', help='of step, multistep and poly'
+        '--decay-rate', '--dr', type=number(1e-6, 10), default=0.1, metavar='RATE', help='of step, multistep and poly'
     )
     group.add_argument(
-        '--lr-noise', type=float, nargs='+', metavar='PCT', help='noise on and off, fractions of the run'
+        '--lr-noise', type=probability, nargs='+', metavar='PCT', help='noise on and off, fractions of the run'
     )
-    group.add_argument('--lr-noise-pct', type=float, default=0.67, metavar='PCT', help='limit of the noise')
-    group.add_argument('--lr-noise-std', type=float, default=1.0, metavar='STD', help='standard deviation of the noise')
-    group.add_argument('--lr-cycle-mul', type=float, default=1.0, metavar='MULT', help='cycle length multiplier')
-    group.add_argument('--lr-cycle-decay', type=float, default=0.5, metavar='MULT', help='decay per cycle')
-    group.add_argument('--lr-cycle-limit', type=positive_int, default=1, metavar='N', help='number of cycles')
-    group.add_argument('--lr-k-decay', type=float, default=1.0, metavar='K', help='for cosine and poly')
+    group.add_argument('--lr-noise-pct', type=number(0.01, 1), default=0.67, metavar='PCT', help='limit of the noise')
+    group.add_argument(
+        '--lr-noise-std', type=number(0, 10), default=1.0, metavar='STD', help='standard deviation of the noise'
+    )
+    group.add_argument(
+        '--lr-cycle-mul', type=number(0.1, 10), default=1.0, metavar='MULT', help='cycle length multiplier'
+    )
+    group.add_argument('--lr-cycle-decay', type=probability, default=0.5, metavar='MULT', help='decay per cycle')
+    group.add_argument('--lr-cycle-limit', type=whole_number(1, 1000), default=1, metavar='N', help='number of cycles')
+    group.add_argument('--lr-k-decay', type=number(0.01, 100), default=1.0, metavar='K', help='for cosine and poly')
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +157,7 @@ class TwoStageSchedule:
         self.optimizer = optimizer
         self.updates_per_epoch = updates_per_epoch
         self.on_updates = args.sched_on_updates
+        self._what = f'--sched {args.sched} with --decay-rate {args.decay_rate:g}'
         self.temporal_lr_scale = args.temporal_lr_scale
         self.weight_decay_scale = args.instance_weight_decay_scale
         self._weight_decays = [group['weight_decay'] for group in optimizer.param_groups]
@@ -167,7 +180,7 @@ class TwoStageSchedule:
                 optimizer, {**options, 'warmup_epochs': 0}, args.epochs - start, updates_per_epoch
             )
             self.num_epochs = self.temporal_start + length
-        except (AssertionError, ValueError) as error:
+        except (AssertionError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f'--sched {args.sched}: {error or "the schedule refuses its settings"}') from None
@@ -185,10 +198,13 @@ class TwoStageSchedule:
         scheduler = self.second if temporal else self.first
         local_epoch = epoch - self.temporal_start if temporal else epoch
         if scheduler is not None:
-            if self.on_updates:
-                scheduler.step_update(local_epoch * self.updates_per_epoch + update)
-            else:
-                scheduler.step(local_epoch)
+            try:
+                if self.on_updates:
+                    scheduler.step_update(local_epoch * self.updates_per_epoch + update)
+                else:
+                    scheduler.step(local_epoch)
+            except OverflowError:
+                raise UserError(f'{self._what}: the learning rate grows beyond all numbers at epoch {epoch}') from None
         for group, decay, lr in zip(self.optimizer.param_groups, self._weight_decays, self._lrs):
             if scheduler is None:
                 group['lr'] = lr

@@ -10,7 +10,7 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from ..arguments import momentum, non_negative_float, positive_float, positive_int, probability
+from ..arguments import below_one, momentum, non_negative_float, positive_float, probability, whole_number
 from ..contrast.negatives import MODES, POSITIVES
 from ..contrast.task import PAST_FEATURES, CTCTask
 from ..errors import UserError
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--temporal-momentum', type=momentum, default=0.9, metavar='M', help="of the temporal stage's banks"
     )
-    group.add_argument('--num-negatives', type=positive_int, default=16384, metavar='K', help='negatives an image')
+    group.add_argument(
+        '--num-negatives', type=whole_number(1, 10**7), default=16384, metavar='K', help='negatives an image'
+    )
     group.add_argument(
         '--negatives', choices=MODES, default='sampled', help='K rows of each image, a draw for the batch, or all rows'
     )
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default='model',
         help='pass each batch through the information bank, as published, or use its stored rows',
     )
-    group.add_argument('--embed-dim', type=positive_int, default=128, metavar='E', help='embedding size')
+    group.add_argument('--embed-dim', type=whole_number(1, 65536), default=128, metavar='E', help='embedding size')
     group.add_argument('--train-projector', action='store_true', help="train the instance stage's projector too")
     group.add_argument(
         '--bank-dtype', choices=('float32', 'bfloat16'), default='float32', help="precision of the banks' rows"
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare timm's flags of the task's own loss."""
     group = parser.add_argument_group("Task's loss")
-    group.add_argument('--smoothing', type=probability, default=0.1, metavar='F', help='label smoothing')
+    group.add_argument('--smoothing', type=below_one, default=0.1, metavar='F', help='label smoothing')
     group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
     group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
     group.add_argument('--bce-target-thresh', type=probability, metavar='F', help='binarise mixed targets above this')

@@ -90,12 +90,16 @@ def write_card(
 
 def text(value: Any) -> str:
     """A text from outside as Markdown that shows it and does nothing else."""
-    plain = ''.join(c if c.isprintable() else ' ' for c in str(value))
-    plain = ' '.join(plain.split())[:200]
-    plain = plain.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+    plain = _words(value).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
     # A word's own dot, dash or underscore means nothing to Markdown; what could mean something gets a backslash.
     plain = re.sub(r'([\\`*{}\[\]()#+!|~$^=:@])', r'\\\1', plain)
-    return re.sub(r'(?<![A-Za-z0-9])([_.-])|([_.-])(?![A-Za-z0-9])', lambda match: '\\' + match.group(), plain)
+    plain = re.sub(r'(?<![A-Za-z0-9])([_.-])|([_.-])(?![A-Za-z0-9])', lambda match: '\\' + match.group(), plain)
+    return re.sub(r'(www)\.', r'\1\\.', plain, flags=re.IGNORECASE)  # else it would be a link
+
+
+def _words(value: Any) -> str:
+    """A text from outside on one line, not too long, without what would hide in it."""
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(value)).split())[:200]
 
 
 def _front_matter(run: Run, recipe: dict[str, Any], data: str, repo_id: str, license: str, tags: list[str]) -> str:
@@ -125,7 +129,7 @@ def _indexed(run: Run) -> list[Result]:
 
 def _eval_result(result: Result) -> EvalResult:
     how = f', {result.method} on frozen features' if result.method else ''
-    name = ' '.join(result.dataset.split())
+    name = _words(result.dataset)
     return EvalResult(
         task_type='image-classification',
         task_name='Image Classification',

@@ -10,7 +10,8 @@ A catalogue is a JSON file, the one shipped with this package and those named by
          "model_args": {}, "license": "apache-2.0", "results": [...], "recipe": {...}}}}
 
 Weights on this machine have a `path` in place of hub_id, revision and filename; a relative one starts at the
-catalogue's folder. Catalogues come from elsewhere, so everything in them is checked before it is believed.
+catalogue's folder and stays in it. Catalogues come from elsewhere, so everything in them is checked before it is
+believed.
 """
 
 from __future__ import annotations
@@ -229,6 +230,8 @@ def parse(name: str, raw: Any, where: str, folder: Path | None = None) -> Entry:
     else:
         if not isinstance(raw['path'], str) or not raw['path'].endswith('.safetensors') or '\0' in raw['path']:
             raise refuse('path', 'a .safetensors file')
+        if '..' in re.split(r'[\\/]', raw['path']):
+            raise refuse('path', "a .safetensors file in the catalogue's folder, or an absolute path")
         path = str((folder or Path()) / raw['path'])
     for key, kind, wanted in (
         ('model_args', dict, 'a mapping'),
@@ -268,8 +271,8 @@ def is_word(text: str) -> bool:
 
 
 def base_of(architecture: Any) -> str:
-    """The base architecture of a config, which may name it with the suffix."""
-    return str(architecture).removesuffix(SUFFIX)
+    """The base architecture of a config, which may name it with the suffix, and with a tag, as timm lets it."""
+    return str(architecture).partition('.')[0].removesuffix(SUFFIX)
 
 
 def is_result(row: Any) -> bool:

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from timm.models import is_model
 from timm.models._hub import download_from_hf, load_model_config_from_path
 
 from ..errors import UserError
+from ..plain_yaml import read_values
 from .catalogue import NAME, SUFFIX, WEIGHTS, Entry, NoCatalogue, base_of, is_repo_id, is_result, load, save
 from .failures import HubError, NotPublished, Unfit, told
 from .hub import entry_of, fetch, published, read_config, sha256
@@ -202,8 +202,8 @@ def _recipe_of_repo(pinned: str, files: list[str]) -> dict[str, Any]:
     if 'recipe.yaml' not in files:
         return {}
     try:
-        found = yaml.safe_load(Path(download_from_hf(pinned, 'recipe.yaml')).read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        found = read_values(Path(download_from_hf(pinned, 'recipe.yaml')).read_text(encoding='utf-8'))
+    except ValueError:
         return {}
     found = found if isinstance(found, dict) else {}
     return {str(k): v for k, v in found.items() if isinstance(v, (bool, int, float, str)) and len(str(v)) < 200}

@@ -14,11 +14,9 @@ from ..errors import UserError
 _WORD = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]*')
 _MODULE = re.compile(r'[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*')
 
-# Arguments of timm's factory that would change where weights come from; an entry has no say in that.
-_RESERVED = {
-    *('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'checkpoint_path'),
-    *('cache_dir', 'scriptable', 'exportable', 'no_jit', 'features_only', 'device', 'dtype'),
-}
+# Arguments of timm's factory that would change where weights come from or how strictly they are loaded, beside
+# those that begin with `pretrained`; an entry has no say in that.
+_RESERVED = {'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit', 'features_only', 'device', 'dtype'}
 
 
 def check_facts(facts: Any, where: str) -> dict[str, Any]:
@@ -42,6 +40,22 @@ def check_facts(facts: Any, where: str) -> dict[str, Any]:
     return dict(facts)
 
 
+def known_facts(config: Any, where: str) -> dict[str, Any]:
+    """The facts that a config.json of timm states, checked; what else it states is left out.
+
+    Args:
+        config: Its pretrained_cfg.
+        where: For error messages: the file.
+
+    Raises:
+        UserError: As `check_facts`.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f'{where}: pretrained_cfg must be a mapping')
+    facts = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key in FACTS}
+    return check_facts({'classifier': None, 'first_conv': None, **facts}, where)
+
+
 def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
     """Arguments an architecture may be built with.
 
@@ -51,7 +65,7 @@ def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
     if not isinstance(model_args, dict):
         raise UserError(f'{where}: model_args must be a mapping')
     for key in model_args:
-        if key in _RESERVED or not str(key).isidentifier():
+        if key in _RESERVED or str(key).startswith('pretrained') or not str(key).isidentifier():
             raise UserError(f'{where}: model_args may not set {key!r}')
     return dict(model_args)
 

@@ -16,7 +16,7 @@ from timm.models._hub import download_from_hf, load_model_config_from_hf
 
 from ..errors import one_line
 from .catalogue import SUFFIX, Entry, base_of, is_repo_id
-from .facts import FACTS, check_facts, check_model_args
+from .facts import check_model_args, known_facts
 from .failures import HubError, Unfit, told
 
 CacheDir = str | Path | None
@@ -114,11 +114,7 @@ def entry_of(name: str, config: dict[str, Any], model_args: dict[str, Any], wher
     Raises:
         UserError: Facts that are missing or unsound.
     """
-    facts = {key: config[key] for key in FACTS if key in config}
-    facts = {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
-    facts.setdefault('classifier', None)
-    facts.setdefault('first_conv', None)
-    return Entry(name, check_facts(facts, where), model_args=check_model_args(model_args, where), **place)
+    return Entry(name, known_facts(config, where), model_args=check_model_args(model_args, where), **place)
 
 
 def sha256(file: Path) -> str:

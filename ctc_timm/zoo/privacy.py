@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import os
 import re
 import socket
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..outside import secret_values, without_tokens
 
 # A slash that begins a path, which is not one inside a word, a URL or a closing tag; a home, a drive, a server.
 _PATH = re.compile(
     r'(?<![\w.:/~<])(?<!&lt;)/[\w.@+-]|(?<![\w.])\.\.?/|(?<![\w/])~[\w.-]*/|\b[A-Za-z]:[\\/](?!/)|\\\\[\w.-]+\\|\bfile:'
 )
-_TOKEN = re.compile(
-    r'\b((hf|ghp|gho|github_pat)_\w{20,}|sk-[A-Za-z0-9]{20,}|glpat-[\w-]{20,}|xox[abp]-[\w-]{10,}|AKIA[A-Z0-9]{16})'
-)
-_SECRET_VARIABLE = re.compile(r'TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL', re.IGNORECASE)
 
 
 class Private:
@@ -36,8 +32,7 @@ class Private:
     def __init__(self, *more: str | None) -> None:
         from huggingface_hub import get_token
 
-        variables = [value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= 8]
-        self.secrets = {text for text in (*more, get_token(), *variables) if text and not os.path.exists(text)}
+        self.secrets = {text for text in (*more, get_token(), *secret_values()) if text}
         names = {Path.home().name, socket.gethostname(), socket.gethostname().partition('.')[0]}
         with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
             names.add(getpass.getuser())
@@ -50,7 +45,7 @@ class Private:
 
     def found_in_all(self, text: str) -> str:
         """As `found_in`, without names: one may also be an ordinary word of the card."""
-        if any(secret in text for secret in self.secrets) or _TOKEN.search(text):
+        if any(secret in text for secret in self.secrets) or without_tokens(text) != text:
             return 'a token'
         return 'a path' if _PATH.search(text) else ''
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from timm.models import is_model, model_entrypoint
+from timm.models._hub import load_model_config_from_path
 
 from ..errors import UserError, one_line
+from ..plain_yaml import read_mapping
+from ..weights_file import check_hash
 from .catalogue import base_of, is_repo_id
+from .facts import check_model_args, known_facts
 from .privacy import Private
 
 # Flags that say where things lie or how a run is watched, not what is trained.
@@ -109,7 +112,13 @@ def read_run(folder: str | Path, private: Private) -> Run:
         raise UserError(f'{path / "config.json"}: names no architecture')
     architecture = base_of(config['architecture'])
     if not is_model(architecture):
-        raise UserError(f'{path / "config.json"}: {architecture!r} is unknown to timm')
+        raise UserError(f'{path / "config.json"}: {config["architecture"]!r} is unknown to timm')
+    try:
+        config_facts, _, model_args = load_model_config_from_path(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f'{path / "config.json"}: none of timm: {one_line(error)}') from None
+    known_facts(config_facts, str(path / 'config.json'))
+    check_model_args(model_args, str(path / 'config.json'))
     weights = next((path / name for name in ('best.safetensors', 'last.safetensors') if (path / name).is_file()), None)
     if weights is None:
         raise UserError(f'{folder}: has no best.safetensors yet; let train.py finish an epoch')
@@ -118,10 +127,11 @@ def read_run(folder: str | Path, private: Private) -> Run:
             facts = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f'{weights}: not sound weights: {one_line(error)}') from None
+    check_hash(weights)
     notes: list[str] = []
     validation = _results_of(path / 'validation' / 'results.json', weights, notes)
     probes = [_results_of(file, weights, notes) for file in sorted(path.glob('linear_probe/*/results.json'))]
-    args = _read_args(path)
+    args = read_mapping(path / 'args.yaml') if (path / 'args.yaml').is_file() else {}
     run = Run(
         path=path,
         architecture=architecture,
@@ -202,19 +212,6 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{file}: {one_line(error)}') from None
-
-
-def _read_args(path: Path) -> dict[str, Any]:
-    file = path / 'args.yaml'
-    if not file.is_file():
-        return {}
-    try:
-        args = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f'{file}: {one_line(error)}') from None
-    if not isinstance(args, dict):
-        raise UserError(f'{file}: must be a mapping of flags to values')
-    return args
 
 
 def _results_of(file: Path, weights: Path, notes: list[str]) -> dict[str, Any]:

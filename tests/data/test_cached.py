@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import forget_processes
 from PIL import Image
+from runs import forget_processes
 from safetensors.torch import load_file
 
 from ctc_timm.data import cached
@@ -46,8 +45,6 @@ def loaded(args: argparse.Namespace, keep: bool, epoch: int) -> tuple[list, obje
     dataset = cache_images(dataset, quiet=True) if keep else dataset
     loader = TrainLoader(dataset, args, data_config(args, model), torch.device('cpu'))
     loader.set_epoch(epoch)
-    torch.manual_seed(0)  # random erasing comes after the images' own seeds
-    random.seed(0)
     return list(loader), dataset.transform
 
 

@@ -18,8 +18,9 @@ from timm.utils import update_summary
 from ctc_timm.errors import UserError
 from ctc_timm.sources import load_model
 from ctc_timm.training import checkpoints
-from ctc_timm.training.checkpoints import RunFolder
+from ctc_timm.training.durable import write_manifest
 from ctc_timm.training.loop import Trainer
+from ctc_timm.training.run_folder import RunFolder, weights_metadata
 
 Flags = Callable[..., argparse.Namespace]
 WORDS = '--epochs 4 --temporal-start-epoch 2 --drop 0.2 --reprob 0.3 --model-ema --model-ema-decay 0.9 --keep-every 1'
@@ -86,10 +87,10 @@ def test_what_a_run_leaves(whole: Trainer) -> None:
     run = whole.run.path
     rows = read(run / 'summary.csv')
     assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
-    names = 'epoch train_loss train_task_loss train_ctc_loss train_skipped eval_loss eval_top1 eval_top5 lr'
-    assert list(rows[0]) == names.split()
+    trained = ['train_' + name for name in ('loss', 'task_loss', 'ctc_loss', 'skipped', 'bad_steps')]
+    assert list(rows[0]) == ['epoch', *trained, 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     best = max(rows, key=lambda row: float(row['eval_top1']))
-    facts = checkpoints.weights_metadata(run / 'best.safetensors')
+    facts = weights_metadata(run / 'best.safetensors')
     assert facts['epoch'] == best['epoch'] and float(facts['eval_top1']) == pytest.approx(
         float(best['eval_top1']), 1e-5
     )
@@ -108,13 +109,13 @@ def test_a_resume_changes_nothing(flags: Flags, tiny: list[str], whole: Trainer,
     """Cut in the instance stage, between the stages and in the temporal one: the same bits as never cut."""
     run = cut(epochs)
     trainer = Trainer(flags(*tiny, WORDS, '--resume', str(run)))
-    assert (trainer.epoch, trainer.run.path) == (epochs, run.resolve())
+    assert (trainer.at.epoch, trainer.run.path) == (epochs, run.resolve())
     trainer.fit()
     for name in ('last', 'best', 'weights/epoch-0003'):
         mine, theirs = (load_file(folder / f'{name}.safetensors') for folder in (run, whole.run.path))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
-    assert (run / 'summary.csv').read_text() == (whole.run.path / 'summary.csv').read_text()
-    assert (run / 'metrics.jsonl').read_text() == (whole.run.path / 'metrics.jsonl').read_text()
+    assert (run / 'summary.csv').read_bytes() == (whole.run.path / 'summary.csv').read_bytes()
+    assert (run / 'metrics.jsonl').read_bytes() == (whole.run.path / 'metrics.jsonl').read_bytes()
 
 
 def test_numbers_of_the_epochs_to_be_run_again_are_dropped(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_old_states_go(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
     Trainer(flags(*tiny, words)).fit()
     states = tmp_path / 'run' / 'state'
     assert sorted(p.name for p in states.iterdir()) == ['epoch-0002', 'epoch-0003']
-    assert RunFolder(tmp_path / 'run').newest_state() == states / 'epoch-0003'
+    assert checkpoints.states_of(RunFolder(tmp_path / 'run'))[-1] == states / 'epoch-0003'
     assert list((tmp_path / 'run' / 'weights').iterdir()) == []
     assert [row['epoch'] for row in read(tmp_path / 'run' / 'summary.csv')] == ['0', '1', '2', '3']
 
@@ -154,7 +155,7 @@ def test_old_states_go(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
 def test_the_newest_run_that_fits(flags: Flags, tmp_path: Path) -> None:
     """`--resume auto`: of the same model, data and mode; an experiment's own with its name; else a fresh start."""
     words = ['--dataset', 'digits', '--output', str(tmp_path), '--resume', 'auto']
-    assert checkpoints.find_resume(flags(*words)) is None
+    assert checkpoints.find_resume(flags(*words)).state is None
     for name, model, epochs in (('a', 'resnet10t', 3), ('b', 'resnet10t', 2), ('c', 'resnet18', 1)):
         run = RunFolder(tmp_path / name)
         run.create(flags(*words, '--model', model))
@@ -162,14 +163,15 @@ def test_the_newest_run_that_fits(flags: Flags, tmp_path: Path) -> None:
             state = run.states / f'epoch-{epoch:04d}'
             state.mkdir()
             (state / checkpoints.PROGRESS).write_text('{}')
+            write_manifest(state)
     states = {name: tmp_path / name / 'state' for name in 'abc'}
-    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t')) == states['b'] / 'epoch-0001'
-    assert checkpoints.find_resume(flags(*words, '--model', 'resnet18')) == states['c'] / 'epoch-0000'
-    assert checkpoints.find_resume(flags(*words, '--experiment', 'a')) == states['a'] / 'epoch-0002'
-    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t', '--mode', 'vanilla')) is None
-    assert checkpoints.find_resume(flags('--resume', str(tmp_path / 'a'))) == states['a'] / 'epoch-0002'
+    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t')).state == states['b'] / 'epoch-0001'
+    assert checkpoints.find_resume(flags(*words, '--model', 'resnet18')).state == states['c'] / 'epoch-0000'
+    assert checkpoints.find_resume(flags(*words, '--experiment', 'a')).state == states['a'] / 'epoch-0002'
+    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t', '--mode', 'vanilla')).state is None
+    assert checkpoints.find_resume(flags('--resume', str(tmp_path / 'a'))).state == states['a'] / 'epoch-0002'
     given = str(states['a'] / 'epoch-0001')
-    assert checkpoints.find_resume(flags('--resume', given)) == Path(given)
+    assert checkpoints.find_resume(flags('--resume', given)).state == Path(given)
     with pytest.raises(UserError, match='no run with a saved state there'):
         checkpoints.find_resume(flags('--resume', str(tmp_path)))
 

@@ -285,7 +285,7 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     refused('has no best.safetensors yet')
     (run / 'best.safetensors').write_bytes(weights)
     (run / 'args.yaml').write_text('!!python/object/apply:os.system ["false"]')
-    refused('args.yaml: could not determine a constructor')
+    refused('args.yaml: not valid YAML: could not determine a constructor')
     config = json.loads((run / 'config.json').read_text())
     (run / 'args.yaml').write_text('{}')
     (run / 'config.json').write_text(json.dumps({**config, 'architecture': 'test_vit'}))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .style import COLOURS, GREY, MARKERS, drawing, save
+from .style import COLOURS, GREY, MARKERS, drawing, literal, save
 
 # isort: split
 from matplotlib import pyplot as plt
@@ -81,7 +81,7 @@ def _title(results: dict[str, Any], kind: str, dataset: str | None) -> str:
     if dataset is None:
         names = dict.fromkeys(row['dataset'] for row in results['rows'] if row['set'] == 'source')
         dataset = ', '.join(Path(name).name for name in names)
-    return f'{kind}: {Path(dataset).name}'
+    return f'{kind}: {literal(Path(dataset).name)}'
 
 
 def _mark_changes(ax: Axes, results: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def _tradeoff(results: dict[str, Any]) -> Figure:
         column = 'top1' if kind == 'source' else probe
         for run, rows in _of(results, kind, dataset).items():
             epochs = [row['epoch'] for row in rows]
-            ax.plot(epochs, [row[column] for row in rows], **looks[run], markersize=4, label=run)
+            ax.plot(epochs, [row[column] for row in rows], **looks[run], markersize=4, label=literal(run))
             bounds = ([row[f'{column}_{end}'] for row in rows] for end in ('low', 'high'))
             ax.fill_between(epochs, *bounds, color=looks[run]['color'], alpha=0.15, linewidth=0)
         _mark_changes(ax, results)
@@ -133,7 +133,7 @@ def _path(results: dict[str, Any]) -> Figure:
             x = [row['top1'] for row in source[run]]
             y = [row[probe] for row in rows]
             colour = looks[run]['color']
-            ax.plot(x, y, **looks[run], markersize=4, linewidth=1.2, alpha=0.8, label=run)
+            ax.plot(x, y, **looks[run], markersize=4, linewidth=1.2, alpha=0.8, label=literal(run))
             ax.plot(x[0], y[0], 'o', markersize=11, markerfacecolor='none', color=colour)
             ax.plot(x[-1], y[-1], '*', markersize=15, color=colour, markeredgecolor='black')
             if changes[run] is not None:
@@ -172,7 +172,7 @@ def _information(results: dict[str, Any]) -> Figure:
                 marker=looks[run]['marker'],
                 edgecolors=looks[run]['color'],
                 s=45,
-                label=run,
+                label=literal(run),
                 zorder=3,
             )
         ax.set_xlabel('I(X;T) (nats)')
@@ -193,7 +193,9 @@ def _compression(results: dict[str, Any]) -> Figure:
     for column, (kind, dataset) in enumerate(sets):
         for ax, (name, label) in zip(panels[:, column], GEOMETRY.items()):
             for run, rows in _of(results, kind, dataset).items():
-                ax.plot([r['epoch'] for r in rows], [r[name] for r in rows], **looks[run], markersize=4, label=run)
+                ax.plot(
+                    [r['epoch'] for r in rows], [r[name] for r in rows], **looks[run], markersize=4, label=literal(run)
+                )
             _mark_changes(ax, results)
             if column == 0:
                 ax.set_ylabel(label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .style import BLUE, GREY, drawing, save
+from .style import BLUE, GREY, drawing, literal, save
 
 # isort: split
 from matplotlib import pyplot as plt
@@ -55,7 +55,7 @@ def plot_finetune(results: dict[str, Any], folder: Path) -> Path:
         ax.set_ylabel('top-1 accuracy (%)')
         figure.legend(loc='outside lower center', ncols=2)
         target = results['target'].rstrip('/').split('/')[-1]
-        figure.suptitle(f'{means[0]["method"]}: {results["model"]} on {target}', fontsize=11)
+        figure.suptitle(f'{means[0]["method"]}: {results["model"]} on {literal(target)}', fontsize=11)
         return save(figure, folder / 'finetune.png')
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .style import BLUE, COLOURS, MARKERS, drawing, save
+from .style import BLUE, COLOURS, MARKERS, drawing, literal, save
 
 # isort: split
 from matplotlib import pyplot as plt
@@ -29,7 +29,7 @@ def plot_probes(results: dict[str, Any], folder: Path) -> list[Path]:
         _by_probe(panels[0, 0], whole)
         if few:
             _by_shots(panels[0, 1], few)
-        figure.suptitle(f'{results["model"]} on {Path(results["target"]).name}, frozen features', fontsize=11)
+        figure.suptitle(f'{results["model"]} on {literal(Path(results["target"]).name)}, frozen features', fontsize=11)
         return [save(figure, folder / 'probes.png')]
 
 

@@ -18,6 +18,8 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ...outside import shown
+
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#666666'
 STYLE: dict[Any, Any] = {
     'axes.grid': True,
@@ -36,6 +38,11 @@ MARKERS = 'osD^vPX'
 def drawing() -> AbstractContextManager:
     """The settings to draw under."""
     return plt.rc_context(STYLE)
+
+
+def literal(name: str) -> str:
+    """A name from outside as a label, in which two dollar signs begin no formula."""
+    return shown(name).replace('$', r'\$')
 
 
 def save(figure: Figure, picture: str | os.PathLike) -> Path:

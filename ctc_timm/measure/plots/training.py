@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from .style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, drawing, save
+from ...errors import UserError
+from ...run_numbers import read_metrics, read_summary
+from .style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, drawing, literal, save
 
 
 def plot_run(run: str | os.PathLike) -> list[Path]:
@@ -23,10 +23,14 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
 
     Returns:
         The pictures written, in the run's plots/; one more where a target was monitored.
+
+    Raises:
+        UserError: Files that are damaged, or hold no epoch.
     """
     run = Path(run)
-    with (run / 'summary.csv').open(encoding='utf-8', newline='') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_summary(run / 'summary.csv')
+    if not rows:
+        raise UserError(f'{run / "summary.csv"}: holds no epoch')
     change = stage_change(run / 'metrics.jsonl')
     with drawing():
         has_contrast = 'train_ctc_loss' in rows[0]
@@ -44,7 +48,7 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
             for text, side in (('instance stage  ', 'right'), ('  temporal stage', 'left')):
                 place = {'xy': (change, 1.0), 'xycoords': ('data', 'axes fraction')}
                 axes[0].annotate(text, **place, ha=side, va='bottom', color=GREY, annotation_clip=False)
-        figure.suptitle(run.name, fontsize=11)
+        figure.suptitle(literal(run.name), fontsize=11)
         pictures = [save(figure, run / 'plots' / 'training.png')]
     if 'eval_monitor_ridge_top1' in rows[0]:
         pictures.append(_plot_monitor(run, rows, change))
@@ -73,7 +77,7 @@ def _plot_monitor(run: Path, rows: list[dict[str, Any]], change: float | None) -
         panels[0].yaxis.label.set_color(VERMILION)
         panels[-1].set_xlabel('epoch')
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.suptitle(run.name, fontsize=11)
+        figure.suptitle(literal(run.name), fontsize=11)
         return save(figure, run / 'plots' / 'monitor.png')
 
 
@@ -136,8 +140,7 @@ def stage_change(metrics: Path) -> float | None:
     if not metrics.is_file():
         return None
     stages = {}
-    for line in metrics.read_text(encoding='utf-8').splitlines():
-        row = json.loads(line)
+    for row in read_metrics(metrics):
         if 'stage' in row:
             stages[row['epoch']] = row['stage']
     temporal = [epoch for epoch, stage in stages.items() if stage == 'temporal']

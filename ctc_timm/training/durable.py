@@ -1,0 +1,87 @@
+"""Files and folders that appear complete or not at all, and say so when they were damaged since.
+
+A folder is written under another name, a manifest with the size and SHA-256 of every file is put into it, all of it
+is brought to the disk, and then it gets its name: a power cut leaves the old folder or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+MANIFEST = 'manifest.json'
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace a text file as a whole."""
+    temporary = file.with_name(file.name + '.tmp')
+    temporary.write_text(text, encoding='utf-8', newline='')
+    appear(temporary, file)
+
+
+def appear(temporary: Path, final: Path) -> None:
+    """Give a finished file or folder its name, once it is on the disk."""
+    if temporary.is_dir():
+        for path in sorted(temporary.rglob('*')):
+            _to_disk(path)
+    _to_disk(temporary)
+    if final.is_dir():  # a folder can't be renamed over another one that has files
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    _to_disk(final.parent)
+
+
+def write_manifest(folder: Path) -> None:
+    """Note the size and SHA-256 of every file of a folder."""
+    files = {
+        path.relative_to(folder).as_posix(): {'size': path.stat().st_size, 'sha256': _sha256(path)}
+        for path in sorted(folder.rglob('*'))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps({'files': files}, indent=1), encoding='utf-8')
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has a manifest: the first file that is missing or differs; None if nothing."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))['files']
+        noted = {str(name): (int(facts['size']), str(facts['sha256'])) for name, facts in files.items()}
+    except FileNotFoundError:
+        return f'it has no {MANIFEST}'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f'its {MANIFEST} is unreadable'
+    try:
+        for name, (size, digest) in noted.items():
+            path = folder / name
+            if not path.is_file():
+                return f'{name} is missing'
+            if path.stat().st_size != size:
+                return f'{name} has {path.stat().st_size} bytes, not {size}'
+            if _sha256(path) != digest:
+                return f'{name} was changed after it was written'
+        extra = {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()} - {MANIFEST, *noted}
+    except (OSError, ValueError) as error:
+        return ' '.join(str(error).split())
+    return f'{min(extra)} does not belong to it' if extra else None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Have the system write what it still holds of a file or a folder's list of names."""
+    if os.name == 'nt' and path.is_dir():  # folders can't be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,178 @@
+"""Optimiser steps: batches through the task, gradients, and what is done about a step that gives no number.
+
+A step of several batches is one step for everything: weights, banks, moving average. One whose loss or gradient
+isn't finite is left out altogether: weights, optimiser, banks and batch norm statistics stay as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ..arguments import non_negative_int
+from ..contrast.task import CTCTask
+from . import mixing, optimization
+from .position import LOSSES
+
+
+def add_arguments(group: Any) -> None:
+    """Declare the flag of steps that give no number."""
+    group.add_argument(
+        '--max-bad-steps',
+        type=non_negative_int,
+        default=10,
+        metavar='N',
+        help='stop after so many steps in a row whose loss or gradient is not finite, which are left out; 0: no check',
+    )
+
+
+class Step(NamedTuple):
+    """What came of an optimiser step.
+
+    Attributes:
+        bad: Whether it was left out, as its loss or gradient was not finite.
+        losses: Sum over its batches, by name; of this process.
+        stop: Whether any process was told to stop, as far as was asked.
+    """
+
+    bad: bool
+    losses: dict[str, Tensor]
+    stop: bool
+
+
+class Steps:
+    """Takes a run's steps.
+
+    Args:
+        args: Flags.
+        accelerator: Of the run.
+        task: With its trained module prepared.
+        optimizer: Prepared.
+        mixup: Mixes batches, if anything does.
+        num_classes: C.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        task: TrainingTask,
+        optimizer: Any,
+        mixup: mixing.InstanceMixup | None,
+        num_classes: int,
+    ) -> None:
+        self.args = args
+        self.accelerator = accelerator
+        self.task = task
+        self.optimizer = optimizer
+        self.mixup = mixup
+        self.num_classes = num_classes
+        self.checked = args.max_bad_steps > 0
+        self._sums: dict[str, Tensor] = {}
+        self._statistics = _Statistics(unwrap_model(task.get_trainable_module())) if self.checked else None
+        if isinstance(task, CTCTask):
+            task.hold_updates()
+
+    def batch(self, images: Tensor, targets: Tensor, index: Tensor | None, epoch: int, parts: int, last: bool) -> None:
+        """Forward and backward of one batch.
+
+        Args:
+            images: [B, 3, H, W].
+            targets: Classes, [B].
+            index: Position of each image in the training set, [B]; None for streams.
+            epoch: Mixing ends after some.
+            parts: Batches in this step.
+            last: Whether it is the last of them.
+        """
+        if not self._sums and self._statistics is not None:
+            self._statistics.note()
+        images, targets, lam = self._mix(images, targets, epoch)
+        if self.args.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        task = self.task
+        waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(task.get_trainable_module())
+        with waiting:
+            with self.accelerator.autocast():
+                result = task(images, targets, index, lam) if isinstance(task, CTCTask) else task(images, targets)
+            self.accelerator.backward(result['loss'] / parts)
+        for key in LOSSES:
+            if key in result:
+                self._sums[key] = self._sums.get(key, 0) + result[key].detach()
+
+    def update(self, number: int, told_to_stop: bool, ask: bool) -> Step:
+        """The optimiser's step with the gradients that are there.
+
+        Args:
+            number: Of the step, from 1.
+            told_to_stop: Whether this process was.
+            ask: Whether the others are asked even where nothing is checked.
+        """
+        losses, self._sums = self._sums, {}
+        bad, stop = self._agree(losses['loss'], told_to_stop) if self.checked or ask else (False, told_to_stop)
+        taken = not bad
+        if taken:
+            optimization.clip_gradients(self.accelerator, self.task, self.args)
+            self.optimizer.step()
+            taken = not self.accelerator.optimizer_step_was_skipped  # by float16's scaler, until its scale fits
+        self.optimizer.zero_grad()
+        if isinstance(self.task, CTCTask):
+            (self.task.apply_updates if taken else self.task.drop_updates)()
+        if taken:
+            self.task.update_ema(step=number)
+        elif self._statistics is not None:
+            self._statistics.put_back()
+        return Step(bad, losses, stop)
+
+    def _agree(self, loss: Tensor, told_to_stop: bool) -> tuple[bool, bool]:
+        """Whether the step is bad in any process, and whether any was told to stop; a step's one look at the device."""
+        bad = ~loss.isfinite() if self.checked else torch.zeros_like(loss, dtype=torch.bool)
+        if self.checked and self.accelerator.scaler is None:
+            bad = bad | ~self._gradient_norm().isfinite()
+        if self.accelerator.num_processes == 1:
+            return bool(bad), told_to_stop
+        flags = torch.stack([bad.float(), torch.full_like(loss, told_to_stop, dtype=torch.float32)])
+        counts = self.accelerator.reduce(flags, 'sum').tolist()
+        return counts[0] > 0, counts[1] > 0
+
+    def _gradient_norm(self) -> Tensor:
+        module = self.task.get_trainable_module()
+        assert module is not None
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def _mix(self, images: Tensor, targets: Tensor, epoch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.mixup is not None and (not self.args.mixup_off_epoch or epoch < self.args.mixup_off_epoch):
+            return self.mixup(images, targets)
+        if self.mixup is not None:  # mixing has ended, but the criterion still takes soft targets
+            smoothing = self.args.smoothing
+            one_hot = nn.functional.one_hot(targets, self.num_classes).to(images.dtype)
+            targets = one_hot * (1 - smoothing) + smoothing / self.num_classes
+        return images, targets, None
+
+
+class _Statistics:
+    """The running statistics of a module's norms, to be put back after a step that is left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for part in module.modules():
+            if getattr(part, 'running_mean', None) is not None:
+                for buffer in part.buffers(recurse=False):
+                    kinds.setdefault(buffer.dtype, []).append(buffer)
+        self._live = list(kinds.values())
+        self._noted = [[torch.empty_like(buffer) for buffer in buffers] for buffers in self._live]
+
+    def note(self) -> None:
+        for noted, live in zip(self._noted, self._live):
+            torch._foreach_copy_(noted, live)
+
+    def put_back(self) -> None:
+        for noted, live in zip(self._noted, self._live):
+            torch._foreach_copy_(live, noted)

@@ -1,0 +1,74 @@
+"""What the tests of security share: a Hub on loopback with processes that talk to it, and a run made by hand."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_client import ALICE, Client, hub_environment, start_forker
+from hub_server import Hub
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+
+import ctc_timm  # noqa: F401  (registers the models)
+
+
+@pytest.fixture(scope='session')
+def forker() -> Iterator[subprocess.Popen]:
+    """The process that forks clients."""
+    process = start_forker()
+    yield process
+    process.kill()
+    process.wait(10)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty Hub."""
+    with Hub() as server:
+        yield server
+    assert not server.errors
+
+
+@pytest.fixture
+def client(forker: subprocess.Popen, hub: Hub, tmp_path: Path) -> Client:
+    """Processes that know only this Hub, with an empty cache, logged in as alice."""
+    folder = tmp_path / 'client'
+    folder.mkdir()
+    return Client(forker, folder, hub_environment(hub, tmp_path / 'cache', ALICE))
+
+
+@pytest.fixture(scope='session')
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as training leaves it, of untrained weights."""
+    run = tmp_path_factory.mktemp('untrained')
+    (run / 'weights').mkdir()
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=10, in_chans=1)
+    for file in ('best', 'last', 'weights/epoch-0000'):
+        save_file(model.state_dict(), run / f'{file}.safetensors', metadata={'format': 'pt'})
+    config = {'input_size': (1, 16, 16), 'mean': (0.3,), 'std': (0.4,)}
+    save_config_for_hf(model, str(run / 'config.json'), data_config=config)
+    args = {'dataset': 'digits', 'val_split': 'validation[:32]', 'mode': 'vanilla', 'model': 'test_resnet'}
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    (run / 'metrics.jsonl').write_text('')
+    return run
+
+
+@pytest.fixture
+def make_run(untrained: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of that run, with arguments of one's own."""
+
+    def make(name: str = 'mine', **args: object) -> Path:
+        run = Path(shutil.copytree(untrained, tmp_path / 'runs' / name))
+        known = yaml.safe_load((run / 'args.yaml').read_text())
+        (run / 'args.yaml').write_text(yaml.safe_dump({**known, **args}))
+        return run
+
+    return make

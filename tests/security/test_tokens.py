@@ -1,0 +1,205 @@
+"""A marked token: everything is run with it, and no byte that is left behind, printed or published holds it."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from hub_client import Client
+from hub_server import Hub
+from PIL import Image
+
+from ctc_timm.errors import UserError, one_line
+from ctc_timm.outside import holds_token, shown, without_tokens
+from ctc_timm.zoo.publish import push
+
+TOKEN = 'hf_' + 'Marked' * 5
+SECRETS = {
+    'HF_TOKEN': TOKEN,
+    'WANDB_API_KEY': 'wandbMarkedMarkedMarked',
+    'AWS_SECRET_ACCESS_KEY': 'awsMarkedMarked/Marked+Marked',
+    'MY_PASSWORD': 'passwordMarked&Marked',
+}
+
+
+def spellings(secret: str) -> list[bytes]:
+    """A secret as it may be written."""
+    raw = secret.encode()
+    shifted = [base64.b64encode(b'x' * i + raw)[4 if i else 0 : -4] for i in range(3)]  # wherever in a longer text
+    return [raw, quote(secret, safe='').encode(), secret.encode('utf-16-le'), raw.hex().encode(), raw[::-1], *shifted]
+
+
+def search(files: dict[str, bytes]) -> list[str]:
+    """The files in which a secret stands, archives and the texts in pictures included."""
+    found = []
+    for name, data in files.items():
+        contents = [data]
+        if data[:4] == b'PK\x03\x04':
+            with zipfile.ZipFile(BytesIO(data)) as archive:
+                contents += [archive.read(inside) for inside in archive.namelist()]
+        if name.endswith('.png'):
+            with Image.open(BytesIO(data)) as image:
+                contents.append(repr(image.info).encode())
+        for secret in SECRETS.values():
+            found += [name for content in contents for spelling in spellings(secret) if spelling in content]
+    return found
+
+
+def test_the_search_finds() -> None:
+    for secret in SECRETS.values():
+        for text in (secret, quote(secret, safe=''), base64.b64encode(f'u:{secret}'.encode()).decode()):
+            assert search({'x': f'some {text} text'.encode()})
+    stream = BytesIO()
+    with zipfile.ZipFile(stream, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('x', 'a' * 100 + TOKEN)
+    assert search({'x': stream.getvalue()}) and not search({'x': pickle.dumps('marked')})
+
+
+def test_every_command_keeps_the_token(client: Client, hub: Hub, tiny: list[str], tmp_path: Path) -> None:
+    hub.users[TOKEN] = 'alice'
+    out = tmp_path / 'out'
+    run = str(out / 'runs' / 'mine')
+    repo = 'alice/test_resnet_ctc'
+    where = ['--output', str(out / 'runs'), '--experiment', 'mine', '--epochs', '2', '--keep-every', '1']
+    small = ['-j', '0', '-b', '32', '--max-train', '64', '--max-test', '32']
+    data = ['--dataset', 'digits', '--val-split', 'validation[:32]']
+    tune = ['-j', '0', '-b', '16', '--epochs', '1', '--train-fraction', '0.05', '--seeds', '1', '--min-updates', '1']
+    commands: list[tuple[str, ...]] = [
+        ('train.py', *tiny, *where, '--log-with', 'tensorboard', '--push-to-hub', repo, '--model-ema'),
+        ('train.py', '--resume', run, '--epochs', '3'),
+        ('validate.py', run, '-j', '0'),
+        ('transfer/linear_probe.py', run, *data, *small, '--probes', 'ridge', '--shots', '1'),
+        ('transfer/dynamics.py', run, *data, *small, '--every', '2'),
+        ('transfer/finetune.py', run, *data, *tune),
+        ('ctc-timm', 'publish', run, '--repo-id', repo, '--create-pr'),
+        ('ctc-timm', 'publish', run, '--repo-id', repo, '--dry-run'),
+        ('ctc-timm', 'publish', run, '--repo-id', 'bob/not_mine'),
+        ('ctc-timm', 'zoo', 'add', repo, '--zoo', str(out / 'zoo.json')),
+        ('ctc-timm', 'zoo', 'sync', 'alice', '--zoo', str(out / 'sync.json')),
+        ('validate.py', f'hf-hub:{repo}', *data, '-j', '0', '--output', str(out / 'hub')),
+        ('validate.py', 'hf-hub:bob/not_there', *data, '-j', '0'),
+    ]
+    printed: dict[str, bytes] = {}
+    for number, (script, *words) in enumerate(commands):
+        call = client.command if script == 'ctc-timm' else lambda *argv, s=script, **env: client.script(s, *argv, **env)
+        done = call(*words, **SECRETS)
+        assert done.code == (2 if 'bob/' in ' '.join(words) else 0), (script, words, done.err)
+        printed[f'{number} out'], printed[f'{number} err'] = done.out.encode(), done.err.encode()
+    files = {str(path): path.read_bytes() for path in tmp_path.rglob('*') if path.is_file() and not path.is_symlink()}
+    published = {
+        f'{name}@{commit.oid}/{path}': blob.data
+        for name, known in hub.repos.items()
+        for commit in known.commits.values()
+        for path, blob in commit.files.items()
+    }
+    titles = {commit.oid: commit.title.encode() for known in hub.repos.values() for commit in known.commits.values()}
+    asked = {'requests': repr(hub.requests).encode()}
+    kinds = {Path(name).suffix for name in files}
+    assert {'.yaml', '.csv', '.jsonl', '.json', '.png', '.safetensors', '.md'} <= kinds
+    assert any('tfevents' in name for name in files) and len(published) > 10 and len(files) > 40
+    assert search({**files, **published, **titles, **printed, **asked}) == []
+    assert any(
+        status == 200 for request, status in hub.requests if request.startswith('GET /api/whoami')
+    )  # it was used
+
+
+URL = 'https://alice:sesameSesame1@host.example/data'
+TYPED = [
+    ('train.py', '--dataset', 'digits', '--data-dir', URL),
+    ('train.py', '--data-dir', URL),
+    ('train.py', '--dataset', f'hfds/{URL}'),
+    ('train.py', '--dataset', 'digits', '--experiment', 'hf_sesameSesame1sesameSesame1'),
+    ('train.py', '--dataset', 'digits', '--model-kwargs', 'token=hf_sesameSesame1sesameSesame1'),
+    ('train.py', '--dataset', 'digits', '--initial-checkpoint', URL),
+    ('train.py', '--dataset', 'digits', '--initial-checkpoint', 'https://host/x?token=sesameSesame1'),
+    ('train.py', '--dataset', 'digits', '--model', f'hf-hub:{URL}'),
+    ('train.py', '--dataset', 'digits', '--push-to-hub', URL),
+    ('train.py', '--dataset', 'digits', '--input-key', 'sesameSesame1'),
+    ('train.py', '--dataset', 'digits', '--token=hf_sesameSesame1sesameSesame1'),
+    ('train.py', '-c', URL),
+    ('train.py', '-c', 'RECIPE'),
+    ('train.py', '--resume', URL),
+    ('validate.py', URL),
+    ('validate.py', f'hf-hub:{URL}', '--dataset', 'digits'),
+    ('validate.py', 'test_resnet', '--dataset', 'digits', '--class-map', URL),
+    ('transfer/linear_probe.py', 'test_resnet', '--target', URL),
+    ('transfer/finetune.py', URL, '--dataset', 'digits'),
+    ('transfer/dynamics.py', URL),
+]
+
+
+@pytest.mark.parametrize('words', TYPED, ids=[' '.join(words)[:60] for words in TYPED])
+def test_a_token_on_the_command_line(
+    script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv('SOME_TOKEN', 'sesameSesame1')
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(f'dataset: digits\nmodel: test_resnet\nepochs: 1\ndata-dir: {URL}\n')
+    out = tmp_path / 'out'
+    words = tuple(word.replace('RECIPE', str(recipe)) for word in words)
+    where = ['--output', str(out), '-j', '0']
+    if words[0] == 'train.py':
+        where += ['--epochs', '1', *(() if '--model' in words else ('--model', 'test_resnet'))]
+    ended = script(*words, *where)
+    assert ended.code == 2 and 'Traceback' not in ended.err
+    assert 'sesameSesame1' not in ended.out + ended.err
+    assert ended.err.splitlines()[-1].startswith(f'{Path(words[0]).name}: error: ')
+    assert not list(out.rglob('*.yaml')) and not list(out.rglob('*.json'))
+
+
+def test_tokens_in_arguments_that_were_written_before(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run(opt=f'see {URL}', sched='hf_sesameSesame1sesameSesame1', seed=3)
+    push(run, 'alice/test_resnet_ctc', dry_run=True)
+    for file in (run / 'publish').rglob('*'):
+        if file.is_file():
+            assert b'sesameSesame1' not in file.read_bytes(), file
+    assert 'seed: 3' in (run / 'publish' / 'recipe.yaml').read_text()
+
+
+@pytest.mark.parametrize(
+    ('text', 'kept'),
+    [
+        ('https://u:sesame@host/x', 'https://***@host/x'),
+        ('https://sesame@host/x and http://a:sesame@b', 'https://***@host/x and http://***@b'),
+        ('https://u:ses@me@host/x', 'https://***@host/x'),
+        ('runs/https:/u:sesame@host/x', 'runs/https:/***@host/x'),
+        ('s3://key:sesame@bucket', 's3://***@bucket'),
+        ('https://host/x?a=1&token=sesame&b=2', 'https://host/x?a=1&token=***&b=2'),
+        ('https://host/x?X-Amz-Signature=sesame#y', 'https://host/x?X-Amz-Signature=***#y'),
+        ('got hf_sesamesesamesesamesesame.', 'got ***.'),
+        ('ghp_sesamesesamesesamesesame', '***'),
+        ('key AKIASESAMESESAMESESA', 'key ***'),
+        ('SECRET is open-sesame', 'SECRET is ***'),
+    ],
+)
+def test_what_is_shown_of_a_secret(monkeypatch: pytest.MonkeyPatch, text: str, kept: str) -> None:
+    monkeypatch.setenv('MY_API_KEY', 'open-sesame')
+    assert without_tokens(text) == kept and 'sesame' not in kept.lower()
+    assert holds_token(text) and holds_token([1, text]) and holds_token({'a': {text: 1}})
+    assert str(UserError(f'--flag {text}')) == f'--flag {kept}' and one_line(ValueError(text)) == kept
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'hf-hub:alice/resnet50_ctc@main',
+        'https://host.example/x@main?revision=3',
+        'C:/data/a@b',
+        'alice@host:/data',
+        '/data/hf_cache/token/key=3',
+        'hf_hub and hf_short',
+        'train[:50%]',
+        'sgd?lr=0.1',
+        '',
+    ],
+)
+def test_what_is_no_secret(text: str) -> None:
+    assert without_tokens(text) == text == shown(text) and not holds_token([text, {'a': text}, 3, None])

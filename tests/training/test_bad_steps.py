@@ -1,0 +1,170 @@
+"""Steps without a number: left out without a trace, counted, and the end of the run when they do not stop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from ctc_timm import CTCTask, InstanceDiscriminationLoss, TemporalContrastLoss
+from ctc_timm.errors import RunError
+from ctc_timm.training import checkpoints
+from ctc_timm.training.loop import Trainer
+
+Flags = Callable[..., argparse.Namespace]
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """All that a step may change."""
+    task: Any = trainer.task
+    found = {name: value.clone() for name, value in task.trainable_module.state_dict().items()}
+    slots = trainer.optimizer.state_dict()['state']
+    momenta = {f'momentum.{i}': slot['momentum_buffer'].clone() for i, slot in slots.items()}
+    banks = task.banks() if isinstance(task, CTCTask) else {}
+    return {**found, **momenta, **{name: bank.clone() for name, bank in banks.items()}}
+
+
+def spoil(trainer: Trainer, steps: set[int], seen: list[Any], what: str) -> None:
+    """Make the loss or the gradient of some steps no number; note the state before and after those."""
+    criterion, update = trainer.task.criterion, trainer.steps.update
+    taken = 0
+
+    class Spoiled(torch.nn.Module):
+        def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            if taken + 1 not in steps:
+                return criterion(output, target)
+            if what == 'gradient':  # the loss is zero, its slope infinite
+                return (output.sum() - output.detach().sum()).sqrt()
+            return criterion(output, target) * float(what)
+
+    def noted(*args: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        before = everything(trainer) if taken - 1 in steps or taken in steps else None
+        step = update(*args)
+        if taken in steps:
+            seen.append((before, everything(trainer), step.bad))
+        return step
+
+    trainer.task.criterion = Spoiled()
+    trainer.steps.update = noted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize('what', ['nan', 'inf', 'gradient'])
+def test_a_bad_step_leaves_no_trace(flags: Flags, tiny: list[str], tmp_path: Path, what: str) -> None:
+    """Weights, momenta, batch norm's statistics and banks are what they were; the epoch's means leave it out."""
+    words = f'--output {tmp_path} --experiment run --epochs 2 --temporal-start-epoch 1 --log-interval 1'
+    trainer = Trainer(flags(*tiny, words))
+    seen: list[Any] = []
+    statistics: list[dict[str, torch.Tensor]] = []
+    note = trainer.steps._statistics.note  # type: ignore[union-attr]
+
+    def noted() -> None:
+        note()
+        statistics.append(
+            {k: v.clone() for k, v in trainer.model.state_dict().items() if 'running' in k or 'tracked' in k}
+        )
+
+    trainer.steps._statistics.note = noted  # type: ignore[union-attr, method-assign]
+    spoil(trainer, {2, 6}, seen, what)
+    trainer.fit()
+    assert [bad for _, _, bad in seen] == [True, True]
+    for place, (before, after, _) in zip((1, 5), seen):
+        for name, value in after.items():
+            # The forward pass has changed the statistics before the update is to decide.
+            expected = statistics[place].get(name.removeprefix('body.model.'), before[name])
+            assert torch.equal(value, expected), name
+    rows = trainer.run.rows()
+    assert [row['train_bad_steps'] for row in rows] == ['1', '1']
+    assert all(float(row['train_loss']) < 100 for row in rows)
+    lines = [json.loads(line) for line in trainer.run.metrics.read_text().splitlines()]
+    noted_images = [line['bad_step_of'] for line in lines if 'bad_step_of' in line]
+    trainer.loader.set_epoch(0)
+    order = list(trainer.loader.batches)
+    assert noted_images[0] == [f'{i:04d}.png' for _, i in order[1]]
+
+
+def test_too_many(flags: Flags, tiny: list[str], image_folder: Path, tmp_path: Path) -> None:
+    """The run ends with the batch's files and the last good state named; its count survives a resume."""
+    words = [*tiny[2:], '--data-dir', str(image_folder), '--train-split', 'train', '--val-split', 'validation']
+    words += ['--img-size', '32', '-b', '9', '--num-negatives', '4', '--output', str(tmp_path), '--experiment', 'run']
+    words += ['--epochs', '3', '--temporal-start-epoch', '2']
+    trainer = Trainer(flags(*words, '--max-bad-steps 3 --checkpoint-steps 1'))
+    spoil(trainer, {6, 7, 8}, [], 'nan')
+    with pytest.raises(RunError) as error:
+        trainer.fit()
+    told = str(error.value)
+    assert told.startswith('--max-bad-steps 3: loss or gradient not finite in 3 steps in a row, up to step 8')
+    last = checkpoints.states_of(trainer.run)[-1]
+    assert f'its last good state is {last}' in told and last.name == 'epoch-0001-step-000007'
+    names = [json.loads(line) for line in trainer.run.metrics.read_text().splitlines()][-1]['bad_step_of']
+    assert len(names) == 9 and all(Path(name).is_file() for name in names) and names[0] in told
+    resumed = Trainer(flags(*words, '--max-bad-steps 3 --resume auto'))
+    assert (resumed.at.updates, resumed.at.bad_in_a_row) == (7, 2)
+    resumed.fit()
+    assert resumed.at.bad_in_a_row == 0
+
+
+def test_without_the_check(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    """`--max-bad-steps 0` takes every step, as plain training loops do."""
+    words = f'--output {tmp_path} --experiment run --epochs 1 --mode vanilla --max-bad-steps 0 --keep-every 0'
+    trainer = Trainer(flags(*tiny, words))
+    spoil(trainer, {2}, [], 'nan')
+    trainer.fit()
+    assert not all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('what', ['zero', 'huge', 'tiny', 'nan', 'inf'])
+def test_rows_stay_unit_vectors(dtype: torch.dtype, what: str) -> None:
+    """Whatever the features are: rows of length one, finite losses and gradients for finite features."""
+    top = torch.finfo(dtype).max / 4
+    value = {'zero': 0.0, 'huge': top, 'tiny': torch.finfo(dtype).smallest_normal, 'nan': torch.nan, 'inf': torch.inf}
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, 8, generator=generator).to(dtype)
+    features[:2] = value[what]
+    features.requires_grad_()
+    index = torch.arange(6)
+    instance = InstanceDiscriminationLoss(8, 20, 4).train()
+    temporal = TemporalContrastLoss(8, 20, 4, num_negatives=10).train()
+    past = torch.randn(6, 8, generator=generator)
+    temporal.refresh(past, index)
+    losses = [instance(features, index), temporal(features, past, index, torch.arange(10, 20))]
+    for bank in (instance.bank, temporal.present_bank, temporal.past_bank):
+        torch.testing.assert_close(bank.norm(dim=1), torch.ones(20))
+    if what not in ('nan', 'inf'):
+        assert all(bool(loss.isfinite()) for loss in losses)
+        (gradient,) = torch.autograd.grad(sum(losses), features)
+        assert bool(gradient.isfinite().all())
+    normalizers = temporal.present_normalizer, temporal.past_normalizer
+    assert all(bool(normalizer.isfinite()) for normalizer in normalizers)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_a_task_in_half_precision(dtype: torch.dtype) -> None:
+    """An image of zeros through a whole task of that precision, both stages: finite throughout."""
+    torch.manual_seed(0)
+    labels = torch.arange(16) % 4
+    model = timm.create_model('test_resnet', num_classes=4)
+    task = CTCTask(model, labels, num_negatives=8, dtype=dtype, verbose=False)
+    task.model.to(dtype)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    images[0] = 0
+    task.train()
+    for stage in ('instance', 'temporal'):
+        if stage == 'temporal':
+            task.start_temporal_stage([(images, labels[:8], torch.arange(8))])
+            task.train()
+        result = task(images, labels[:8], torch.arange(8))
+        result['loss'].backward()
+        assert bool(result['loss'].isfinite())
+        gradients = [p.grad for p in task.trainable_module.parameters() if p.grad is not None]
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+        for bank in task.banks().values():
+            torch.testing.assert_close(bank.float().norm(dim=1), torch.ones(16), atol=1e-3, rtol=0)

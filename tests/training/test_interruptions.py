@@ -1,0 +1,268 @@
+"""Kills, signals and full disks at any moment: what was saved is whole, and the run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ctc_timm.arguments import Parser, parse, run_script
+from ctc_timm.errors import RunError, UserError
+from ctc_timm.training import checkpoints, durable, loaders
+from ctc_timm.training.durable import MANIFEST, damage
+from ctc_timm.training.flags import add_arguments
+from ctc_timm.training.loop import Trainer
+from ctc_timm.training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+KILLS = SimpleNamespace(**runpy.run_path(str(ROOT / 'benchmarks' / 'kills.py')))
+# Eight steps in each of four epochs, two a stage, with everything random there is.
+WORDS = [*KILLS.SMALL, '--train-split', 'train[:128]', '--epochs', '4', '--temporal-start-epoch', '2']
+
+
+def read(words: list[str]) -> Any:
+    parser = Parser()
+    add_arguments(parser)
+    return parse(parser, words)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that is left alone."""
+    folder = tmp_path_factory.mktemp('runs')
+    Trainer(read([*WORDS, '--output', str(folder), '--experiment', 'whole'])).fit()
+    return folder / 'whole'
+
+
+def apart(function: Callable[..., None], *args: Any) -> int | None:
+    """Call a function in a process of its own, which has everything imported; its exit code."""
+    process = multiprocessing.get_context('fork').Process(target=function, args=args)
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None, 'it hangs'
+    return process.exitcode
+
+
+def signalled(words: list[str], owner: str, name: str, call: int, number: int = signal.SIGKILL) -> None:
+    """Train as train.py does; the so-manieth call of a function sends this process a signal before it does its work."""
+    module: Any = {'checkpoints': checkpoints, 'durable': durable, 'refresh': loaders.RefreshLoader, 'run': RunFolder}
+    inside, calls = getattr(module[owner], name), 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return inside(*args, **options)
+
+    setattr(module[owner], name, counted)
+    run_script(lambda: Trainer(read(words)).fit())
+
+
+@pytest.mark.parametrize(
+    'owner, name, call',
+    [
+        ('refresh', '__iter__', 1),  # between the stages
+        ('run', 'log', 5),  # within an epoch
+        ('run', 'save_weights', 3),
+        ('run', 'log_epoch', 4),
+        ('checkpoints', 'write_manifest', 8),
+        ('checkpoints', 'appear', 9),  # the state is complete and has no name yet
+        ('durable', '_to_disk', 60),
+        ('checkpoints', 'prune_states', 10),
+    ],
+)
+def test_killed_at_the_worst_moments(whole: Path, tmp_path: Path, owner: str, name: str, call: int) -> None:
+    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'killed', '--resume', 'auto']
+    assert apart(signalled, words, owner, name, call) == -signal.SIGKILL
+    assert all(damage(state) is None for state in checkpoints.states_of(RunFolder(tmp_path / 'killed')))
+    Trainer(read(words)).fit()
+    assert KILLS.differences(whole, tmp_path / 'killed') == []
+    assert RunFolder(tmp_path / 'killed').unfinished() == []
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """The short form of benchmarks/kills.py, with a loader process."""
+    result = KILLS.kill_often([*WORDS, '-j', '1'], tmp_path, kills=4, seed=0, quiet=True)
+    assert result['differences'] == [] and result['kills'] >= 3
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    'owner, name, call, state',
+    [
+        ('run', 'log', 4, 'epoch-0001-step-000014'),  # within an epoch
+        ('run', 'log_epoch', 1, 'epoch-0001-step-000009'),  # after one: the next step is the one that ends
+        ('refresh', '__iter__', 1, 'epoch-0001'),  # between the stages: at once, there is nothing to lose
+    ],
+)
+def test_told_to_stop(
+    whole: Path, tmp_path: Path, number: int, owner: str, name: str, call: int, state: str, capfd: pytest.CaptureFixture
+) -> None:
+    """The step ends, the state is saved, the exit code is 75 with one line; a resume gives the same bits."""
+    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'one', '--resume', 'auto', '--checkpoint-steps', '0']
+    assert apart(signalled, words, owner, name, call, number) == 75
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f'stopped by {signal.Signals(number).name}' in error and '--resume auto' in error and state in error
+    assert checkpoints.states_of(RunFolder(tmp_path / 'one'))[-1].name == state
+    Trainer(read(words)).fit()
+    assert KILLS.differences(whole, tmp_path / 'one') == []
+
+
+def test_told_to_stop_in_an_evaluation(whole: Path, tmp_path: Path) -> None:
+    """The epoch's steps are not taken again, and its numbers are those of the whole epoch."""
+
+    def train() -> None:
+        trainer = Trainer(read(words))
+        evaluate = trainer._evaluate
+
+        def interrupted() -> Any:
+            if trainer.at.epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate()
+
+        trainer._evaluate = interrupted  # type: ignore[method-assign]
+        run_script(trainer.fit)
+
+    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'one', '--resume', 'auto']
+    assert apart(train) == 75
+    assert checkpoints.states_of(RunFolder(tmp_path / 'one'))[-1].name == 'epoch-0001-step-000016'
+    Trainer(read(words)).fit()
+    assert KILLS.differences(whole, tmp_path / 'one') == []
+
+
+def test_several_processes_told_to_stop(tmp_path: Path) -> None:
+    """One of two gets the signal; both end the same step, save and leave, and go on to the same end."""
+    words = [*WORDS, '--output', str(tmp_path), '--checkpoint-steps', '0', '--log-interval', '1']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'STOP_AFTER': '0'}
+    file = tmp_path / 'train.py'
+    file.write_text(
+        'import os, runpy, signal\n'
+        'from ctc_timm.training.run_folder import RunFolder\n'
+        'log, calls = RunFolder.log, []\n'
+        'def counted(self, row):\n'
+        '    calls.append(row)\n'
+        '    if len(calls) == int(os.environ["STOP_AFTER"]):\n'
+        '        os.kill(os.getpid(), signal.SIGTERM)\n'
+        '    log(self, row)\n'
+        'RunFolder.log = counted\n'
+        f'runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")\n'
+    )
+
+    def launch(name: str, stop: int) -> subprocess.CompletedProcess:
+        run = ['torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(file)]
+        return subprocess.run(
+            [sys.executable, '-m', *run, *words, '--experiment', name, '--resume', 'auto'],
+            env={**environment, 'STOP_AFTER': str(stop)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    assert launch('whole', 0).returncode == 0
+    stopped = launch('stopped', 5)  # the row of the first epoch
+    assert stopped.returncode and 'stopped by SIGTERM after step 5' in stopped.stderr
+    assert [state.name for state in checkpoints.states_of(RunFolder(tmp_path / 'stopped'))] == [
+        'epoch-0000-step-000006'
+    ]
+    assert launch('stopped', 0).returncode == 0
+    assert KILLS.differences(tmp_path / 'whole', tmp_path / 'stopped') == []
+
+
+def damaged(state: Path, how: str) -> None:
+    file = state / 'model.safetensors'
+    if how == 'flipped':
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == 'truncated':
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == 'missing':
+        file.unlink()
+    elif how == 'no manifest':
+        (state / MANIFEST).unlink()
+    else:
+        (state / 'more.bin').write_bytes(b'?')
+
+
+@pytest.mark.parametrize('how', ['flipped', 'truncated', 'missing', 'no manifest', 'more'])
+def test_a_damaged_state_is_named_and_passed_over(
+    whole: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / 'run'
+    shutil.copytree(whole, run)
+    before, newest = checkpoints.states_of(RunFolder(run))
+    damaged(newest, how)
+    with pytest.raises(UserError, match=f'{newest}.*damaged'):
+        checkpoints.find_resume(read([*WORDS, '--resume', str(newest)]))
+    trainer = Trainer(read([*WORDS, '--resume', str(run)]))
+    said = capsys.readouterr().out
+    assert f'{newest} is damaged: ' in said and 'going on from the state before' in said
+    assert checkpoints.find_resume(read([*WORDS, '--resume', str(run)])).state == before
+    trainer.fit()
+    assert KILLS.differences(whole, run) == []
+    assert [state.name for state in checkpoints.states_of(RunFolder(run))] == [before.name, newest.name]
+    for state in checkpoints.states_of(RunFolder(run)):
+        damaged(state, how)
+    files = sorted(run.rglob('*'))
+    for words in (['--resume', str(run)], ['--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']):
+        with pytest.raises(UserError, match='every state in it is damaged'):
+            Trainer(read([*WORDS, *words]))
+    assert sorted(run.rglob('*')) == files
+
+
+def on_a_small_disk(words: list[str], folder: Path, room: int) -> None:
+    """Train where no file may be larger than this; of a full disk's kinds the one that needs no rights to make."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    run_script(lambda: Trainer(read(words)).fit())
+
+
+def test_no_room_for_a_state(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """One line, no half-written folder, the states before untouched, and the run goes on when there is room."""
+    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--checkpoint-steps', '0']
+    run = RunFolder(tmp_path / 'run')
+    # In the temporal stage a state holds the largest file, as momentum is there for the new projectors.
+    sizes = [file.stat().st_size for state in checkpoints.states_of(RunFolder(whole)) for file in state.iterdir()]
+    assert apart(signalled, words, 'refresh', '__iter__', 1) == -signal.SIGKILL
+    kept = {file: file.read_bytes() for state in checkpoints.states_of(run) for file in state.iterdir()}
+    capfd.readouterr()
+    assert apart(on_a_small_disk, words, tmp_path, max(sizes) - 1) == 1
+    error = capfd.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and 'could not be saved: ' in error[0] and '--resume auto' in error[0]
+    assert {file: file.read_bytes() for state in checkpoints.states_of(run) for file in state.iterdir()} == kept
+    assert run.unfinished() == []
+    Trainer(read(words)).fit()
+    assert KILLS.differences(whole, run.path) == []
+
+
+def test_only_what_is_whole_replaces_a_state(whole: Path, tmp_path: Path) -> None:
+    """The oldest states go once the newest is read back; if that fails, none goes."""
+    run = RunFolder(tmp_path / 'run')
+    shutil.copytree(whole, run.path)
+    before, newest = checkpoints.states_of(run)
+    damaged(newest, 'flipped')
+    with pytest.raises(OSError, match='is damaged: model.safetensors was changed'):
+        checkpoints.prune_states(run, newest, 1)
+    assert checkpoints.states_of(run) == [before, newest]
+    checkpoints.prune_states(run, before, 5)
+    assert checkpoints.states_of(run) == [before]
+
+
+def test_errors_that_are_not_about_files_are_kept(whole: Path) -> None:
+    accelerator: Any = SimpleNamespace(num_processes=1, is_main_process=True)
+    with pytest.raises(RuntimeError, match='of another kind'), checkpoints.together(accelerator, 'x'):
+        raise RuntimeError('of another kind')
+    with pytest.raises(RunError, match='x: No space left'), checkpoints.together(accelerator, 'x'):
+        raise OSError(28, 'No space left on device')
