@@ -27,5 +27,6 @@ def run_processes(function: Callable[[int, int], Any], world: int, folder: Any) 
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     file = f'{folder}/{world}'
-    mp.spawn(_run, (world, port, function, file), nprocs=world)
+    # Forked, as each would import everything anew otherwise.
+    mp.start_processes(_run, (world, port, function, file), nprocs=world, start_method='fork')
     return [torch.load(f'{file}-{rank}.pt') for rank in range(world)]

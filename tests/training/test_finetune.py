@@ -291,7 +291,7 @@ REFUSED = [
     ('{base} --mode ctc', '--mode: no such flag'),
     ('{base} --num-negatives 16', '--num-negatives: no such flag'),
     ('{base} --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),
-    ('{base} --img-size 4096000', '--img-size: test_resnet cannot take'),
+    ('{base} --img-size 4096000', '--img-size: must be at most 16384'),
 ]
 
 

@@ -174,9 +174,7 @@ def test_several_processes_told_to_stop(tmp_path: Path) -> None:
     assert launch('whole', 0).returncode == 0
     stopped = launch('stopped', 5)  # the row of the first epoch
     assert stopped.returncode and 'stopped by SIGTERM after step 5' in stopped.stderr
-    assert [state.name for state in checkpoints.states_of(RunFolder(tmp_path / 'stopped'))] == [
-        'epoch-0000-step-000006'
-    ]
+    assert checkpoints.states_of(RunFolder(tmp_path / 'stopped'))[-1].name == 'epoch-0001-step-000005'
     assert launch('stopped', 0).returncode == 0
     assert KILLS.differences(tmp_path / 'whole', tmp_path / 'stopped') == []
 
