@@ -21,6 +21,7 @@ from accelerate.utils.other import load
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..arguments import non_negative_int, positive_int
@@ -143,7 +144,7 @@ def save_state(
             temporary.mkdir(parents=True)
     with together(accelerator, f'{final} could not be saved', temporary):
         accelerator.save_state(str(temporary))
-        numbers = dict(own)
+        numbers = {**own, **_own_buffers(accelerator, task)}
         if isinstance(task, CTCTask):
             numbers['generator'] = task.sampler.get_state()['generator']
             if task.split is not None:
@@ -263,6 +264,9 @@ def load_state(
         if random_states.is_file():
             load(random_states)  # Accelerate goes on without a word where it can't read them
         accelerator.load_state(str(state))
+        for name, buffer in _own_buffers(accelerator, task).items():
+            if name in own:
+                buffer.copy_(own.pop(name))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle_error()) as error:
         raise UserError(f'--resume {state}: {one_line(error)}') from None
     return progress, own
@@ -351,6 +355,19 @@ def _newest_fitting(args: argparse.Namespace) -> Found:
 def run_of_state(state: Path) -> RunFolder:
     """The run that a state belongs to."""
     return RunFolder(state.resolve().parent.parent)
+
+
+def _own_buffers(accelerator: Accelerator, task: TrainingTask) -> dict[str, Tensor]:
+    """Running statistics of the model and of its average, of which each of several processes has its own."""
+    if accelerator.num_processes == 1:
+        return {}
+    models = {'model': task.get_eval_model(), 'ema': task.get_eval_model(ema=True) if task.has_ema() else None}
+    return {
+        f'{kind}.{name}': buffer
+        for kind, model in models.items()
+        if model is not None
+        for name, buffer in unwrap_model(model).named_buffers()
+    }
 
 
 def _own_file(accelerator: Accelerator) -> str:

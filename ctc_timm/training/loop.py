@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
-from timm.utils import distribute_bn, random_seed, unwrap_model
+from timm.utils import random_seed, unwrap_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ from .position import Position
 from .run_folder import RunFolder, keep_interval, refuse_overwriting, run_name
 from .steps import Steps
 from .stopping import Interrupted, StopSignal
+from .sync_bn import share_statistics
 
 _logger = logging.getLogger(__name__)
 
@@ -326,10 +327,8 @@ class Trainer:
             self.run.log({'epoch': epoch, 'batch': self.at.batch, 'update': self.at.updates, **row})
 
     def _evaluate(self) -> dict[str, Any]:
-        if self.accelerator.num_processes > 1 and self.args.dist_bn:
-            for norm in self.model.modules():
-                if norm.training and getattr(norm, 'running_mean', None) is not None:  # a mean would round frozen ones
-                    distribute_bn(norm, self.accelerator.num_processes, self.args.dist_bn == 'reduce')
+        averaged = self._eval_model() if self.task.has_ema() and not self.args.model_ema_force_cpu else None
+        share_statistics(self.model, averaged, self.accelerator.num_processes, self.args.dist_bn)
         metrics = evaluate(
             self._eval_model(), self.eval_loader, self.accelerator, self.num_classes, self.args.channels_last
         )

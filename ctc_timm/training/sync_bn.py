@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor, nn
 
 
@@ -26,6 +27,24 @@ def synchronise(model: nn.Module, device: torch.device) -> Any:
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = _BatchNormOverProcesses
     return model
+
+
+def share_statistics(model: nn.Module, averaged: nn.Module | None, processes: int, how: str) -> None:
+    """Give all processes the same running statistics before an evaluation, as timm does.
+
+    Args:
+        model: The model that is trained.
+        averaged: Its moving average, which has statistics of its own.
+        processes: How many there are.
+        how: 'reduce' for their mean, 'broadcast' for the first one's, '' to leave them.
+    """
+    if processes == 1 or not how:
+        return
+    trained = {name for name, norm in model.named_modules() if norm.training}  # a mean would round frozen ones
+    for some in (model, unwrap_model(averaged)) if averaged is not None else (model,):
+        for name, norm in some.named_modules():
+            if name in trained and getattr(norm, 'running_mean', None) is not None:
+                distribute_bn(norm, processes, how == 'reduce')
 
 
 class _AllSum(torch.autograd.Function):
