@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -34,8 +33,6 @@ from .run_folder import RunFolder, keep_interval, refuse_overwriting, run_name
 from .steps import Steps
 from .stopping import Interrupted, StopSignal
 from .sync_bn import share_statistics
-
-_logger = logging.getLogger(__name__)
 
 
 class Trainer:
