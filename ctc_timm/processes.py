@@ -29,8 +29,15 @@ def create_accelerator(args: argparse.Namespace, **options: Any) -> Accelerator:
         **options: More for `Accelerator`.
 
     Raises:
-        UserError: A precision that the device does not have, or processes that do not find each other.
+        UserError: A precision that the device does not have, processes that do not find each other, or a launcher
+            that is to share out the model itself.
     """
+    for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
+        if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() == 'true':
+            raise UserError(
+                f'--config_file of accelerate launch: {name} shares out the model, of which the information bank is '
+                f'a whole copy; use distributed_type MULTI_GPU, with --split-banks or --grad-checkpointing for room'
+            )
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     without_device = found is None or found.type == 'mps'
