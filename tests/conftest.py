@@ -11,10 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from runs import ROOT, TINY, Ended, forget_processes, write_folder
 
 from ctc_timm.arguments import Parser, parse
 from ctc_timm.training.flags import add_arguments
+
+pytest_plugins = ['hub_fixtures']
+settings.register_profile(
+    'same every time',
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile('same every time')
 
 # Two test processes share two cores: a thread each, in the processes they start too.
 os.environ.setdefault('OMP_NUM_THREADS', '1')

@@ -16,6 +16,15 @@ _TINY = """
 --std 0.4 -b 32 -j 0 --num-negatives 16 --lr 0.01 --smoothing 0.0
 """
 TINY = _TINY.split()  # a training run of a second an epoch
+# What a model says about its images, for loaders without one.
+CONFIG = {
+    'input_size': (3, 16, 16),
+    'mean': (0.3,) * 3,
+    'std': (0.4,) * 3,
+    'interpolation': 'bilinear',
+    'crop_pct': 1.0,
+    'crop_mode': 'center',
+}
 
 
 def forget_processes() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from images import damaged_images, odd_images, picture, write_damaged, write_odd
 from PIL import Image
-from runs import write_folder
+from runs import CONFIG, write_folder
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from ctc_timm.data.cached import cache_images
@@ -29,14 +29,6 @@ from ctc_timm.training.loaders import RefreshLoader, TrainLoader
 from ctc_timm.training.loop import Trainer
 
 Flags = Callable[..., argparse.Namespace]
-CONFIG = {
-    'input_size': (3, 16, 16),
-    'mean': (0.3,) * 3,
-    'std': (0.4,) * 3,
-    'interpolation': 'bilinear',
-    'crop_pct': 1.0,
-    'crop_mode': 'center',
-}
 CPU = torch.device('cpu')
 MODEL = '--model test_resnet --img-size 16 --mean 0.3 --std 0.4 --num-negatives 16 --smoothing 0 --lr 0.01'
 # Spaces, signs of the shell, of Markdown and of terminals, both forms of an accent, what is no UTF-8, the longest.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Ended, forget_processes
+from runs import CONFIG, Ended, forget_processes
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -25,14 +25,6 @@ from ctc_timm.errors import UserError
 from ctc_timm.training.loaders import TrainLoader
 
 Flags = Callable[..., argparse.Namespace]
-CONFIG = {
-    'input_size': (3, 16, 16),
-    'mean': (0.3,) * 3,
-    'std': (0.4,) * 3,
-    'interpolation': 'bilinear',
-    'crop_pct': 1.0,
-    'crop_mode': 'center',
-}
 CPU = torch.device('cpu')
 WORDS = '--dataset digits --train-split train[:64] -b 8 -j 2'
 

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from hub_client import ALICE, Client, hub_environment, start_forker
-from hub_server import Hub
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 import ctc_timm  # noqa: F401  (registers the models)
-
-
-@pytest.fixture(scope='session')
-def forker() -> Iterator[subprocess.Popen]:
-    """The process that forks clients."""
-    process = start_forker()
-    yield process
-    process.kill()
-    process.wait(10)
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    """An empty Hub."""
-    with Hub() as server:
-        yield server
-    assert not server.errors
-
-
-@pytest.fixture
-def client(forker: subprocess.Popen, hub: Hub, tmp_path: Path) -> Client:
-    """Processes that know only this Hub, with an empty cache, logged in as alice."""
-    folder = tmp_path / 'client'
-    folder.mkdir()
-    return Client(forker, folder, hub_environment(hub, tmp_path / 'cache', ALICE))
 
 
 @pytest.fixture(scope='session')
