@@ -73,12 +73,15 @@ def loading(args: argparse.Namespace, rounds: int) -> dict[str, float]:
         'this loader, --cache-dataset': TrainLoader(cached(args, source, quiet=True).dataset, single, config, CPU),
     }
     rates: dict[str, list[float]] = {name: [] for name in kinds}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process; threads that wait for each other would count
     for _ in tqdm(range(rounds), 'loading'):
         for name, loader in kinds.items():
             started, count = time.process_time(), 0
             for images, *_ in loader:
                 count += len(images)
             rates[name].append(count / (time.process_time() - started))
+    torch.set_num_threads(threads)
     return {name: statistics.median(found) for name, found in rates.items()}
 
 

@@ -115,7 +115,10 @@ class Steps:
             ask: Whether the others are asked even where nothing is checked.
         """
         losses, self._sums = self._sums, {}
-        bad, stop = self._agree(losses['loss'], told_to_stop) if self.checked or ask else (False, told_to_stop)
+        alone = self.accelerator.num_processes == 1  # or the others would wait for this one for ever
+        bad, stop = (
+            self._agree(losses['loss'], told_to_stop) if self.checked or ask else (False, told_to_stop and alone)
+        )
         taken = not bad
         if taken:
             optimization.clip_gradients(self.accelerator, self.task, self.args)

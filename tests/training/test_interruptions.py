@@ -142,9 +142,16 @@ def test_told_to_stop_in_an_evaluation(whole: Path, tmp_path: Path) -> None:
     assert KILLS.differences(whole, tmp_path / 'one') == []
 
 
-def test_several_processes_told_to_stop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'more, rows, step',
+    [
+        ('--log-interval 1', 5, 5),  # with the row of the first epoch: the step after it is the one that ends
+        ('--log-interval 2 --max-bad-steps 0', 4, 8),  # without the check they ask each other when they log
+    ],
+)
+def test_several_processes_told_to_stop(tmp_path: Path, more: str, rows: int, step: int) -> None:
     """One of two gets the signal; both end the same step, save and leave, and go on to the same end."""
-    words = [*WORDS, '--output', str(tmp_path), '--checkpoint-steps', '0', '--log-interval', '1']
+    words = [*WORDS, '--output', str(tmp_path), '--checkpoint-steps', '0', *more.split()]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'STOP_AFTER': '0'}
     file = tmp_path / 'train.py'
     file.write_text(
@@ -172,9 +179,9 @@ def test_several_processes_told_to_stop(tmp_path: Path) -> None:
         )
 
     assert launch('whole', 0).returncode == 0
-    stopped = launch('stopped', 5)  # the row of the first epoch
-    assert stopped.returncode and 'stopped by SIGTERM after step 5' in stopped.stderr
-    assert checkpoints.states_of(RunFolder(tmp_path / 'stopped'))[-1].name == 'epoch-0001-step-000005'
+    stopped = launch('stopped', rows)
+    assert stopped.returncode and f'stopped by SIGTERM after step {step};' in stopped.stderr
+    assert checkpoints.states_of(RunFolder(tmp_path / 'stopped'))[-1].name == f'epoch-0001-step-{step:06d}'
     assert launch('stopped', 0).returncode == 0
     assert KILLS.differences(tmp_path / 'whole', tmp_path / 'stopped') == []
 
