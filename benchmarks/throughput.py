@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def loading(args: argparse.Namespace, rounds: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
+def epoch_of(trainer: Trainer, epoch: int) -> None:
+    """One epoch of a run, without its evaluation and its files."""
+    trainer._train_epoch(epoch)
+    trainer.at.next_epoch()
+
+
 def training(args: argparse.Namespace, rounds: int) -> dict[str, list[float]]:
     """Seconds an epoch of plain training, by kind."""
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +99,7 @@ def training(args: argparse.Namespace, rounds: int) -> dict[str, list[float]]:
         for name, keep in (('this loop', False), ('this loop, --cache-dataset', True)):
             own = {'mode': 'vanilla', 'output': folder, 'experiment': name, 'cache_dataset': keep}
             trainer = Trainer(argparse.Namespace(**{**vars(args), **own}))
-            kinds[name] = trainer._train_epoch
+            kinds[name] = partial(epoch_of, trainer)
         config, classes = trainer.config, trainer.num_classes
 
         task = ClassificationTask(timm.create_model(args.model, num_classes=classes))
