@@ -207,7 +207,7 @@ REFUSED = [
     ('train.py --dataset hfids/{}/hub --model test_resnet', 'a streaming data set gives its images no stable index'),
     ('train.py --num-negatives 0', '--num-negatives: must be at least 1, got 0'),
     ('train.py --temporal-temperature 0.005', '--temporal-temperature 0.005: temperature must be at least'),
-    ('train.py --temporal-start-epoch 15', '--temporal-start-epoch 15 lies outside the run of --epochs 15'),
+    ('train.py --temporal-start-epoch 16', '--temporal-start-epoch 16 lies outside the run of --epochs 15'),
     ('train.py -b 5000', '--batch-size 5000 times 1 process(es) is more than the 1437'),
     ('train.py -b 33 --mixup 0.2', '--batch-size 33: must be even'),
     ('train.py --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),

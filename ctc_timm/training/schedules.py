@@ -83,7 +83,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
         '--temporal-start-epoch',
         type=non_negative_int,
         metavar='N',
-        help='epoch, counted from 0, at which the temporal stage starts; two thirds of the run when not given',
+        help='epoch, counted from 0, at which the temporal stage starts; two thirds of the run when not given, and '
+        'never when as large as --epochs',
     )
     group.add_argument(
         '--temporal-lr-scale',
@@ -171,6 +172,10 @@ class TwoStageSchedule:
                 self.weight_decay_scale = 1.0
                 return
             start = temporal_start(args)
+            if start == args.epochs:
+                self.first, self.num_epochs = _create(optimizer, options, start, updates_per_epoch)
+                self.temporal_start = self.num_epochs
+                return
             self.temporal_start = 0
             if start:
                 self.first, self.temporal_start = _create(
@@ -214,16 +219,16 @@ class TwoStageSchedule:
 
 
 def temporal_start(args: argparse.Namespace) -> int:
-    """The epoch at which the temporal stage starts, before any warm-up prefix.
+    """The epoch at which the temporal stage starts, before any warm-up prefix; that after the last if it never does.
 
     Raises:
         UserError: It lies outside the run.
     """
     if args.temporal_start_epoch is None:
         return args.epochs * 2 // 3
-    if args.temporal_start_epoch >= args.epochs:
+    if args.temporal_start_epoch > args.epochs:
         raise UserError(
             f'--temporal-start-epoch {args.temporal_start_epoch} lies outside the run of --epochs {args.epochs}; '
-            f'use 0 to {args.epochs - 1}'
+            f'use 0 to {args.epochs}'
         )
     return args.temporal_start_epoch

@@ -170,10 +170,10 @@ def test_layer_decay_survives_the_stages(flags: Flags) -> None:
             assert 0 < top <= 0.1 and low == pytest.approx(0.5 * top, rel=1e-12)
 
 
-@pytest.mark.parametrize('epochs, start', [(10, 10), (10, 11), (1, 5)])
+@pytest.mark.parametrize('epochs, start', [(10, 11), (10, 50), (1, 5)])
 def test_a_stage_outside_the_run(flags: Flags, epochs: int, start: int) -> None:
     args = flags('--epochs', str(epochs), '--temporal-start-epoch', str(start))
-    with pytest.raises(UserError, match=f'--temporal-start-epoch {start} lies outside .* use 0 to {epochs - 1}'):
+    with pytest.raises(UserError, match=f'--temporal-start-epoch {start} lies outside .* use 0 to {epochs}'):
         TwoStageSchedule(sgd(), args, 10)
 
 
@@ -182,6 +182,23 @@ def test_where_the_temporal_stage_starts(flags: Flags, epochs: int, start: int |
     words = ['--epochs', str(epochs)] + ([] if start is None else ['--temporal-start-epoch', str(start)])
     schedule = TwoStageSchedule(sgd(), flags(*words), 10)
     assert [schedule.stage(epoch) for epoch in range(epochs)].count('instance') == expected
+
+
+@pytest.mark.parametrize('sched, cooldown', [('cosine_open', 2), ('cosine', 2), ('multistep', 0)])
+def test_a_temporal_stage_that_never_starts(flags: Flags, sched: str, cooldown: int) -> None:
+    """The learning rates of plain training, with the weight decay of the instance stage."""
+    words = f'--epochs 6 --sched {sched} --cooldown-epochs {cooldown} --lr 0.1 --instance-weight-decay-scale 2'.split()
+    two, plain = sgd(), sgd()
+    schedule = TwoStageSchedule(two, flags(*words, '--temporal-start-epoch', '6'), 10)
+    alone = TwoStageSchedule(plain, flags(*words), 10, two_stages=False)
+    assert schedule.num_epochs == schedule.temporal_start == alone.num_epochs == 6 + cooldown
+    for epoch in range(6 + cooldown):
+        schedule.step(epoch)
+        alone.step(epoch)
+        assert schedule.stage(epoch) == 'instance'
+        for group, other in zip(two.param_groups, plain.param_groups):
+            assert group['lr'] == other['lr']
+            assert group['weight_decay'] == 2 * other['weight_decay']
 
 
 def test_learning_rate_by_batch_size(flags: Flags) -> None:

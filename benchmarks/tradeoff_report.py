@@ -1,0 +1,240 @@
+"""docs/results.md, its pictures and the README's table, drawn from docs/results/tradeoff_*.json alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tradeoff_pictures
+from scipy import stats
+
+DOCS = Path(__file__).resolve().parents[1] / 'docs'
+RESULTS = DOCS / 'results'
+README = DOCS.parent / 'README.md'
+BASELINE = 'vanilla'
+EARLY = 'early stopping'  # plain training's best epoch on the source's validation rows
+FIRST_THREE = (BASELINE, 'ctc-discriminability', 'ctc-transferability')
+PROBES = {
+    'ridge': 'ridge',
+    'logistic': 'logistic',
+    'sgd-last': 'SGD protocol',
+    'knn-20': 'kNN, 20',
+    'ridge-10-shot': '10-shot ridge',
+}
+Table = list[list[str]]
+Seeds = dict[int, float]
+
+
+def ends_of(results: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
+    """By method and seed what was measured at the end, early stopping of plain training as a method of its own."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in results['runs']:
+        found.setdefault(run['method'], {})[run['seed']] = run['ends']['last']
+        if run['method'] == BASELINE:
+            found.setdefault(EARLY, {})[run['seed']] = run['ends']['best']
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half of its 95% interval by Student's t, which one value does not have."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def shown(values: Sequence[float], digits: int = 1, sign: str = '') -> str:
+    """A mean with its interval, as a table shows it."""
+    if not values:
+        return ''
+    mean, half = interval(values)
+    return f'{mean:{sign}.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
+
+
+def differences(mine: Seeds, theirs: Seeds) -> list[float]:
+    """By seed what one has more than the other."""
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def pick(ends: dict[int, dict[str, Any]], *path: str) -> Seeds:
+    """One number of each seed."""
+    found = {}
+    for seed, end in ends.items():
+        value: Any = end
+        for key in path:
+            value = value[key]
+        found[seed] = float(value)
+    return found
+
+
+def compare(results: dict[str, Any], columns: dict[str, tuple[str, ...]], digits: int = 1) -> Table:
+    """A row a method: mean and interval of each number, then the paired difference from plain training."""
+    ends = ends_of(results)
+    rows = [['method', 'seeds', *columns]]
+    for method, mine in ends.items():
+        cells = []
+        for path in columns.values():
+            values = pick(mine, *path)
+            cell = shown(list(values.values()), digits)
+            if method != BASELINE and BASELINE in ends:
+                cell += f' ({shown(differences(values, pick(ends[BASELINE], *path)), digits, "+")})'
+            cells.append(cell)
+        rows.append([method, str(len(mine)), *cells])
+    return rows
+
+
+def drops(results: dict[str, Any]) -> Table:
+    """A row a method: how far each accuracy falls from its best kept epoch to the last one, and what a run costs."""
+    getters: dict[str, Callable[[dict[str, Any]], float]] = {'source': lambda row: row['source']['top1']}
+    for target in results['targets']:
+        getters[target] = lambda row, target=target: row['targets'][target]['ridge']  # type: ignore[misc]
+    costs = {
+        (run['method'], run['seed']): run['processor_seconds']
+        for run in results['runs']
+        if run['processor_seconds'] is not None
+    }
+    rows = [['method', *(f'{name}: best epoch, drop to the last' for name in getters), 'processor time']]
+    for method in dict.fromkeys(run['method'] for run in results['runs']):
+        runs = [run for run in results['runs'] if run['method'] == method]
+        cells = []
+        for get in getters.values():
+            best = [max(run['trajectory'], key=get) for run in runs]
+            fallen = [get(row) - get(run['trajectory'][-1]) for row, run in zip(best, runs)]
+            epochs = ', '.join(str(row['epoch']) for row in best)
+            cells.append(f'{epochs}; {shown(fallen)}')
+        ratios = [
+            costs[method, run['seed']] / costs[BASELINE, run['seed']]
+            for run in runs
+            if {(method, run['seed']), (BASELINE, run['seed'])} <= costs.keys()
+        ]
+        rows.append([method, *cells, f'{statistics.fmean(ratios):.2f}' if ratios else ''])
+    return rows
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """A sentence for each method with several seeds, on source and targets."""
+    ends, said = ends_of(results), []
+    for method, mine in ends.items():
+        if method == BASELINE or len(mine) < 2:
+            continue
+        parts = []
+        for name, path in {'source': ('source', 'top1'), **_targets(results)}.items():
+            found = differences(pick(mine, *path), pick(ends[BASELINE], *path))
+            mean, half = interval(found)
+            assert half is not None
+            clear = 'above' if mean > half else 'below' if mean < -half else 'not told apart from'
+            parts.append(f'{clear} plain training on {name} ({mean:+.1f} ± {half:.1f})')
+        said.append(f'- **{method}** is {", ".join(parts)}.')
+    return said
+
+
+def _targets(results: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {target: ('targets', target, 'ridge') for target in results['targets']}
+
+
+def markdown(rows: Table) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *body = rows
+    lines = [head, ['---'] * len(head), *body]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def command(results: dict[str, Any], method: str, seed: str = 'SEED') -> str:
+    """What trains one run of it."""
+    flags = results['methods'][method].replace('{epochs}', str(results['epochs']))
+    parts = [f'train.py -c recipes/{results["recipe"]} --dataset hfds/{results["source"].upper()} --seed {seed}', flags]
+    return ' '.join(part for part in parts if part)
+
+
+def section(name: str, results: dict[str, Any]) -> str:
+    """All about one size of the comparison."""
+    settings, source = results['settings'], results['source']
+    source_name = {'source': ('source', 'top1')}
+    parts = [
+        f'## {settings["model"]}, {settings["train-split"]} of {source}',
+        f'{settings["img-size"]}x{settings["img-size"]} pixels, {results["epochs"]} epochs, of which CTC gives the '
+        f'last {results["epochs"] - results["temporal_start_epoch"]} to the temporal stage; everything else is in '
+        f"`recipes/{results['recipe']}`. Means with 95% intervals over seeds (Student's t); in brackets the difference "
+        'from plain training, seed by seed. One seed has no interval, and proves nothing.',
+        *verdicts(results),
+        f'![Accuracy over the epochs, and target against source accuracy]({name}.png)',
+        '### The last epoch',
+        markdown(compare(results, {f'{source} top-1': source_name['source'], **_targets(results)})),
+    ]
+    for target in results['targets']:
+        parts += [
+            f'### {target}, by probe',
+            markdown(
+                compare(results, {label: ('targets', target, probe) for probe, label in PROBES.items()}),
+            ),
+            f'### {target}, what the features hold',
+            markdown(compare(results, _held('targets', target), digits=2)),
+        ]
+    parts += [
+        f'### {source}, what the features hold',
+        markdown(compare(results, _held('source'), digits=2)),
+        '### From the best kept epoch to the last',
+        'The best epoch of each seed, and how many points lower the last one is. Processor time is that of training, '
+        'as a multiple of plain training with the same seed.',
+        markdown(drops(results)),
+        '### Commands',
+        '\n'.join(f'    {command(results, method)}' for method in results['methods']),
+    ]
+    return '\n\n'.join(parts).replace('.\n\n- **', '.\n- **')
+
+
+def _held(*where: str) -> dict[str, tuple[str, ...]]:
+    names = {'I(X;T), nats': 'information_xt', 'I(T;Y), nats': 'information_ty', 'effective rank': 'effective_rank'}
+    return {label: (*where, key) for label, key in names.items()}
+
+
+OPENING = """# Results
+
+Drawn by `python benchmarks/tradeoff.py --redraw` from `docs/results/`; nothing here is typed by hand. The runs are made
+and measured, as many at a time as there are cores, and after a stop go on where they were, by
+
+    python benchmarks/tradeoff.py --source hfds/CIFAR100 --targets hfds/CIFAR10 digits --recipe recipes/RECIPE.yaml
+
+Source accuracy of the tables is that of the test split of CIFAR-100, 10,000 images, by the model's own classifier; the
+pictures follow it on validation rows of the training split. Targets are frozen features under a probe: CIFAR-10
+(10,000 training, 5,000 test images here) and scikit-learn's handwritten digits (1,437 and 360). Settings were chosen
+on the validation rows of the source and on training images of CIFAR-10; the test images of both, and the digits, played
+no part. `early stopping` is plain training's kept epoch that is best on the validation rows. What follows from the
+numbers is in [choosing.md](choosing.md)."""
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """Every comparison by the name of its file."""
+    files = sorted(RESULTS.glob('tradeoff_*.json'))
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def readme_part(results: dict[str, Any]) -> str:
+    """The table of three rows, each with its command."""
+    ends, rows = ends_of(results), [['', results['source'], *results['targets'], 'command']]
+    for method in FIRST_THREE:
+        if method in ends:
+            columns = [('source', 'top1'), *_targets(results).values()]
+            cells = [shown(list(pick(ends[method], *path).values())) for path in columns]
+            rows.append([method, *cells, f'`{command(results, method, "0")}`'])
+    return markdown(rows)
+
+
+def redraw() -> None:
+    """Write everything anew."""
+    found = stored()
+    sections = [OPENING]
+    for name, results in found.items():
+        tradeoff_pictures.draw(results, DOCS / f'{name}.png')
+        sections.append(section(name, results))
+    (DOCS / 'results.md').write_text('\n\n'.join(sections) + '\n', encoding='utf-8')
+    text = README.read_text(encoding='utf-8')
+    start, end = '<!-- results -->', '<!-- /results -->'
+    if start in text and 'tradeoff_small' in found:
+        before, rest = text.split(start)
+        text = f'{before}{start}\n\n{readme_part(found["tradeoff_small"])}\n\n{end}{rest.split(end)[1]}'
+        README.write_text(text, encoding='utf-8')
