@@ -40,11 +40,18 @@ METHODS: dict[str, list[str]] = {
     'ctc-transferability': [
         *('--instance-weight', '0.5', '--instance-temperature', '0.1', '--temporal-temperature', '0.1')
     ],
+    # for few images, chosen on validation rows of the source and training images of CIFAR-10
+    'ctc-tuned': ['--instance-temperature', '0.1', '--temporal-weight', '0.1'],
     'ctc-no-temporal': ['--temporal-start-epoch', '{epochs}'],
     'ctc-no-instance': ['--instance-weight', '0'],
     'label-smoothing': ['--mode', 'vanilla', '--smoothing', '0.1'],
 }
-SEVERAL = ('vanilla', 'ctc-discriminability', 'ctc-transferability')  # get every seed; the others the first
+SEVERAL = (
+    'vanilla',
+    'ctc-discriminability',
+    'ctc-transferability',
+    'ctc-tuned',
+)  # get every seed; the others the first
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,13 @@ class Run:
     def measure(self, args: argparse.Namespace) -> list[str]:
         """The command that measures it, or what is left of it."""
         script = Path(__file__).with_name('tradeoff_measure.py')
-        return [str(script), str(self.folder), '--target', *args.targets]
+        return [str(script), str(self.folder), '--source-test', args.source_test, '--target', *args.targets]
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the flags."""
     parser.add_argument('--source', default='', metavar='NAME', help='data set to train on, CIFAR-100')
+    parser.add_argument('--source-test', default='test', metavar='SPLIT', help='of the source, for the tables')
     parser.add_argument('--targets', nargs='+', default=['digits'], metavar='NAME', help='data sets to transfer to')
     parser.add_argument('--recipe', default=str(ROOT / 'recipes' / 'tradeoff_small.yaml'), metavar='FILE')
     parser.add_argument(
@@ -105,6 +113,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument('--other-seeds', type=positive_int, default=1, metavar='N', help='of the other methods')
     parser.add_argument('--jobs', type=positive_int, default=os.cpu_count() or 1, metavar='N', help='runs at a time')
     parser.add_argument('--output', default='runs/tradeoff', metavar='DIR', help='where the runs go')
+    parser.add_argument('--docs', default=str(ROOT / 'docs'), metavar='DIR', help='numbers, pictures and document')
     parser.add_argument('--redraw', action='store_true', help='only the document, from the numbers stored earlier')
 
 
@@ -113,13 +122,16 @@ def plan(args: argparse.Namespace) -> list[Run]:
     for method in args.methods:
         if method not in METHODS:
             raise UserError(f'--methods {method}: no method{nearest(method, METHODS)}; use of {", ".join(METHODS)}')
-    folder = Path(args.output).resolve() / Path(args.recipe).stem
     return [
-        Run(method, seed, folder / f'{method}-{seed}')
+        Run(method, seed, _folder(args) / f'{method}-{seed}')
         for seed in range(max(args.seeds, args.other_seeds))
         for method in args.methods
         if seed < (args.seeds if method in SEVERAL else args.other_seeds)
     ]
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    return Path(args.output).resolve() / Path(args.recipe).stem
 
 
 @dataclass
@@ -185,14 +197,23 @@ def _start(run: Run, command: list[str], training: bool) -> Job:
     return Job(run, process, training, log)
 
 
-def collect(runs: list[Run], args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What is stored: settings, and the numbers of all finished runs. No name of a folder is in it."""
+def finished(args: argparse.Namespace) -> list[Run]:
+    """All runs with numbers, those of earlier calls too, in the order of `METHODS`."""
     found = []
-    for run in runs:
-        if run.measured.is_file():
-            seconds = sum(map(float, run.seconds.read_text().split())) if run.seconds.is_file() else None
-            numbers = json.loads(run.measured.read_text())
-            found.append({'method': run.method, 'seed': run.seed, 'processor_seconds': seconds, **numbers})
+    for file in _folder(args).glob('*/tradeoff.json'):
+        method, _, seed = file.parent.name.rpartition('-')
+        if method in METHODS and seed.isdecimal():
+            found.append(Run(method, int(seed), file.parent))
+    return sorted(found, key=lambda run: (list(METHODS).index(run.method), run.seed))
+
+
+def collect(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What is stored: settings, and the numbers of all finished runs. No name of a folder is in it."""
+    rows = []
+    for run in finished(args):
+        seconds = sum(map(float, run.seconds.read_text().split())) if run.seconds.is_file() else None
+        numbers = json.loads(run.measured.read_text())
+        rows.append({'method': run.method, 'seed': run.seed, 'processor_seconds': seconds, **numbers})
     return {
         'recipe': Path(args.recipe).name,
         'source': Path(args.source).name,
@@ -200,8 +221,8 @@ def collect(runs: list[Run], args: argparse.Namespace, recipe: dict[str, Any]) -
         'epochs': recipe['epochs'],
         'temporal_start_epoch': recipe['temporal-start-epoch'],
         'settings': recipe,
-        'methods': {method: ' '.join(METHODS[method]) for method in args.methods},
-        'runs': found,
+        'methods': {row['method']: ' '.join(METHODS[row['method']]) for row in rows},
+        'runs': rows,
     }
 
 
@@ -214,21 +235,21 @@ def main() -> None:
     add_arguments(parser)
     args = parse(parser)
     if args.redraw:
-        tradeoff_report.redraw()
+        tradeoff_report.redraw(Path(args.docs))
         return
     signal.signal(signal.SIGTERM, _stopped)
     if not args.source:
         parser.error('--source: name the data set to train on, hfds/REPO_OR_FOLDER of CIFAR-100')
     recipe = read_mapping(Path(args.recipe))
     runs = plan(args)
-    stored = tradeoff_report.RESULTS / f'{Path(args.recipe).stem}.json'
+    stored = Path(args.docs) / 'results' / f'{Path(args.recipe).stem}.json'
     with tqdm(total=len(runs), desc='runs', dynamic_ncols=True) as bar:
         for run in work(runs, args, recipe['epochs']):
             bar.set_postfix_str(run.folder.name)
             bar.update()
-            write_json(stored, collect(runs, args, recipe))
-    write_json(stored, collect(runs, args, recipe))
-    tradeoff_report.redraw()
+            write_json(stored, collect(args, recipe))
+    write_json(stored, collect(args, recipe))
+    tradeoff_report.redraw(Path(args.docs))
 
 
 if __name__ == '__main__':

@@ -47,7 +47,7 @@ class Measurement:
         self.config = data_config(args, Weights(self._file(max(self.run.epochs)), self.run.path).loaded.model)
         self.targets = open_targets(args.target, args, self.config['input_size'][0], self.accelerator)
         own = argparse.Namespace(**{**vars(args), **data_flags(run_arguments(self.run.path))})
-        self.source_test = OpenSplit(open_split(own, 'test'), own, self.accelerator)
+        self.source_test = OpenSplit(open_split(own, args.source_test), own, self.accelerator)
 
     def numbers(self) -> dict[str, Any]:
         """Everything: `trajectory`, one entry a kept epoch, and `ends`, `last` and `best` on the validation rows."""
@@ -113,6 +113,7 @@ def _about(row: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     parser = Parser(description=__doc__.split('\n')[0])
     add_arguments(parser)
+    parser.add_argument('--source-test', default='test', metavar='SPLIT', help='of the source, for the tables')
     args = parse(parser)
     measurement = Measurement(args)
     write_json(measurement.run.path / 'tradeoff.json', measurement.numbers())

@@ -52,29 +52,28 @@ def draw(results: dict[str, Any], picture: Path) -> Path:
     target = results['targets'][0]
     paths = {results['source']: ('source', 'top1'), target: ('targets', target, 'ridge')}
     with drawing():
-        figure, (over, across) = plt.subplots(1, 2, figsize=(11, 4.6))
-        source_axis = over.twinx()
+        figure, (over, source_panel, across) = plt.subplots(1, 3, figsize=(13, 4.3))
         for index, method in enumerate(methods):
-            _over_epochs(over, curve(results, method, *paths[target]), index, SHOWN[method])
-            epochs, means, _ = curve(results, method, *paths[results['source']])
-            source_axis.plot(epochs, means, color=COLOURS[index], linestyle=':', linewidth=1.2)
-            _across(
-                across, curve(results, method, *paths[results['source']]), curve(results, method, *paths[target]), index
-            )
-        over.axvline(results['temporal_start_epoch'], color=GREY, linestyle='-.', linewidth=1)
-        over.set_xlabel('epoch (dash-dotted: the temporal stage of CTC starts)')
-        over.set_ylabel(f'{target} top-1 (%), ridge on frozen features')
-        source_axis.set_ylabel(f'{results["source"]} top-1 (%), dotted')
-        source_axis.spines['right'].set_visible(True)
-        source_axis.grid(False)
+            source = curve(results, method, *paths[results['source']])
+            transfer = curve(results, method, *paths[target])
+            _over_epochs(over, transfer, index, SHOWN[method])
+            _over_epochs(source_panel, source, index, SHOWN[method])
+            _across(across, source, transfer, index)
+        for panel in (over, source_panel):
+            panel.axvline(results['temporal_start_epoch'], color=GREY, linestyle='-.', linewidth=1)
+            panel.set_xlabel('epoch (dash-dotted: CTC starts its temporal stage)')
+        over.set_ylabel(f'{target} top-1 (%)')
+        source_panel.set_ylabel(f'{results["source"]} top-1 (%)')
         across.set_xlabel(f'{results["source"]} top-1 (%)')
         across.set_ylabel(f'{target} top-1 (%)')
-        over.set_title('Transfer over the epochs', fontsize=10)
-        across.set_title('Transfer against source accuracy; star: last epoch', fontsize=10)
+        over.set_title('target: ridge on frozen features', fontsize=10)
+        source_panel.set_title('source: the model itself, on validation rows', fontsize=10)
+        across.set_title('target against source; star: last epoch', fontsize=10)
+        title = f'{results["settings"]["model"]}, one seed'
+        if seeds > 1:
+            title = f'{results["settings"]["model"]}, mean of up to {seeds} seeds with 95% intervals'
         handles, labels = over.get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside upper center', ncols=3)
-        note = f'{results["settings"]["model"]}, mean of {seeds} seeds, 95% intervals'
-        figure.text(0.995, 0.005, note, ha='right', va='bottom', fontsize=7, color=GREY)
+        figure.legend(handles, labels, loc='outside upper center', ncols=3, title=title)
         return save(figure, picture)
 
 

@@ -12,9 +12,6 @@ from typing import Any
 import tradeoff_pictures
 from scipy import stats
 
-DOCS = Path(__file__).resolve().parents[1] / 'docs'
-RESULTS = DOCS / 'results'
-README = DOCS.parent / 'README.md'
 BASELINE = 'vanilla'
 EARLY = 'early stopping'  # plain training's best epoch on the source's validation rows
 FIRST_THREE = (BASELINE, 'ctc-discriminability', 'ctc-transferability')
@@ -25,6 +22,8 @@ PROBES = {
     'knn-20': 'kNN, 20',
     'ridge-10-shot': '10-shot ridge',
 }
+MAIN = 'tradeoff_small'  # what the README shows
+START, END = '<!-- results -->', '<!-- /results -->'
 Table = list[list[str]]
 Seeds = dict[int, float]
 
@@ -207,9 +206,9 @@ no part. `early stopping` is plain training's kept epoch that is best on the val
 numbers is in [choosing.md](choosing.md)."""
 
 
-def stored() -> dict[str, dict[str, Any]]:
+def stored(docs: Path) -> dict[str, dict[str, Any]]:
     """Every comparison by the name of its file."""
-    files = sorted(RESULTS.glob('tradeoff_*.json'))
+    files = sorted((docs / 'results').glob('tradeoff_*.json'))
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
@@ -224,17 +223,23 @@ def readme_part(results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
-def redraw() -> None:
-    """Write everything anew."""
-    found = stored()
-    sections = [OPENING]
+def document(found: dict[str, dict[str, Any]]) -> str:
+    """The text of docs/results.md."""
+    return '\n\n'.join([OPENING, *(section(name, results) for name, results in found.items())]) + '\n'
+
+
+def with_table(readme: str, results: dict[str, Any]) -> str:
+    """The README with its table anew, between its two marks."""
+    before, rest = readme.split(START)
+    return f'{before}{START}\n\n{readme_part(results)}\n\n{END}{rest.split(END)[1]}'
+
+
+def redraw(docs: Path) -> None:
+    """Write the document and its pictures anew, and the table of the README beside the folder, if there is one."""
+    found = stored(docs)
     for name, results in found.items():
-        tradeoff_pictures.draw(results, DOCS / f'{name}.png')
-        sections.append(section(name, results))
-    (DOCS / 'results.md').write_text('\n\n'.join(sections) + '\n', encoding='utf-8')
-    text = README.read_text(encoding='utf-8')
-    start, end = '<!-- results -->', '<!-- /results -->'
-    if start in text and 'tradeoff_small' in found:
-        before, rest = text.split(start)
-        text = f'{before}{start}\n\n{readme_part(found["tradeoff_small"])}\n\n{end}{rest.split(end)[1]}'
-        README.write_text(text, encoding='utf-8')
+        tradeoff_pictures.draw(results, docs / f'{name}.png')
+    (docs / 'results.md').write_text(document(found), encoding='utf-8')
+    readme = docs.parent / 'README.md'
+    if MAIN in found and readme.is_file() and START in readme.read_text(encoding='utf-8'):
+        readme.write_text(with_table(readme.read_text(encoding='utf-8'), found[MAIN]), encoding='utf-8')

@@ -13,7 +13,11 @@ from ctc_timm.arguments import Parser, load_recipe, parse, run_script
 from ctc_timm.errors import UserError
 from ctc_timm.training.flags import add_arguments
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / 'recipes').glob('*.yaml'))
+RECIPES = [
+    file
+    for file in sorted((Path(__file__).resolve().parents[1] / 'recipes').glob('*.yaml'))
+    if not file.stem.startswith(('detect_', 'segment_'))  # of other scripts
+]
 
 
 @pytest.fixture

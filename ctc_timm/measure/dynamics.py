@@ -1,8 +1,8 @@
 """`transfer/dynamics.py`: every kept epoch of every run, measured on its source and on targets.
 
 One row a kept epoch and set: accuracy on the source, the probes' on a target, and on both the information and
-the geometry of the test images' features. What is finished is on disk at once, in the run's own
-dynamics/rows.jsonl, and is not measured again.
+the geometry of the test images' features; on coco:FOLDER a detector's average precision. What is finished is on
+disk at once, in the run's own dynamics/rows.jsonl, and is not measured again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -26,10 +26,13 @@ from ..sources import data_flags, load_model, run_arguments
 from .information import ESTIMATORS
 from .plots.dynamics import by_trajectory, first_column, plot_dynamics
 from .plots.training import stage_change
-from .points import PUBLISHED, Point, Weights
+from .points import PUBLISHED, DetectionPoint, Point, Weights
 from .probes import METHODS
 from .results import RowStore, table, write_csv, write_json
-from .targets import OpenSplit, Target, add_target_arguments, open_targets, target_names
+from .targets import COCO, OpenSplit, Target, add_target_arguments, coco_folders, open_targets, target_names
+
+if TYPE_CHECKING:
+    from ..dense.frozen import FrozenDetection
 
 
 def add_arguments(parser: Parser) -> None:
@@ -58,6 +61,13 @@ def add_arguments(parser: Parser) -> None:
         help="where results go; the run's dynamics/, or results/dynamics for several",
     )
     add_precision_arguments(group)
+    group = parser.add_argument_group('Detection, for --target coco:FOLDER')
+    group.add_argument(
+        '--detection-epochs', type=positive_int, default=3, metavar='N', help='of training heads on each frozen body'
+    )
+    group.add_argument(
+        '--detection-images', type=positive_int, default=500, metavar='N', help='drawn of the training images'
+    )
     add_target_arguments(parser)
 
 
@@ -98,18 +108,22 @@ def dynamics(args: argparse.Namespace) -> dict[str, Any]:
         UserError: A run without kept weights, a target that cannot be measured. Finished rows stay.
     """
     accelerator = create_accelerator(args)
-    runs = [_kept_run(path, name, args, accelerator) for path, name in _named(args.runs).items()]
+    runs = [kept_run(path, name, args, accelerator) for path, name in _named(args.runs).items()]
     first = load_model(str(next(iter(runs[0].epochs.values()))), flag='RUN')
     channels = data_config(args, first.model)['input_size'][0]
-    targets = open_targets(target_names(args), args, channels, accelerator)
-    total = sum(len(run.epochs) for run in runs) * (1 + len(targets))
+    names = target_names(args)
+    folders = coco_folders(names)
+    targets = open_targets([name for name in names if name not in folders], args, channels, accelerator)
+    detections = {name: _open_detection(name, args) for name in folders}
+    total = sum(len(run.epochs) for run in runs) * (1 + len(targets) + len(detections))
     rows: list[dict[str, Any]] = []
     with outer_bar(total, 'dynamics', accelerator) as bar:
         for run in runs:
-            rows += _measure_run(run, targets, args, accelerator, bar)
+            rows += _measure_run(run, targets, detections, args, accelerator, bar)
     results = {
         'runs': [{'name': run.name, 'path': str(run.path), 'stage_change': run.change} for run in runs],
         'targets': [target.name for target in targets],
+        'detection': {name: detection.facts() for name, detection in detections.items()},
         'probes': args.probes,
         'information': args.information,
         'rows': rows,
@@ -133,7 +147,18 @@ def _named(paths: list[str]) -> dict[Path, str]:
     return {folder: '/'.join(folder.resolve().parts[-depth:]) for folder in folders}
 
 
-def _kept_run(path: Path, name: str, args: argparse.Namespace, accelerator: Accelerator) -> KeptRun:
+def kept_run(path: Path, name: str, args: argparse.Namespace, accelerator: Accelerator) -> KeptRun:
+    """Find a run's kept epochs and open what it was validated on.
+
+    Args:
+        path: The run's folder.
+        name: What to call it.
+        args: Of `add_arguments`.
+        accelerator: Device and processes.
+
+    Raises:
+        UserError: No such folder, or no kept epochs in it.
+    """
     if not path.is_dir():
         raise UserError(f'RUN {path}: no such folder{nearest(path.name, _siblings(path))}')
     found = {_epoch(file): file for file in sorted((path / 'weights').glob('epoch-*.safetensors'))}
@@ -161,8 +186,20 @@ def _siblings(path: Path) -> list[str]:
     return [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
+def _open_detection(name: str, args: argparse.Namespace) -> FrozenDetection:
+    from ..dense.frozen import FrozenDetection  # needs a package of its own
+
+    folder = name.removeprefix(COCO)
+    return FrozenDetection.open(folder, f'--target {COCO}', args.detection_epochs, args.detection_images, args.seed)
+
+
 def _measure_run(
-    run: KeptRun, targets: list[Target], args: argparse.Namespace, accelerator: Accelerator, bar: tqdm
+    run: KeptRun,
+    targets: list[Target],
+    detections: dict[str, FrozenDetection],
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    bar: tqdm,
 ) -> list[dict[str, Any]]:
     """All rows of a run, in the order of its epochs."""
     store = RowStore(run.path / 'dynamics' / 'rows.jsonl')
@@ -179,6 +216,11 @@ def _measure_run(
             about = {'set': 'target' if target else 'source', 'dataset': target.name if target else run.source_name}
             rows.append({'run': run.name, 'epoch': epoch, 'stage': stage, **about, **point.row(store)})
             bar.update()
+        for name, detection in detections.items():
+            own = DetectionPoint(weights, detection, accelerator).row(store)
+            about = {'set': 'detection', 'dataset': name}
+            rows.append({'run': run.name, 'epoch': epoch, 'stage': run.stage(epoch), **about, **own})
+            bar.update()
     return rows
 
 
@@ -186,7 +228,7 @@ def _summary(results: dict[str, Any], output: Path, pictures: list[Path]) -> str
     """The last epoch of each run beside its best, and where everything is."""
     lines = []
     for (run, kind, dataset), mine in by_trajectory(results['rows']).items():
-        column = 'top1' if kind == 'source' else first_column(results['probes'])
+        column = {'source': 'top1', 'detection': 'box_ap'}.get(kind, first_column(results['probes']))
         best, last = max(mine, key=lambda row: row[column]), mine[-1]
         lines.append(
             {
@@ -196,10 +238,10 @@ def _summary(results: dict[str, Any], output: Path, pictures: list[Path]) -> str
                 'best': best[column],
                 'epoch': best['epoch'],
                 'last': last[column],
-                'low': last[f'{column}_low'],
-                'high': last[f'{column}_high'],
-                'rank': last['effective_rank'],
-                'spread': last['spread'],
+                'low': last.get(f'{column}_low'),
+                'high': last.get(f'{column}_high'),
+                'rank': last.get('effective_rank'),
+                'spread': last.get('spread'),
             }
         )
     headings = {

@@ -11,7 +11,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +25,9 @@ from .results import RowStore
 from .scores import bootstrap_scores
 from .sets import Labelled, check_finite
 from .targets import Target
+
+if TYPE_CHECKING:
+    from ..dense.frozen import FrozenDetection
 
 PUBLISHED = 'mine-published'  # MINE with the paper's settings, which differ for the two quantities
 VERSION = 1  # of what the parts hold; another one measures everything again
@@ -166,3 +169,29 @@ class Point:
             row[f'information_{name}'] = estimate.nats
             row[f'information_{name}_se'] = estimate.standard_error
         return row
+
+
+class DetectionPoint:
+    """One epoch's frozen body under a detector.
+
+    Args:
+        weights: The epoch's.
+        detection: The folder, and how briefly heads are trained.
+        accelerator: Device and precision.
+    """
+
+    def __init__(self, weights: Weights, detection: FrozenDetection, accelerator: Accelerator) -> None:
+        self.weights = weights
+        self.detection = detection
+        self.accelerator = accelerator
+
+    def row(self, store: RowStore) -> dict[str, Any]:
+        """COCO's metrics of boxes as a flat row; measured and kept where it is missing."""
+        precision = self.accelerator.mixed_precision
+        facts = {'part': 'detection', 'weights': self.weights.hash, 'precision': precision, **self.detection.facts()}
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        if key not in store.rows:
+            loaded = load_model(str(self.weights.file), flag='RUN')  # it is cut down
+            row = self.detection.measure(loaded, self.accelerator)
+            store.add(key, row, write=self.accelerator.is_main_process)
+        return {'weights': str(self.weights.file), **store.rows[key]}

@@ -20,6 +20,8 @@ from ..outside import file_name
 from .features import SplitImages
 from .sets import Labelled, check_sets
 
+COCO = 'coco:'
+
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which sets to transfer to, beside timm's data flags."""
@@ -28,7 +30,8 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         '--target',
         nargs='+',
         metavar='NAME',
-        help='data sets or folders to transfer to; --dataset or --data-dir, else digits, when not given',
+        help='data sets or folders to transfer to, of dynamics also coco:FOLDER; --dataset or --data-dir, else digits, '
+        'when not given',
     )
     group.add_argument('--max-train', type=positive_int, metavar='N', help='draw so many training images of a target')
     group.add_argument('--max-test', type=positive_int, metavar='N', help='draw so many test images of a target')
@@ -39,6 +42,11 @@ def target_names(args: argparse.Namespace) -> list[str]:
     """The targets that the flags name, each once."""
     named = args.target or [name for name in (args.dataset or args.data_dir,) if name] or [digits.NAME]
     return list(dict.fromkeys(named))
+
+
+def coco_folders(names: Sequence[str]) -> list[str]:
+    """Of targets those to detect objects in: coco:FOLDER."""
+    return [name for name in names if name.startswith(COCO)]
 
 
 class OpenSplit:

@@ -32,6 +32,7 @@ from .durable import appear, damage, write_manifest
 from .run_folder import RunFolder, plain
 
 PROGRESS = 'progress.json'
+_SAME = ('model', 'source', 'checkpoint', 'dataset', 'data_dir', 'mode')  # of runs that one may continue by 'auto'
 _NAME = re.compile(r'epoch-(\d+)(?:-step-(\d+))?')
 
 
@@ -347,7 +348,7 @@ def _newest_fitting(args: argparse.Namespace) -> Found:
         if not states:
             continue
         same = run.args()
-        if all(same.get(key) == plain(getattr(args, key)) for key in ('model', 'dataset', 'data_dir', 'mode')):
+        if all(same.get(key) == plain(getattr(args, key, None)) for key in _SAME):
             fitting.append((states[-1].stat().st_mtime, run.path))
     return _newest(RunFolder(max(fitting)[1])) if fitting else Found(None, [])
 

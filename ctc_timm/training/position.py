@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOSSES = ('loss', 'task_loss', 'ctc_loss')
+_FIRST = ('loss', 'task_loss', 'ctc_loss')  # columns of summary.csv; others follow by name
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Position:
         batch: Of that epoch, to go on with, from 0.
         updates: Optimiser steps so far, with those left out.
         bad_in_a_row: Steps left out since the last one that was taken.
-        best: Best top-1 so far and its epoch.
+        best: Best top-1 so far, or what else the run is judged by, and its epoch.
         sums: Losses of this process over the epoch so far, by name.
         batches: How many batches they are of.
         skipped: Images of this process that could not be read in the epoch so far.
@@ -50,8 +50,9 @@ class Position:
         self.batches += batches
 
     def means(self) -> dict[str, Tensor]:
-        """Mean losses of this process over the epoch so far."""
-        return {name: value / max(self.batches, 1) for name, value in self.sums.items()}
+        """Mean losses of this process over the epoch so far, in an order that a resume does not change."""
+        names = sorted(self.sums, key=lambda name: (_FIRST.index(name) if name in _FIRST else len(_FIRST), name))
+        return {name: self.sums[name] / max(self.batches, 1) for name in names}
 
     def progress(self, global_batch: int, accumulate: int) -> dict[str, Any]:
         """The same in all processes, in plain values.
@@ -95,7 +96,7 @@ class Position:
             updates=progress['updates'],
             bad_in_a_row=progress['bad_in_a_row'],
             best=None if best is None else (progress['best_top1'], best),
-            sums={name: own[f'sum.{name}'].to(device) for name in LOSSES if f'sum.{name}' in own},
+            sums={name[4:]: value.to(device) for name, value in own.items() if name.startswith('sum.')},
             batches=batches,
             skipped=skipped,
             bad_steps=bad_steps,

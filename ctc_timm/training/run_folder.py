@@ -130,7 +130,8 @@ def run_name(args: argparse.Namespace) -> str:
             raise UserError(f'--experiment {args.experiment}: must be a name inside --output {args.output}')
         return str(name)
     where = args.dataset or args.data_dir or args.data or 'digits'
-    words = [datetime.now().strftime('%Y%m%d-%H%M%S'), args.model, Path(where).name, args.mode]
+    model = args.model or Path(args.source or args.checkpoint).name
+    words = [datetime.now().strftime('%Y%m%d-%H%M%S'), model, Path(where).name, args.mode]
     return file_name('-'.join(words))
 
 

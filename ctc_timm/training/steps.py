@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..arguments import non_negative_int
 from ..contrast.task import CTCTask
 from . import mixing, optimization
-from .position import LOSSES
 
 
 def add_arguments(group: Any) -> None:
@@ -91,20 +90,31 @@ class Steps:
             parts: Batches in this step.
             last: Whether it is the last of them.
         """
-        if not self._sums and self._statistics is not None:
-            self._statistics.note()
         images, targets, lam = self._mix(images, targets, epoch)
         if self.args.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         task = self.task
-        waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(task.get_trainable_module())
+        given = (images, targets, index, lam) if isinstance(task, CTCTask) else (images, targets)
+        self.take(given, parts, last)
+
+    def take(self, given: tuple[Any, ...], parts: int, last: bool) -> None:
+        """Forward and backward of what the task takes.
+
+        Args:
+            given: The task's arguments. Of what it returns, 'loss' is minimised, and every number is a loss to count.
+            parts: Batches in this step.
+            last: Whether it is the last of them.
+        """
+        if not self._sums and self._statistics is not None:
+            self._statistics.note()
+        waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.task.get_trainable_module())
         with waiting:
             with self.accelerator.autocast():
-                result = task(images, targets, index, lam) if isinstance(task, CTCTask) else task(images, targets)
+                result = self.task(*given)
             self.accelerator.backward(result['loss'] / parts)
-        for key in LOSSES:
-            if key in result:
-                self._sums[key] = self._sums.get(key, 0) + result[key].detach()
+        for key, value in result.items():
+            if value.ndim == 0:
+                self._sums[key] = self._sums.get(key, 0) + value.detach()
 
     def update(self, number: int, told_to_stop: bool, ask: bool) -> Step:
         """The optimiser's step with the gradients that are there.

@@ -6,6 +6,7 @@ The flags are read off the parsers themselves, so that a new one is tried withou
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import runpy
 import sys
@@ -22,7 +23,11 @@ from ctc_timm import arguments, cli
 from ctc_timm.arguments import KeyValues, OneLineParser, any_text, run_script
 from ctc_timm.errors import UserError
 
-SCRIPTS = ('train.py', 'validate.py', 'transfer/linear_probe.py', 'transfer/finetune.py', 'transfer/dynamics.py')
+SCRIPTS = (
+    *('train.py', 'validate.py', 'transfer/linear_probe.py', 'transfer/finetune.py', 'transfer/dynamics.py'),
+    *('transfer/detect.py', 'transfer/segment.py', 'transfer/digit_scenes.py'),
+)
+REQUIRED = {'transfer/dynamics.py': ('RUN',), 'transfer/digit_scenes.py': ('OUT',)}
 COMMANDS = {
     'publish': ['publish', 'RUN', '--repo-id', 'a/b'],
     'zoo list': ['zoo', 'list'],
@@ -89,7 +94,7 @@ def commands() -> tuple[Command, ...]:
     found = []
     for name in SCRIPTS:
         main = runpy.run_path(str(ROOT / name))['main']
-        found.append(Command(name, main, _parser_of(main), ('RUN',) if 'dynamics' in name else ()))
+        found.append(Command(name, main, _parser_of(main), REQUIRED.get(name, ())))
     for name, words in COMMANDS.items():
         parser: Any = cli.build_parser()
         for word in name.split():
@@ -201,10 +206,11 @@ def test_required_arguments() -> None:
         for value in ['', *NOT_TEXT, *TOO_LONG]:
             with pytest.raises(UserError, match='argument (RUN|NAMESPACE)'):
                 cli.build_parser().parse_args([*prefix, value, *rest])
-    (dynamics,) = (command for command in commands() if command.name == 'transfer/dynamics.py')
-    for value in ['', *NOT_TEXT, *TOO_LONG]:
-        with pytest.raises(UserError, match='argument RUN'):
-            dynamics.parse([value])
+    for command in commands():
+        for name in REQUIRED.get(command.name, ()):
+            for value in ['', *NOT_TEXT, *TOO_LONG]:
+                with pytest.raises(UserError, match=f'argument {name}'):
+                    command.parser.parse_args([value])
 
 
 @pytest.fixture
@@ -261,6 +267,11 @@ def test_every_flag_takes_what_it_should() -> None:
     assert tried >= LEAST_CASES
 
 
+def lowest(kind: Any) -> float:
+    """The lower end that `arguments.whole_number` or `arguments.number` made a check with; 1 of any other."""
+    return inspect.getclosurevars(kind).nonlocals.get('low', 1) if inspect.isfunction(kind) else 1
+
+
 def good_values(action: argparse.Action) -> Iterator[tuple[str, Any]]:
     """What an argument must take, and what it makes of it."""
     if action.nargs == 0 or isinstance(action, KeyValues) or action.type is cli.repo_id or action.dest == 'config':
@@ -278,7 +289,8 @@ def good_values(action: argparse.Action) -> Iterator[tuple[str, Any]]:
         if action.type in MAY_BE_ZERO:
             yield '0', 0
         if action.type is not arguments.momentum:
-            yield '1', 1
+            least = max(1, lowest(action.type))
+            yield str(least), least
 
 
 @pytest.mark.parametrize(

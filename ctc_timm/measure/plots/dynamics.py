@@ -29,7 +29,7 @@ def first_column(probes: Sequence[str]) -> str:
 
 
 def by_trajectory(rows: Sequence[dict[str, Any]]) -> dict[Trajectory, list[dict[str, Any]]]:
-    """Rows of each run on each set, in the order of epochs, by (run, 'source' or 'target', data set)."""
+    """Rows of each run on each set, in the order of epochs, by (run, 'source', 'target' or 'detection', data set)."""
     found: dict[Trajectory, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row['epoch']):
         found.setdefault((row['run'], row['set'], row['dataset']), []).append(row)
@@ -45,11 +45,12 @@ def plot_dynamics(results: dict[str, Any], folder: Path) -> list[Path]:
         folder: Where the pictures go.
 
     Returns:
-        The pictures: tradeoff.png, path.png, compression.png, and information.png if it was measured.
+        The pictures: tradeoff.png, compression.png, path.png if there are targets with probes, and information.png if
+        it was measured.
     """
     drawn: dict[str, Callable[[dict[str, Any]], Figure]] = {
         'tradeoff': _tradeoff,
-        'path': _path,
+        **({'path': _path} if results['targets'] else {}),
         'compression': _compression,
     }
     if results['information'] != 'none':
@@ -100,18 +101,23 @@ def _legend(figure: Figure, ax: Axes, results: dict[str, Any]) -> None:
 
 
 def _tradeoff(results: dict[str, Any]) -> Figure:
-    sets = _sets(results)
+    sets = [*_sets(results), *(('detection', name) for name in results.get('detection', ()))]
     figure, panels = plt.subplots(len(sets), 1, figsize=(7, 2.6 * len(sets) + 0.6), sharex=True, squeeze=False)
     looks = _looks(results)
     probe = first_column(results['probes'])
     for ax, (kind, dataset) in zip(panels.flat, sets):
-        column = 'top1' if kind == 'source' else probe
+        column = {'source': 'top1', 'detection': 'box_ap'}.get(kind, probe)
         for run, rows in _of(results, kind, dataset).items():
             epochs = [row['epoch'] for row in rows]
             ax.plot(epochs, [row[column] for row in rows], **looks[run], markersize=4, label=literal(run))
-            bounds = ([row[f'{column}_{end}'] for row in rows] for end in ('low', 'high'))
-            ax.fill_between(epochs, *bounds, color=looks[run]['color'], alpha=0.15, linewidth=0)
+            if kind != 'detection':
+                bounds = ([row[f'{column}_{end}'] for row in rows] for end in ('low', 'high'))
+                ax.fill_between(epochs, *bounds, color=looks[run]['color'], alpha=0.15, linewidth=0)
         _mark_changes(ax, results)
+        if kind == 'detection':
+            ax.set_title(f'{_title(results, kind, dataset)} (Faster R-CNN on the frozen body)', fontsize=10)
+            ax.set_ylabel('box AP (%)')
+            continue
         how = 'own classifier' if kind == 'source' else f'{probe.removesuffix("_top1")} on frozen features'
         ax.set_title(f'{_title(results, kind, dataset)} ({how}, 95% interval)', fontsize=10)
         ax.set_ylabel('top-1 accuracy (%)')

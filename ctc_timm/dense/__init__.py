@@ -1,0 +1,1 @@
+"""Detection and segmentation with any timm body: pyramids, readers of COCO, VOC and ADE folders, metrics, training."""

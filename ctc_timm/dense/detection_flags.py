@@ -1,0 +1,44 @@
+"""The flags of `transfer/detect.py`."""
+
+from __future__ import annotations
+
+from ..arguments import KeyValues, Parser, positive_float, positive_int, probability, whole_number
+from . import fitting_flags
+from .detectors import DETECTORS
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare them all."""
+    group = parser.add_argument_group('Detector')
+    group.add_argument(
+        '--detector', choices=DETECTORS, default='fasterrcnn', help="torchvision's; maskrcnn measures masks too"
+    )
+    group.add_argument(
+        '--anchor-scale',
+        type=positive_float,
+        metavar='X',
+        help="anchors' size over their level's stride; 8, of retinanet 4, when not given",
+    )
+    group.add_argument(
+        '--head-channels', type=whole_number(1, 65536), default=1024, metavar='N', help="of R-CNN's box head"
+    )
+    group.add_argument(
+        '--detector-kwargs',
+        nargs='*',
+        default={},
+        action=KeyValues,
+        metavar='KEY=VALUE',
+        help="more for torchvision's class, such as box_batch_size_per_image=128",
+    )
+    group.add_argument('--drawn-images', type=positive_int, default=6, metavar='N', help='in the picture of detections')
+    group = parser.add_argument_group('Augmentation')
+    group.add_argument('--hflip', type=probability, default=0.5, metavar='P', help='horizontal flip')
+    group.add_argument(
+        '--scale',
+        type=positive_float,
+        nargs=2,
+        default=[0.5, 1.5],
+        metavar='F',
+        help='random size, over that which fits the canvas',
+    )
+    fitting_flags.add_arguments(parser, 'detect')

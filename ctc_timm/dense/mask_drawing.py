@@ -1,0 +1,53 @@
+"""A picture of semantic masks: images, what they show, and what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..measure.plots.style import drawing, literal, save
+from .masks import IGNORE, voc_palette
+
+# isort: split
+from matplotlib import pyplot as plt
+from matplotlib.patches import Patch
+
+_LEGEND = 24  # classes
+
+
+def draw_masks(
+    images: Sequence[Image.Image],
+    truths: Sequence[np.ndarray],
+    predicted: Sequence[np.ndarray],
+    names: Sequence[str],
+    picture: Path,
+) -> Path:
+    """Draw images in three rows: as they are, annotated, as predicted, in VOC's colours, ignored pixels white.
+
+    Args:
+        images: At their own sizes.
+        truths: [H, W] classes each.
+        predicted: [H, W] classes each.
+        names: Of the classes.
+        picture: Where it goes.
+    """
+    count = len(images)
+    colours = voc_palette()
+    colours[IGNORE] = 255
+    with drawing():
+        figure, panels = plt.subplots(3, count, figsize=(max(1.8 * count, 5), 6.2), squeeze=False)
+        for i in range(count):
+            rows = (np.asarray(images[i]), colours[truths[i]], colours[predicted[i]])
+            for ax, pixels, title in zip(panels[:, i], rows, ('image', 'annotated', 'predicted')):
+                ax.imshow(pixels, cmap='gray', interpolation='nearest')
+                ax.set_axis_off()
+                if i == 0:
+                    ax.set_title(title, fontsize=10, loc='left')
+        present = sorted({int(k) for mask in (*truths, *predicted) for k in np.unique(mask)} - {IGNORE})
+        if len(present) <= _LEGEND:
+            patches = [Patch(facecolor=colours[k] / 255, edgecolor='grey', label=literal(names[k])) for k in present]
+            figure.legend(handles=patches, loc='outside lower center', ncols=min(len(patches), 6), fontsize=8)
+        return save(figure, picture)
