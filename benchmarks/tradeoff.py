@@ -14,21 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tradeoff_report
+from jobs import Task, stop_by_sigterm, work
 from tqdm import tqdm
 
 from ctc_timm.arguments import Parser, parse, positive_int, run_script
-from ctc_timm.errors import RunError, Stopped, UserError, nearest
+from ctc_timm.errors import UserError, nearest
 from ctc_timm.measure.results import write_json
 from ctc_timm.plain_yaml import read_mapping
 
@@ -99,6 +94,12 @@ class Run:
         script = Path(__file__).with_name('tradeoff_measure.py')
         return [str(script), str(self.folder), '--source-test', args.source_test, '--target', *args.targets]
 
+    def task(self, args: argparse.Namespace, epochs: int) -> Task:
+        """Training and measurement, one after the other."""
+        steps = (self.train(args, epochs), self.measure(args))
+        log = self.folder.with_name(f'{self.folder.name}.log')
+        return Task(self.folder.name, steps, self.measured, log, self.seconds)
+
 
 def add_arguments(parser: Parser) -> None:
     """Declare the flags."""
@@ -134,69 +135,6 @@ def _folder(args: argparse.Namespace) -> Path:
     return Path(args.output).resolve() / Path(args.recipe).stem
 
 
-@dataclass
-class Job:
-    """A process at work on a run."""
-
-    run: Run
-    process: subprocess.Popen
-    training: bool
-    log: Path
-
-    def ended(self, options: int = 0) -> bool:
-        """Whether it has ended; the processor seconds of training are noted beside the run."""
-        pid, status, usage = os.wait4(self.process.pid, options)
-        if not pid:
-            return False
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        if self.training:
-            with self.run.seconds.open('a') as stream:
-                stream.write(f'{usage.ru_utime + usage.ru_stime:.1f}\n')
-        return True
-
-
-def work(runs: list[Run], args: argparse.Namespace, epochs: int) -> Iterator[Run]:
-    """Train and measure all runs, some at a time.
-
-    Yields:
-        Each run when its numbers are there.
-
-    Raises:
-        RunError: A process failed; the others are stopped, and go on with the next call.
-    """
-    waiting, jobs = deque(run for run in runs if not run.measured.is_file()), list[Job]()
-    yield from (run for run in runs if run.measured.is_file())
-    try:
-        while waiting or jobs:
-            while waiting and len(jobs) < args.jobs:
-                jobs.append(_start(run := waiting.popleft(), run.train(args, epochs), training=True))
-            time.sleep(1)
-            for job in [job for job in jobs if job.ended(os.WNOHANG)]:
-                jobs.remove(job)
-                if job.process.returncode:
-                    raise RunError(f'{job.run.folder.name} ended with {job.process.returncode}; see {job.log}')
-                if job.training:
-                    jobs.append(_start(job.run, job.run.measure(args), training=False))
-                else:
-                    yield job.run
-    finally:
-        for job in jobs:
-            job.process.terminate()  # a training run keeps its state first
-        for job in jobs:
-            job.ended()
-
-
-def _start(run: Run, command: list[str], training: bool) -> Job:
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    log = run.folder.with_name(f'{run.folder.name}.log')
-    alone = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')}
-    with log.open('a') as stream:
-        process = subprocess.Popen(
-            [sys.executable, *command], stdout=stream, stderr=stream, env={**os.environ, **alone}
-        )
-    return Job(run, process, training, log)
-
-
 def finished(args: argparse.Namespace) -> list[Run]:
     """All runs with numbers, those of earlier calls too, in the order of `METHODS`."""
     found = []
@@ -226,10 +164,6 @@ def collect(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stopped(*_: Any) -> None:
-    raise Stopped('stopped by SIGTERM; the same command goes on')
-
-
 def main() -> None:
     parser = Parser(description=__doc__.split('\n')[0])
     add_arguments(parser)
@@ -237,15 +171,15 @@ def main() -> None:
     if args.redraw:
         tradeoff_report.redraw(Path(args.docs))
         return
-    signal.signal(signal.SIGTERM, _stopped)
+    stop_by_sigterm()
     if not args.source:
         parser.error('--source: name the data set to train on, hfds/REPO_OR_FOLDER of CIFAR-100')
     recipe = read_mapping(Path(args.recipe))
     runs = plan(args)
     stored = Path(args.docs) / 'results' / f'{Path(args.recipe).stem}.json'
     with tqdm(total=len(runs), desc='runs', dynamic_ncols=True) as bar:
-        for run in work(runs, args, recipe['epochs']):
-            bar.set_postfix_str(run.folder.name)
+        for task in work([run.task(args, recipe['epochs']) for run in runs], args.jobs):
+            bar.set_postfix_str(task.name)
             bar.update()
             write_json(stored, collect(args, recipe))
     write_json(stored, collect(args, recipe))

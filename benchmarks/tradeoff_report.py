@@ -1,4 +1,4 @@
-"""docs/results.md, its pictures and the README's table, drawn from docs/results/tradeoff_*.json alone."""
+"""docs/results.md, its pictures and the README's table, drawn from docs/results/*.json alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ends_of(results: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in results['runs']:
         found.setdefault(run['method'], {})[run['seed']] = run['ends']['last']
-        if run['method'] == BASELINE:
+        if run['method'] == BASELINE and 'best' in run['ends']:
             found.setdefault(EARLY, {})[run['seed']] = run['ends']['best']
     return found
 
@@ -114,14 +114,14 @@ def drops(results: dict[str, Any]) -> Table:
     return rows
 
 
-def verdicts(results: dict[str, Any]) -> list[str]:
-    """A sentence for each method with several seeds, on source and targets."""
+def verdicts(results: dict[str, Any], columns: dict[str, tuple[str, ...]]) -> list[str]:
+    """A sentence for each method with several seeds, on each of its numbers."""
     ends, said = ends_of(results), []
     for method, mine in ends.items():
         if method == BASELINE or len(mine) < 2:
             continue
         parts = []
-        for name, path in {'source': ('source', 'top1'), **_targets(results)}.items():
+        for name, path in columns.items():
             found = differences(pick(mine, *path), pick(ends[BASELINE], *path))
             mean, half = interval(found)
             assert half is not None
@@ -159,7 +159,7 @@ def section(name: str, results: dict[str, Any]) -> str:
         f'last {results["epochs"] - results["temporal_start_epoch"]} to the temporal stage; everything else is in '
         f"`recipes/{results['recipe']}`. Means with 95% intervals over seeds (Student's t); in brackets the difference "
         'from plain training, seed by seed. One seed has no interval, and proves nothing.',
-        *verdicts(results),
+        *verdicts(results, {'source': source_name['source'], **_targets(results)}),
         f'![Accuracy over the epochs, and target against source accuracy]({name}.png)',
         '### The last epoch',
         markdown(compare(results, {f'{source} top-1': source_name['source'], **_targets(results)})),
@@ -206,10 +206,33 @@ no part. `early stopping` is plain training's kept epoch that is best on the val
 numbers is in [choosing.md](choosing.md)."""
 
 
-def stored(docs: Path) -> dict[str, dict[str, Any]]:
-    """Every comparison by the name of its file."""
-    files = sorted((docs / 'results').glob('tradeoff_*.json'))
+def stored(docs: Path, kind: str = 'tradeoff') -> dict[str, dict[str, Any]]:
+    """Every comparison by the name of its file: of `tradeoff` or of `dense`."""
+    files = sorted((docs / 'results').glob(f'{kind}_*.json'))
     return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+DENSE = {
+    'box AP': ('detect', 'box_ap'),
+    'AP50': ('detect', 'box_ap50'),
+    'AP75': ('detect', 'box_ap75'),
+    'mIoU': ('segment', 'miou'),
+    'pixel accuracy': ('segment', 'pixel_accuracy'),
+}
+
+
+def dense_section(results: dict[str, Any]) -> str:
+    """Detection and segmentation on the bodies of one size of the comparison."""
+    lines = [
+        f'## Detection and segmentation on the bodies of {results["bodies"]}',
+        "Scenes of scikit-learn's digits, 600 to train on and 150 to measure on; Faster R-CNN and a semantic FPN on "
+        'the frozen body as it stood after its last epoch, so that only pyramid and heads learn. Percent, as above; '
+        f'made by `benchmarks/dense.py runs/tradeoff/{results["bodies"]}`, which runs for each of the bodies',
+        '\n'.join(f'    {command} RUN/last.safetensors --seed SEED' for command in results['commands'].values()),
+        markdown(compare(results, DENSE)),
+        *verdicts(results, DENSE),
+    ]
+    return '\n\n'.join(lines).replace('.\n\n- **', '.\n- **')
 
 
 def readme_part(results: dict[str, Any]) -> str:
@@ -223,9 +246,10 @@ def readme_part(results: dict[str, Any]) -> str:
     return markdown(rows)
 
 
-def document(found: dict[str, dict[str, Any]]) -> str:
+def document(docs: Path) -> str:
     """The text of docs/results.md."""
-    return '\n\n'.join([OPENING, *(section(name, results) for name, results in found.items())]) + '\n'
+    sections = [section(name, results) for name, results in stored(docs).items()]
+    return '\n\n'.join([OPENING, *sections, *map(dense_section, stored(docs, 'dense').values())]) + '\n'
 
 
 def with_table(readme: str, results: dict[str, Any]) -> str:
@@ -239,7 +263,7 @@ def redraw(docs: Path) -> None:
     found = stored(docs)
     for name, results in found.items():
         tradeoff_pictures.draw(results, docs / f'{name}.png')
-    (docs / 'results.md').write_text(document(found), encoding='utf-8')
+    (docs / 'results.md').write_text(document(docs), encoding='utf-8')
     readme = docs.parent / 'README.md'
     if MAIN in found and readme.is_file() and START in readme.read_text(encoding='utf-8'):
         readme.write_text(with_table(readme.read_text(encoding='utf-8'), found[MAIN]), encoding='utf-8')

@@ -105,7 +105,7 @@ def test_the_document_says_what_is_stored(report: ModuleType, file: Path) -> Non
 
 def test_document_and_readme_are_drawn_from_the_numbers(report: ModuleType) -> None:
     found = report.stored(DOCS)
-    assert (DOCS / 'results.md').read_text(encoding='utf-8') == report.document(found)
+    assert (DOCS / 'results.md').read_text(encoding='utf-8') == report.document(DOCS)
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert readme == report.with_table(readme, found[report.MAIN])
 

@@ -12,10 +12,12 @@ from ..measure.plots.style import drawing, literal, save
 from .masks import IGNORE, voc_palette
 
 # isort: split
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 _LEGEND = 24  # classes
+_APART = 11  # classes that matplotlib's ten colours tell apart better than VOC's, which get ever darker
 
 
 def draw_masks(
@@ -25,7 +27,7 @@ def draw_masks(
     names: Sequence[str],
     picture: Path,
 ) -> Path:
-    """Draw images in three rows: as they are, annotated, as predicted, in VOC's colours, ignored pixels white.
+    """Draw images in three rows: as they are, annotated, as predicted; the first class black, ignored pixels white.
 
     Args:
         images: At their own sizes.
@@ -36,6 +38,8 @@ def draw_masks(
     """
     count = len(images)
     colours = voc_palette()
+    if len(names) <= _APART:
+        colours[1:_APART] = np.rint(255 * np.asarray(colormaps['tab10'].colors))  # type: ignore[attr-defined]
     colours[IGNORE] = 255
     with drawing():
         figure, panels = plt.subplots(3, count, figsize=(max(1.8 * count, 5), 6.2), squeeze=False)
