@@ -237,12 +237,12 @@ def dense_section(results: dict[str, Any]) -> str:
 
 def readme_part(results: dict[str, Any]) -> str:
     """The table of three rows, each with its command."""
-    ends, rows = ends_of(results), [['', results['source'], *results['targets'], 'command']]
+    ends, rows = ends_of(results), [['', 'seeds', results['source'], *results['targets'], 'command']]
     for method in FIRST_THREE:
         if method in ends:
             columns = [('source', 'top1'), *_targets(results).values()]
             cells = [shown(list(pick(ends[method], *path).values())) for path in columns]
-            rows.append([method, *cells, f'`{command(results, method, "0")}`'])
+            rows.append([method, str(len(ends[method])), *cells, f'`{command(results, method, "0")}`'])
     return markdown(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -101,6 +102,32 @@ def test_the_document_says_what_is_stored(report: ModuleType, file: Path) -> Non
         ):
             assert f'| {number:.1f}' in row
     assert not any('/' in value for value in (results['source'], *results['targets']))
+
+
+@pytest.mark.parametrize('file', sorted((DOCS / 'results').glob('dense_*.json')), ids=lambda file: file.stem)
+def test_the_document_says_what_bodies_do_when_frozen(report: ModuleType, file: Path) -> None:
+    results = json.loads(file.read_text())
+    section = report.dense_section(results)
+    assert section in (DOCS / 'results.md').read_text(encoding='utf-8')
+    for method in {run['method'] for run in results['runs']}:
+        ends = [run['ends']['last'] for run in results['runs'] if run['method'] == method]
+        row = next(line for line in section.splitlines() if line.startswith(f'| {method} |'))
+        for script, key in report.DENSE.values():
+            assert f'| {np.mean([end[script][key] for end in ends]):.1f}' in row
+
+
+@pytest.mark.parametrize('kind', ['detection', 'segmentation'])
+def test_the_dense_comparison_gives_flags_that_the_scripts_take(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import dense
+
+    made = dense.task({'detection': 'detect', 'segmentation': 'segment'}[kind], Path('RUN'), 7, Path('OUT'), 4)
+    ((_, *words),) = made.steps
+    parser = Parser()
+    importlib.import_module(f'ctc_timm.dense.{kind}_flags').add_arguments(parser)
+    args = parse(parser, words)
+    assert (args.seed, args.freeze_stages, args.freeze_bn, args.resume) == (7, 4, True, 'auto')
+    assert made.done == Path('OUT') / args.experiment / 'results.json'
 
 
 def test_document_and_readme_are_drawn_from_the_numbers(report: ModuleType) -> None:

@@ -31,10 +31,12 @@ from .facts import check_facts, check_model_args, is_number
 
 ENVIRONMENT = 'CTC_TIMM_ZOO'
 SHIPPED = Path(__file__).with_name('zoo.json')
+BASELINES = Path(__file__).with_name('baselines.json')  # plain training, to compare with; names without the suffix
 VERSION = 1
 SUFFIX = '_ctc'
 WEIGHTS = 'model.safetensors'
 
+_BASELINE = re.compile(r'[a-z0-9][a-z0-9_]*\.[A-Za-z0-9_][A-Za-z0-9_.-]*')
 NAME = re.compile(r'[a-z0-9][a-z0-9_]*_ctc(\.[A-Za-z0-9_][A-Za-z0-9_.-]*)?')
 WORD = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]*')  # of a repo, a tag, a namespace
 _HASH = re.compile(r'[0-9a-f]{64}')
@@ -153,7 +155,7 @@ def load_all() -> tuple[dict[str, Entry], list[UserError]]:
 
 
 def load(file: Path) -> dict[str, Entry]:
-    """The entries of one catalogue, by name.
+    """The entries of one catalogue, by name. Those of `BASELINES` are called ARCH.TAG, those of all others ARCH_ctc.
 
     Raises:
         NoCatalogue: No such file.
@@ -207,7 +209,7 @@ def parse(name: str, raw: Any, where: str, folder: Path | None = None) -> Entry:
     def refuse(key: str, wanted: str) -> UserError:
         return UserError(f'{where}: {name!r}: {key} must be {wanted}')
 
-    if not NAME.fullmatch(name):
+    if not (_BASELINE if where == str(BASELINES) else NAME).fullmatch(name):
         raise UserError(f'{where}: {name!r} is no name of a model: it must be ARCH_ctc or ARCH_ctc.TAG')
     if not isinstance(raw, dict):
         raise refuse('the entry', 'a mapping')

@@ -21,6 +21,8 @@ from timm.models.resnetv2 import ResNetV2
 from torch import nn
 from torchvision.models.shufflenetv2 import InvertedResidual
 
+from . import catalogue
+
 __all__ = ['CifarResNet', 'CifarResNetV2', 'CifarMobileNetV2', 'CifarShuffleNetV2']
 
 Indices: TypeAlias = 'int | list[int] | None'
@@ -188,6 +190,10 @@ default_cfgs = generate_default_cfgs(
         'cifar_shufflenetv2': _cfg(4, 'conv_stem', 'classifier'),
     }
 )
+# Weights to compare CTC with have tags of their own, so that an untagged name keeps the input size of CIFAR.
+for _entry in catalogue.load(catalogue.BASELINES).values():
+    default_cfgs[_entry.architecture].tags.append(_entry.tag)
+    default_cfgs[_entry.architecture].cfgs[_entry.tag] = _entry.pretrained_cfg()
 
 
 def _resnet(variant: str, pretrained: bool, num_levels: int, given: dict[str, Any], **own: Any) -> nn.Module:

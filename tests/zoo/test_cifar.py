@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import ShuffleNetV2
 
 import ctc_timm  # noqa: F401
+from ctc_timm.zoo import catalogue
 
 # Parameters at 100 classes, the maps after stem and stages as (C, H, W), pooled features: as published, but
 # for the last row, whose count is that of the common WRN-16-2 and whose maps follow from its definition.
@@ -163,7 +164,8 @@ def test_data_config_is_cifar_100s(name: str) -> None:
     assert timm.get_pretrained_cfg(name).pool_size == PUBLISHED[name][1][-1][1:]
 
 
-def test_no_weights_yet() -> None:
-    assert timm.list_pretrained('cifar_*') == []
+def test_only_names_with_weights_are_listed() -> None:
+    shipped = {**catalogue.load(catalogue.SHIPPED), **catalogue.load(catalogue.BASELINES)}
+    assert set(timm.list_pretrained('cifar_*')) == set(shipped)
     with pytest.raises(RuntimeError, match='No pretrained weights'):
-        timm.create_model('cifar_resnet20', pretrained=True)
+        timm.create_model('cifar_shufflenetv2', pretrained=True)

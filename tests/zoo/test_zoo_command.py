@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from ctc_timm.cli import build_parser
 from ctc_timm.errors import UserError
+from ctc_timm.zoo import catalogue
 from ctc_timm.zoo.collect import add
 
 Shelve = Callable[..., Repo]
@@ -49,15 +50,16 @@ def test_a_run_on_this_machine_without_a_network(client: Client, hub: Hub, train
 import torch
 plain = timm.create_model('local-dir:{moved / 'runs' / 'my run'}', pretrained=True)
 assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
-assert timm.list_pretrained('*_ctc*') == ['test_resnet_ctc.mine']
+assert timm.list_pretrained('test_*_ctc*') == ['test_resnet_ctc.mine']
 """
     done = client(code + check, **where)
     assert done.code == 0, done.err
-    done = client.command('zoo', 'list', **where)
+    done = client.command('zoo', 'list', 'test_*', **where)
     assert done.out.startswith('test_resnet_ctc.mine  12 classes  3x16x16  ') and 'top-1 % on digits' in done.out
     done = client.command('zoo', 'list', 'resnet*', **where)
     assert done.out == 'nothing is catalogued as resnet*; see `ctc-timm zoo add --help`\n'
-    assert json.loads(client.command('zoo', 'list', '--json', **where).out).keys() == {'test_resnet_ctc.mine'}
+    every = json.loads(client.command('zoo', 'list', '--json', **where).out).keys()
+    assert every == {'test_resnet_ctc.mine', *catalogue.load(catalogue.SHIPPED)}
     assert not hub.requests
 
 

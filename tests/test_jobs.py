@@ -1,0 +1,58 @@
+"""Several runs at a time, as the benchmarks make them: real processes, some of which fail or are stopped."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from runs import ROOT
+
+from ctc_timm.errors import RunError
+
+# Appends its word to its file; then fails, or waits until it is told to stop, if that is its word.
+STEP = """
+import signal, sys, time
+file, word = sys.argv[1:]
+def stop(*_):
+    open(file, 'a').write('stopped ')
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+open(file, 'a').write(word + ' ')
+if word == 'wait':
+    time.sleep(60)
+sys.exit(3 if word == 'fail' else 0)
+"""
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    import jobs
+
+    return jobs
+
+
+def task(jobs: ModuleType, folder: Path, name: str, *words: str):
+    script = folder / 'step.py'
+    script.write_text(STEP)
+    steps = tuple([str(script), str(folder / name), word] for word in words)
+    return jobs.Task(name, steps, folder / f'{name}.done', folder / 'logs' / name, folder / f'{name}.seconds')
+
+
+def test_steps_follow_each_other_and_what_is_done_is_left_alone(jobs: ModuleType, tmp_path: Path) -> None:
+    tasks = [task(jobs, tmp_path, name, 'one', 'two') for name in 'abc']
+    tasks[1].done.touch()
+    assert [done.name for done in jobs.work(tasks, 2)][0] == 'b'
+    assert (tmp_path / 'a').read_text() == (tmp_path / 'c').read_text() == 'one two '
+    assert not (tmp_path / 'b').exists()
+    assert len((tmp_path / 'a.seconds').read_text().split()) == 1  # of the first step
+
+
+def test_a_failure_stops_the_others(jobs: ModuleType, tmp_path: Path) -> None:
+    waits, fails = task(jobs, tmp_path, 'a', 'wait'), task(jobs, tmp_path, 'b', 'one', 'fail')
+    begun = time.monotonic()
+    with pytest.raises(RunError, match=rf'^b ended with 3; see {fails.log}$'):
+        list(jobs.work([waits, fails], 2))
+    assert (tmp_path / 'a').read_text() == 'wait stopped ' and time.monotonic() - begun < 40
