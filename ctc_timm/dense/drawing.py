@@ -44,10 +44,11 @@ def draw_detections(
             for ax, rows, title in ((panels[0, i], truths[i], 'annotated'), (panels[1, i], sure, 'found')):
                 ax.imshow(np.asarray(image))
                 ax.set_axis_off()
+                ax.autoscale(False)  # a box that reaches beyond the image doesn't shrink it
                 for row in rows:
                     _draw(ax, row, colours[row['category_id']], names)
                 if i == 0:
-                    ax.set_title(title, fontsize=10, loc='left')
+                    ax.set_title(title, fontsize=10, loc='left', pad=12)
         return save(figure, picture)
 
 

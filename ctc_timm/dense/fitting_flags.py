@@ -104,7 +104,7 @@ def presets(parser: Parser, recipe: Path) -> Callable[[argparse.Namespace], tupl
     """What comes between flags' defaults and the command line, for `arguments.parse`.
 
     The arguments of the run that `--resume` names; else the recipe of the digits' scenes where no data are named, of
-    which the model is left out where one is named.
+    which the model is left out where one is named, and what RetinaNet doesn't know where it is the detector.
 
     Args:
         parser: With all flags declared.
@@ -122,6 +122,8 @@ def presets(parser: Parser, recipe: Path) -> Callable[[argparse.Namespace], tupl
         values = load_recipe(recipe)
         if args.source or args.checkpoint or args.model:
             values = {key: value for key, value in values.items() if key not in ('model', 'from_scratch')}
+        if vars(args).get('detector') == 'retinanet':  # has no second stage, whose sizes the recipe gives
+            values.pop('detector_kwargs', None)
         return values, str(recipe)
 
     return between

@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from ctc_timm.arguments import Parser, parse
 from ctc_timm.dense import coco_metrics, detection
 from ctc_timm.dense.detection_flags import add_arguments
+from ctc_timm.dense.detectors import create_detector, extra_levels
+from ctc_timm.dense.fitting_flags import open_pyramid, presets
 from ctc_timm.training.loop import Trainer
 
 Script = Callable[..., Ended]
@@ -169,6 +171,17 @@ def test_the_recipe_of_the_scenes() -> None:
     args = parse(parser, ['-c', str(file)])
     for key, value in yaml.safe_load(file.read_text()).items():
         assert getattr(args, key) == value, key
+
+
+@pytest.mark.parametrize('kind', ['fasterrcnn', 'maskrcnn', 'retinanet'])
+def test_every_detector_takes_the_recipe_of_the_scenes(kind: str) -> None:
+    parser = Parser()
+    add_arguments(parser)
+    recipe = ROOT / 'recipes' / 'detect_digits.yaml'
+    args = parse(parser, ['--detector', kind], presets=presets(parser, recipe))
+    assert (args.model, args.img_size) == ('cifar_resnet20', 96)
+    pyramid = open_pyramid(args, extra_levels(kind, args.fpn_channels))
+    create_detector(kind, pyramid, 10, 96, (0.5,) * 3, (0.5,) * 3, **args.detector_kwargs)
 
 
 def change(**changes: Any) -> dict[str, Any]:
