@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..arguments import KeyValues, Parser, positive_float, positive_int, probability, whole_number
+from ..arguments import KeyValues, Parser, positive_float, positive_int, whole_number
 from . import fitting_flags
 from .detectors import DETECTORS
 
@@ -31,14 +31,4 @@ def add_arguments(parser: Parser) -> None:
         help="more for torchvision's class, such as box_batch_size_per_image=128",
     )
     group.add_argument('--drawn-images', type=positive_int, default=6, metavar='N', help='in the picture of detections')
-    group = parser.add_argument_group('Augmentation')
-    group.add_argument('--hflip', type=probability, default=0.5, metavar='P', help='horizontal flip')
-    group.add_argument(
-        '--scale',
-        type=positive_float,
-        nargs=2,
-        default=[0.5, 1.5],
-        metavar='F',
-        help='random size, over that which fits the canvas',
-    )
-    fitting_flags.add_arguments(parser, 'detect')
+    fitting_flags.add_arguments(parser, 'detect', scale=[0.5, 1.5])

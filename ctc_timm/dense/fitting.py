@@ -7,7 +7,6 @@ that ends at the same bits, plots/. It has no config.json, as its weights are a 
 from __future__ import annotations
 
 import argparse
-import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..training.loaders import steps_per_epoch
 from ..training.position import Position
 from ..training.run_folder import RunFolder, keep_interval, refuse_overwriting, run_name
 from ..training.steps import Steps
-from ..training.stopping import Interrupted, StopSignal
+from ..training.stopping import StopSignal
 from ..training.sync_bn import share_statistics, synchronise
 from .curves import plot_fitting
 from .pyramid import Pyramid, tell_layers
@@ -190,17 +189,8 @@ class Fitting:
             RunError: Files can't be written, or too many steps in a row gave no number.
         """
         started, metrics = time.monotonic(), {}
-        try:
-            with self.stop.heeded():
-                metrics = self._run_epochs(started)
-        except Interrupted:
-            if self.at.batch:
-                self._save_state()
-            raise report.stopped(self.run, self.stop.received, self.at.updates) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise report.disk_full(self.run, error) from None
+        with report.early_end(self.run, self.stop, self.at, self._save_state):
+            metrics = self._run_epochs(started)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             picture = plot_fitting(self.run, self.columns)

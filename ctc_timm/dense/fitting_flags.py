@@ -11,12 +11,21 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from ..arguments import Parser, load_recipe, non_negative_int, number, positive_int, whole_number
+from ..arguments import (
+    Parser,
+    load_recipe,
+    non_negative_int,
+    number,
+    positive_float,
+    positive_int,
+    probability,
+    whole_number,
+)
 from ..data.flags import LARGEST_SIDE
 from ..errors import UserError
 from ..processes import add_precision_arguments, create_accelerator
 from ..sources import add_source_arguments, named_source
-from ..training import checkpoints, optimization, report, schedules, steps
+from ..training import checkpoints, models, optimization, report, schedules, steps
 from .pyramid import Pyramid, create_pyramid
 
 DEFAULTS = dict(
@@ -43,12 +52,12 @@ FIXED = dict(
 
 
 def add_arguments(parser: Parser, mode: str, **defaults: Any) -> None:
-    """Declare where model, data and run are, how to train, and the flags of the body.
+    """Declare where model, data and run are, how to train and to augment, and the flags of the body.
 
     Args:
         parser: Gets them.
         mode: 'detect' or 'segment'; a part of the run's name.
-        **defaults: Over `DEFAULTS`.
+        **defaults: Over `DEFAULTS`; `scale` has none there.
     """
     group = add_source_arguments(parser)
     group.add_argument('--from-scratch', action='store_true', help='random weights for the timm name of --model')
@@ -62,13 +71,7 @@ def add_arguments(parser: Parser, mode: str, **defaults: Any) -> None:
     )
     group.add_argument('--freeze-bn', action='store_true', help="keep the body's batch norms as they are")
     group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
-    group.add_argument('--sync-bn', action='store_true', help='batch norm over all processes')
-    group.add_argument(
-        '--dist-bn',
-        choices=('reduce', 'broadcast', ''),
-        default='reduce',
-        help='how processes share batch norm statistics after an epoch',
-    )
+    models.add_shared_norm_arguments(group)
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='DIR', help='folder with the data; scenes of digits when not given')
     group.add_argument(
@@ -84,15 +87,17 @@ def add_arguments(parser: Parser, mode: str, **defaults: Any) -> None:
         '-j', '--workers', type=whole_number(0, 4096), default=4, metavar='N', help='data loading processes'
     )
     group.add_argument('--pin-mem', action='store_true', help='pin memory for faster transfer to a GPU')
+    group = parser.add_argument_group('Augmentation')
+    group.add_argument('--hflip', type=probability, default=0.5, metavar='P', help='horizontal flip')
+    group.add_argument(
+        '--scale', type=positive_float, nargs=2, metavar='F', help='random size, over that which fits the canvas'
+    )
     checkpoints.add_arguments(parser)
     schedules.add_arguments(parser)
     optimization.add_arguments(parser)
     checkpoints.add_saving_arguments(parser)
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=non_negative_int, default=0, metavar='S', help='of everything random')
-    group.add_argument(
-        '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
-    )
     steps.add_arguments(group)
     add_precision_arguments(group)
     group.add_argument('--log-with', metavar='TRACKER', help="Accelerate's trackers: tensorboard, wandb, ...")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..arguments import Parser, brief, non_negative_int, positive_float, positive_int, probability, whole_number
+from ..arguments import Parser, brief, non_negative_int, positive_int, whole_number
 from . import fitting_flags
 from .masks import LAYOUTS, MOST_CLASSES
 from .segmenters import HEADS
@@ -40,17 +40,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         '--reduce-zero-label', action='store_true', help='0 does not count either, and 1 is the first class (ADE20K)'
     )
-    group = parser.add_argument_group('Augmentation')
-    group.add_argument('--hflip', type=probability, default=0.5, metavar='P', help='horizontal flip')
-    group.add_argument(
-        '--scale',
-        type=positive_float,
-        nargs=2,
-        default=[0.5, 2.0],
-        metavar='F',
-        help='random size, over that which fits the canvas',
-    )
-    fitting_flags.add_arguments(parser, 'segment')
+    fitting_flags.add_arguments(parser, 'segment', scale=[0.5, 2.0])
 
 
 def output_stride(text: str) -> int:

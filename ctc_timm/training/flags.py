@@ -30,9 +30,6 @@ def add_common_arguments(parser: Parser) -> None:
     monitor.add_arguments(parser)
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=non_negative_int, default=42, metavar='S', help='of everything random')
-    group.add_argument(
-        '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
-    )
     steps.add_arguments(group)
     add_precision_arguments(group)
     group.add_argument('--model-ema', action='store_true', help='keep a moving average; it is what is saved')

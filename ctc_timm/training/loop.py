@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -31,7 +30,7 @@ from .monitor import COLUMNS, create_monitor
 from .position import Position
 from .run_folder import RunFolder, keep_interval, refuse_overwriting, run_name
 from .steps import Steps
-from .stopping import Interrupted, StopSignal
+from .stopping import StopSignal
 from .sync_bn import share_statistics
 
 
@@ -198,17 +197,8 @@ class Trainer:
         if not brief:
             self.say(report.announcement(self))
         started = time.monotonic()
-        try:
-            with self.stop.heeded():
-                self._run_epochs(started)
-        except Interrupted:
-            if self.at.batch:
-                self._save_state()
-            raise report.stopped(self.run, self.stop.received, self.at.updates) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise report.disk_full(self.run, error) from None
+        with report.early_end(self.run, self.stop, self.at, self._save_state):
+            self._run_epochs(started)
         self.accelerator.wait_for_everyone()
         self._conclude(time.monotonic() - started, brief)
         for tracker in self.accelerator.trackers:  # end_training would end the processes' group too

@@ -58,6 +58,11 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--grad-checkpointing', action='store_true', help='trade time for memory')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-mode', choices=COMPILE_MODES, help="torch.compile's mode")
+    add_shared_norm_arguments(group)
+
+
+def add_shared_norm_arguments(group: Any) -> None:
+    """Declare timm's flags for batch norm where there are several processes."""
     group.add_argument('--sync-bn', action='store_true', help='batch norm over all processes')
     group.add_argument(
         '--dist-bn',

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import errno
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,9 @@ from ..backbones import architecture
 from ..errors import RunError, Stopped, UserError, nearest
 from ..progress import clock
 from .checkpoints import states_of
+from .position import Position
 from .run_folder import RunFolder
+from .stopping import Interrupted, StopSignal
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -92,6 +96,33 @@ def conclusion(run: Path, seconds: float, best: tuple[float, int] | None, pictur
         f'  python transfer/dynamics.py {run}\n'
         f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
     )
+
+
+@contextmanager
+def early_end(run: RunFolder, stop: StopSignal, at: Position, save: Callable[[], object]) -> Iterator[None]:
+    """Heed signals within, and say what is kept where a signal or a full disk ends the run.
+
+    Args:
+        run: Its folder.
+        stop: Of its process.
+        at: Where it stands.
+        save: Saves its state; called where a signal came between the batches of an epoch.
+
+    Raises:
+        Stopped: A signal told the run to stop; its state is saved.
+        RunError: There is no room for its files.
+    """
+    try:
+        with stop.heeded():
+            yield
+    except Interrupted:
+        if at.batch:
+            save()
+        raise stopped(run, stop.received, at.updates) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise disk_full(run, error) from None
 
 
 def stopped(run: RunFolder, signal: str | None, updates: int) -> Stopped:

@@ -16,13 +16,16 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..arguments import non_negative_int
+from ..arguments import non_negative_int, positive_int
 from ..contrast.task import CTCTask
 from . import mixing, optimization
 
 
 def add_arguments(group: Any) -> None:
-    """Declare the flag of steps that give no number."""
+    """Declare the flags of an optimiser step, and of those that give no number."""
+    group.add_argument(
+        '--grad-accum-steps', type=positive_int, default=1, metavar='N', help='batches in an optimiser step'
+    )
     group.add_argument(
         '--max-bad-steps',
         type=non_negative_int,

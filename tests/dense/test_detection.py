@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from runs import ROOT, Ended, forget_processes
 from safetensors.torch import load_file
+from stops import stop_and_go_on
 
 from ctc_timm.arguments import Parser, parse
 from ctc_timm.dense import coco_metrics, detection
@@ -138,29 +137,8 @@ def test_processes_share_the_measuring(data: Path, tmp_path: Path, monkeypatch: 
 
 def test_a_killed_run_goes_on_with_no_flag_typed_again(data: Path, tmp_path: Path, script: Script) -> None:
     """Exit code 75; then the same bits as without the stop, from the run's own arguments."""
-    words = [*SCRATCH, *SMALL, '--data-dir', str(data), '--output', str(tmp_path)]
-    assert script('transfer/detect.py', *words, '--experiment', 'whole').code == 0
-    calls = 0
-    loss = detection.detector_loss
-
-    def stopping(module: Any, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(module, batch)
-
-    forget_processes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detection, 'detector_loss', stopping)
-        ended = script('transfer/detect.py', *words, '--experiment', 'cut')
-    assert ended.code == 75 and 'stopped by SIGTERM after step 4' in ended.err
-    forget_processes()
-    ended = script('transfer/detect.py', '--resume', str(tmp_path / 'cut'))
-    assert ended.code == 0, ended.err
-    whole, cut = (load_file(tmp_path / name / 'last.safetensors') for name in ('whole', 'cut'))
-    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
-    assert (tmp_path / 'cut' / 'summary.csv').read_text() == (tmp_path / 'whole' / 'summary.csv').read_text()
+    words = [*SCRATCH, *SMALL, '--data-dir', str(data)]
+    stop_and_go_on(script, 'transfer/detect.py', words, tmp_path, detection, 'detector_loss')
 
 
 def test_the_recipe_of_the_scenes() -> None:

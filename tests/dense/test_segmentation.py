@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from processes import run_processes
 from runs import ROOT, Ended, forget_processes
 from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
+from stops import stop_and_go_on
 
 from ctc_timm.arguments import Parser, parse
 from ctc_timm.dense import segmentation
@@ -145,29 +144,8 @@ def test_processes_share_the_measuring(data: Path, tmp_path: Path) -> None:
 
 def test_a_killed_run_goes_on_with_no_flag_typed_again(data: Path, tmp_path: Path, script: Script) -> None:
     """Exit code 75; then the same bits as without the stop, from the run's own arguments."""
-    words = [*SCRATCH, *SMALL, '--head', 'deeplabv3', '--data-dir', str(data), '--output', str(tmp_path)]
-    assert script('transfer/segment.py', *words, '--experiment', 'whole').code == 0
-    calls = 0
-    loss = segmentation.segmentation_loss
-
-    def stopping(module: Any, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(module, batch)
-
-    forget_processes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segmentation, 'segmentation_loss', stopping)
-        ended = script('transfer/segment.py', *words, '--experiment', 'cut')
-    assert ended.code == 75 and 'stopped by SIGTERM after step 4' in ended.err
-    forget_processes()
-    ended = script('transfer/segment.py', '--resume', str(tmp_path / 'cut'))
-    assert ended.code == 0, ended.err
-    whole, cut = (load_file(tmp_path / name / 'last.safetensors') for name in ('whole', 'cut'))
-    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
-    assert (tmp_path / 'cut' / 'summary.csv').read_text() == (tmp_path / 'whole' / 'summary.csv').read_text()
+    words = [*SCRATCH, *SMALL, '--head', 'deeplabv3', '--data-dir', str(data)]
+    stop_and_go_on(script, 'transfer/segment.py', words, tmp_path, segmentation, 'segmentation_loss')
 
 
 def test_ade_with_its_zero_left_out(tmp_path: Path, script: Script) -> None:

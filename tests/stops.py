@@ -1,0 +1,54 @@
+"""A run that is told to stop in the middle of an epoch, and goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from runs import Ended, forget_processes
+from safetensors.torch import load_file
+
+STEP = 4
+
+
+def stop_and_go_on(
+    script: Callable[..., Ended], name: str, words: list[str], folder: Path, module: ModuleType, loss: str
+) -> None:
+    """Run a script whole, and another time with SIGTERM in a step; the second must end in the bits of the first.
+
+    Args:
+        script: Runs scripts in this process.
+        name: Of the script.
+        words: Its flags, but for those of its folder.
+        folder: Where both runs go.
+        module: Holds the loss.
+        loss: Name of the function there that each step calls.
+    """
+    words = [*words, '--output', str(folder)]
+    assert script(name, *words, '--experiment', 'whole').code == 0
+    calls, of_a_step = 0, getattr(module, loss)
+
+    def stopping(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == STEP:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return of_a_step(*args)
+
+    forget_processes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, loss, stopping)
+        ended = script(name, *words, '--experiment', 'cut')
+    assert ended.code == 75 and f'stopped by SIGTERM after step {STEP}' in ended.err
+    forget_processes()
+    ended = script(name, '--resume', str(folder / 'cut'))
+    assert ended.code == 0, ended.err
+    whole, cut = (load_file(folder / run / 'last.safetensors') for run in ('whole', 'cut'))
+    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+    assert (folder / 'cut' / 'summary.csv').read_text() == (folder / 'whole' / 'summary.csv').read_text()
