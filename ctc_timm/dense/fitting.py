@@ -26,7 +26,7 @@ from ..data.flags import worker_count
 from ..data.indexed import EpochBatches, random_state_kept, seed_transforms
 from ..errors import UserError
 from ..progress import clock, progress_bar
-from ..training import checkpoints, optimization, report, schedules
+from ..training import checkpoints, models, optimization, report, schedules
 from ..training.loaders import steps_per_epoch
 from ..training.position import Position
 from ..training.run_folder import RunFolder, keep_interval, refuse_overwriting, run_name
@@ -115,11 +115,7 @@ class Fitting:
         self.facts = {'mode': args.mode, 'body': pyramid.name, **(facts or {})}
 
         if args.grad_checkpointing:
-            try:
-                body: Any = pyramid.body.model
-                body.set_grad_checkpointing(True)
-            except (AssertionError, AttributeError, NotImplementedError):
-                raise UserError(f'--grad-checkpointing: {pyramid.name} has none') from None
+            models.checkpoint_gradients(getattr(pyramid.body, 'model', None), pyramid.name)
         if args.layer_decay is not None:
             tell_layers(module, pyramid)
         self.module = (synchronise(module, device) if args.sync_bn and world > 1 else module).to(device)

@@ -113,6 +113,18 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**options, **args.model_kwargs}
 
 
+def checkpoint_gradients(model: Any, name: str) -> None:
+    """Have a model trade time for memory.
+
+    Raises:
+        UserError: timm's model of that name can't.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError):
+        raise UserError(f'--grad-checkpointing: {name} has none') from None
+
+
 def prepare_model(model: Any, args: argparse.Namespace, device: torch.device, num_processes: int) -> Any:
     """The model on its device, as the execution flags say.
 
@@ -120,10 +132,7 @@ def prepare_model(model: Any, args: argparse.Namespace, device: torch.device, nu
         UserError: It has no checkpointing.
     """
     if args.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError, NotImplementedError):
-            raise UserError(f'--grad-checkpointing: {architecture(model)} has none') from None
+        checkpoint_gradients(model, architecture(model))
     if args.sync_bn and num_processes > 1:
         model = synchronise(model, device)
     model.to(device)
