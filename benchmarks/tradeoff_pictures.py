@@ -16,6 +16,7 @@ SHOWN = {
     'vanilla': 'vanilla',
     'ctc-discriminability': 'CTC, discriminability',
     'ctc-transferability': 'CTC, transferability',
+    'ctc-early-past': 'CTC, early past',
 }
 Curve = tuple[list[int], list[float], list[float]]  # epochs, means, halves of 95% intervals
 
@@ -49,31 +50,37 @@ def draw(results: dict[str, Any], picture: Path) -> Path:
     """
     methods = [method for method in SHOWN if any(run['method'] == method for run in results['runs'])]
     seeds = max((sum(run['method'] == method for run in results['runs']) for method in methods), default=0)
-    target = results['targets'][0]
-    paths = {results['source']: ('source', 'top1'), target: ('targets', target, 'ridge')}
+    targets = results['targets']
     with drawing():
-        figure, (over, source_panel, across) = plt.subplots(1, 3, figsize=(13, 4.3))
+        # each target over the epochs, the source over the epochs, and the first target against the source
+        rows = math.ceil(len(targets) / 2) + 1
+        figure, axes = plt.subplots(rows, 2, figsize=(10.5, 3.8 * rows))
+        *panels, source_panel, across = axes.flat
+        for unused in panels[len(targets) :]:
+            unused.set_axis_off()
         for index, method in enumerate(methods):
-            source = curve(results, method, *paths[results['source']])
-            transfer = curve(results, method, *paths[target])
-            _over_epochs(over, transfer, index, SHOWN[method])
+            source = curve(results, method, 'source', 'top1')
+            transfers = [curve(results, method, 'targets', target, 'ridge') for target in targets]
+            for panel, transfer in zip(panels, transfers):
+                _over_epochs(panel, transfer, index, SHOWN[method])
             _over_epochs(source_panel, source, index, SHOWN[method])
-            _across(across, source, transfer, index)
-        for panel in (over, source_panel):
+            _across(across, source, transfers[0], index)
+        for panel, target in zip(panels, targets):
+            panel.set_ylabel(f'{target} top-1 (%)')
+            panel.set_title('target: ridge on frozen features', fontsize=10)
+        for panel in (*panels[: len(targets)], source_panel):
             panel.axvline(results['temporal_start_epoch'], color=GREY, linestyle='-.', linewidth=1)
             panel.set_xlabel('epoch (dash-dotted: CTC starts its temporal stage)')
-        over.set_ylabel(f'{target} top-1 (%)')
         source_panel.set_ylabel(f'{results["source"]} top-1 (%)')
-        across.set_xlabel(f'{results["source"]} top-1 (%)')
-        across.set_ylabel(f'{target} top-1 (%)')
-        over.set_title('target: ridge on frozen features', fontsize=10)
         source_panel.set_title('source: the model itself, on validation rows', fontsize=10)
+        across.set_xlabel(f'{results["source"]} top-1 (%)')
+        across.set_ylabel(f'{targets[0]} top-1 (%)')
         across.set_title('target against source; star: last epoch', fontsize=10)
         title = f'{results["settings"]["model"]}, one seed'
         if seeds > 1:
             title = f'{results["settings"]["model"]}, mean of up to {seeds} seeds with 95% intervals'
-        handles, labels = over.get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside upper center', ncols=3, title=title)
+        handles, labels = source_panel.get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside upper center', ncols=4, title=title)
         return save(figure, picture)
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 BASELINE = 'vanilla'
 EARLY = 'early stopping'  # plain training's best epoch on the source's validation rows
-FIRST_THREE = (BASELINE, 'ctc-discriminability', 'ctc-transferability')
+README_ROWS = (BASELINE, 'ctc-discriminability', 'ctc-early-past')
 PROBES = {
     'ridge': 'ridge',
     'logistic': 'logistic',
@@ -22,10 +22,11 @@ PROBES = {
     'knn-20': 'kNN, 20',
     'ridge-10-shot': '10-shot ridge',
 }
-MAIN = 'tradeoff_small'  # what the README shows
+MAIN = 'tradeoff_overfit'  # what the README shows
 START, END = '<!-- results -->', '<!-- /results -->'
 Table = list[list[str]]
 Seeds = dict[int, float]
+Accuracy = Callable[[dict[str, Any]], float]  # of a kept epoch
 
 
 def ends_of(results: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -86,11 +87,17 @@ def compare(results: dict[str, Any], columns: dict[str, tuple[str, ...]], digits
     return rows
 
 
+def fallen(results: dict[str, Any], method: str, get: Accuracy) -> tuple[list[int], list[float]]:
+    """By run of a method: its best kept epoch by some accuracy, and how far that falls from there to the last one."""
+    found = [run['trajectory'] for run in results['runs'] if run['method'] == method]
+    best = [max(rows, key=get) for rows in found]
+    return [row['epoch'] for row in best], [get(row) - get(rows[-1]) for row, rows in zip(best, found)]
+
+
 def drops(results: dict[str, Any]) -> Table:
     """A row a method: how far each accuracy falls from its best kept epoch to the last one, and what a run costs."""
-    getters: dict[str, Callable[[dict[str, Any]], float]] = {'source': lambda row: row['source']['top1']}
-    for target in results['targets']:
-        getters[target] = lambda row, target=target: row['targets'][target]['ridge']  # type: ignore[misc]
+    getters: dict[str, Accuracy] = {'source': lambda row: row['source']['top1']}
+    getters |= {target: _ridge(target) for target in results['targets']}
     costs = {
         (run['method'], run['seed']): run['processor_seconds']
         for run in results['runs']
@@ -101,10 +108,8 @@ def drops(results: dict[str, Any]) -> Table:
         runs = [run for run in results['runs'] if run['method'] == method]
         cells = []
         for get in getters.values():
-            best = [max(run['trajectory'], key=get) for run in runs]
-            fallen = [get(row) - get(run['trajectory'][-1]) for row, run in zip(best, runs)]
-            epochs = ', '.join(str(row['epoch']) for row in best)
-            cells.append(f'{epochs}; {shown(fallen)}')
+            epochs, points = fallen(results, method, get)
+            cells.append(f'{", ".join(map(str, epochs))}; {shown(points)}')
         ratios = [
             costs[method, run['seed']] / costs[BASELINE, run['seed']]
             for run in runs
@@ -153,8 +158,9 @@ def section(name: str, results: dict[str, Any]) -> str:
     """All about one size of the comparison."""
     settings, source = results['settings'], results['source']
     source_name = {'source': ('source', 'top1')}
+    crops = f'crops by {settings["crop-padding"]} pixels' if settings.get('crop-padding') else 'no crops'
     parts = [
-        f'## {settings["model"]}, {settings["train-split"]} of {source}',
+        f'## {settings["model"]}, {settings["train-split"]} of {source}, {crops}',
         f'{settings["img-size"]}x{settings["img-size"]} pixels, {results["epochs"]} epochs, of which CTC gives the '
         f'last {results["epochs"] - results["temporal_start_epoch"]} to the temporal stage; everything else is in '
         f"`recipes/{results['recipe']}`. Means with 95% intervals over seeds (Student's t); in brackets the difference "
@@ -207,8 +213,8 @@ numbers is in [choosing.md](choosing.md)."""
 
 
 def stored(docs: Path, kind: str = 'tradeoff') -> dict[str, dict[str, Any]]:
-    """Every comparison by the name of its file: of `tradeoff` or of `dense`."""
-    files = sorted((docs / 'results').glob(f'{kind}_*.json'))
+    """Every comparison by the name of its file, of `tradeoff` or of `dense`; that of the README first."""
+    files = sorted((docs / 'results').glob(f'{kind}_*.json'), key=lambda file: (file.stem != MAIN, file.stem))
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
@@ -236,14 +242,27 @@ def dense_section(results: dict[str, Any]) -> str:
 
 
 def readme_part(results: dict[str, Any]) -> str:
-    """The table of three rows, each with its command."""
+    """The table of three rows, each with its command, and how far plain training and CTC fall."""
     ends, rows = ends_of(results), [['', 'seeds', results['source'], *results['targets'], 'command']]
-    for method in FIRST_THREE:
+    for method in README_ROWS:
         if method in ends:
             columns = [('source', 'top1'), *_targets(results).values()]
             cells = [shown(list(pick(ends[method], *path).values())) for path in columns]
             rows.append([method, str(len(ends[method])), *cells, f'`{command(results, method, "0")}`'])
-    return markdown(rows)
+    falls = [
+        f'{name} falls by {" and ".join(_falls(results, name))}'
+        for name in (README_ROWS[0], README_ROWS[-1])
+        if name in ends
+    ]
+    return f'{markdown(rows)}\n\nFrom its best epoch to its last {", ".join(falls)} points.'
+
+
+def _falls(results: dict[str, Any], method: str) -> list[str]:
+    return [f'{shown(fallen(results, method, _ridge(target))[1])} ({target})' for target in results['targets']]
+
+
+def _ridge(target: str) -> Accuracy:
+    return lambda row: float(row['targets'][target]['ridge'])
 
 
 def document(docs: Path) -> str:

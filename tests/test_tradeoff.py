@@ -47,15 +47,15 @@ def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_comparison_in_small(tmp_path: Path) -> None:
-    (tmp_path / 'tradeoff_small.yaml').write_text(RECIPE)
+    (tmp_path / 'tradeoff_overfit.yaml').write_text(RECIPE)
     (tmp_path / 'README.md').write_text('before\n<!-- results -->\nold\n<!-- /results -->\nafter\n')
-    command = [sys.executable, str(ROOT / 'benchmarks' / 'tradeoff.py'), '--recipe', 'tradeoff_small.yaml']
+    command = [sys.executable, str(ROOT / 'benchmarks' / 'tradeoff.py'), '--recipe', 'tradeoff_overfit.yaml']
     command += ['--source', 'digits', '--source-test', 'validation', '--targets', 'digits', '--docs', 'docs']
     command += ['--methods', 'vanilla', 'ctc-discriminability', '--seeds', '1', '--jobs', '2']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
-    results = json.loads((tmp_path / 'docs' / 'results' / 'tradeoff_small.json').read_text())
+    results = json.loads((tmp_path / 'docs' / 'results' / 'tradeoff_overfit.json').read_text())
     assert [run['method'] for run in results['runs']] == ['vanilla', 'ctc-discriminability']
     for run in results['runs']:
         assert [row['epoch'] for row in run['trajectory']] == [0, 1, 2]
@@ -68,9 +68,9 @@ def test_the_comparison_in_small(tmp_path: Path) -> None:
     readme = (tmp_path / 'README.md').read_text()
     assert readme.startswith('before\n') and readme.endswith('after\n') and 'old' not in readme
     assert 'ctc-discriminability' in readme
-    assert (tmp_path / 'docs' / 'tradeoff_small.png').stat().st_size > 10_000
+    assert (tmp_path / 'docs' / 'tradeoff_overfit.png').stat().st_size > 10_000
 
-    weights = tmp_path / 'runs' / 'tradeoff' / 'tradeoff_small' / 'vanilla-0' / 'last.safetensors'
+    weights = tmp_path / 'runs' / 'tradeoff' / 'tradeoff_overfit' / 'vanilla-0' / 'last.safetensors'
     made = weights.stat().st_mtime_ns
     again = subprocess.run([*command, '--redraw'], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and weights.stat().st_mtime_ns == made
