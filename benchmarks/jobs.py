@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ctc_timm.errors import RunError, Stopped
+
+UNKNOWN = 'nan\n'
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,15 @@ class _Job:
             return False
         self.process.returncode = os.waitstatus_to_exitcode(status)
         if self.task.seconds and self.step == 0:
-            with self.task.seconds.open('a') as stream:
-                stream.write(f'{usage.ru_utime + usage.ru_stime:.1f}\n')
+            known = self.task.seconds.read_text().removesuffix(UNKNOWN)
+            self.task.seconds.write_text(f'{known}{usage.ru_utime + usage.ru_stime:.1f}\n')
         return True
+
+
+def processor_seconds(file: Path) -> float | None:
+    """What the processes of a task's first step cost together; none if one of them was lost sight of."""
+    total = sum(map(float, file.read_text().split())) if file.is_file() else math.nan
+    return None if math.isnan(total) else total
 
 
 def work(tasks: Iterable[Task], jobs: int) -> Iterator[Task]:
@@ -94,6 +103,9 @@ def work(tasks: Iterable[Task], jobs: int) -> Iterator[Task]:
 
 def _start(task: Task, step: int) -> _Job:
     task.log.parent.mkdir(parents=True, exist_ok=True)
+    if task.seconds and step == 0:
+        with task.seconds.open('a') as stream:
+            stream.write(UNKNOWN)  # it stays if this script is killed and cannot note what the process cost
     alone = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')}
     with task.log.open('a') as stream:
         process = subprocess.Popen(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tradeoff_report
-from jobs import Task, stop_by_sigterm, work
+from jobs import Task, processor_seconds, stop_by_sigterm, work
 from tqdm import tqdm
 
 from ctc_timm.arguments import Parser, parse, positive_int, run_script
@@ -39,6 +39,7 @@ METHODS: dict[str, list[str]] = {
     # where plain training over-compresses: the past is taken before the learning rate falls, and weighs more; chosen on
     # validation rows of the source and training images of CIFAR-10
     'ctc-early-past': ['--temporal-weight', '5', *STEPS],
+    'ctc-early-past-no-instance': ['--temporal-weight', '5', '--instance-weight', '0', *STEPS],
     'ctc-no-temporal': ['--temporal-start-epoch', '{epochs}'],
     'ctc-no-instance': ['--instance-weight', '0'],
     # plain training with the learning rate of ctc-early-past
@@ -155,9 +156,9 @@ def collect(args: argparse.Namespace, recipe: dict[str, Any]) -> dict[str, Any]:
     """What is stored: settings, and the numbers of all finished runs. No name of a folder is in it."""
     rows = []
     for run in finished(args):
-        seconds = sum(map(float, run.seconds.read_text().split())) if run.seconds.is_file() else None
         numbers = json.loads(run.measured.read_text())
-        rows.append({'method': run.method, 'seed': run.seed, 'processor_seconds': seconds, **numbers})
+        cost = {'processor_seconds': processor_seconds(run.seconds)}
+        rows.append({'method': run.method, 'seed': run.seed, **cost, **numbers})
     return {
         'recipe': Path(args.recipe).name,
         'source': Path(args.source).name,

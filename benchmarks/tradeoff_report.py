@@ -255,7 +255,22 @@ def readme_part(results: dict[str, Any]) -> str:
         for name in (README_ROWS[0], README_ROWS[-1])
         if name in ends
     ]
-    return f'{markdown(rows)}\n\nFrom its best epoch to its last {", ".join(falls)} points.'
+    said = f'From its best epoch to its last {", ".join(falls)} points.'
+    if {BASELINE, README_ROWS[-1]} <= ends.keys():
+        said += f'\n\n{_gains(ends, results)}'
+    return f'{markdown(rows)}\n\n{said}'
+
+
+def _gains(ends: dict[str, dict[int, dict[str, Any]]], results: dict[str, Any]) -> str:
+    """The paired differences of the README's last row from plain training, by every probe."""
+    ours = README_ROWS[-1]
+
+    def gain(*path: str) -> str:
+        return shown(differences(pick(ends[ours], *path), pick(ends[BASELINE], *path)), sign='+')
+
+    rows = [[f'{ours} over {BASELINE}, seed by seed', *PROBES.values()]]
+    rows += [[target, *(gain('targets', target, probe) for probe in PROBES)] for target in results['targets']]
+    return markdown(rows)
 
 
 def _falls(results: dict[str, Any], method: str) -> list[str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -56,3 +60,35 @@ def test_a_failure_stops_the_others(jobs: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=rf'^b ended with 3; see {fails.log}$'):
         list(jobs.work([waits, fails], 2))
     assert (tmp_path / 'a').read_text() == 'wait stopped ' and time.monotonic() - begun < 40
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import jobs
+folder = Path(sys.argv[2])
+step = [str(folder / 'step.py'), str(folder / 'a'), 'wait']
+list(jobs.work([jobs.Task('a', (step,), folder / 'a.done', folder / 'log', folder / 'a.seconds')], 1))
+"""
+
+
+def test_what_a_killed_call_cost_is_not_known(jobs: ModuleType, tmp_path: Path) -> None:
+    again = task(jobs, tmp_path, 'a', 'one')
+    driver = subprocess.Popen(
+        [sys.executable, '-c', DRIVER, str(ROOT / 'benchmarks'), str(tmp_path)], start_new_session=True
+    )
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / 'a').exists() and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert (tmp_path / 'a').read_text() == 'wait '
+    list(jobs.work([again], 1))
+    assert jobs.processor_seconds(tmp_path / 'a.seconds') is None
+    (tmp_path / 'b.seconds').write_text('90.5\n')  # of a call that could note it
+    list(jobs.work([task(jobs, tmp_path, 'b', 'one')], 1))
+    assert 90.5 <= jobs.processor_seconds(tmp_path / 'b.seconds') < 120
+    assert jobs.processor_seconds(tmp_path / 'c.seconds') is None
