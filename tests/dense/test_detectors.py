@@ -43,7 +43,7 @@ def test_an_image_is_learned_by_heart(kind: str, tmp_path: Path) -> None:
     model = detector_of(kind).train()
     losses = detector_loss(model, batch)
     assert set(losses) == {'loss'} | LOSSES[kind]
-    assert float(losses['loss']) == pytest.approx(sum(float(losses[name]) for name in LOSSES[kind]), rel=1e-5)
+    assert losses['loss'].item() == pytest.approx(sum(losses[name].item() for name in LOSSES[kind]), rel=1e-5)
     losses['loss'].backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
