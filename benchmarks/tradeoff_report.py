@@ -215,7 +215,10 @@ follows from the numbers. Early stopping is plain training's kept epoch that is 
 
 def stored(docs: Path, kind: str = 'tradeoff') -> dict[str, dict[str, Any]]:
     """Every comparison by the name of its file, of `tradeoff` or of `dense`; that of the README first."""
-    files = sorted((docs / 'results').glob(f'{kind}_*.json'), key=lambda file: (file.stem != MAIN, file.stem))
+    files = sorted(
+        (docs / 'results').glob(f'{kind}_*.json'),
+        key=lambda file: (file.stem != MAIN, not file.stem.startswith(MAIN), file.stem),
+    )
     return {file.stem: json.loads(file.read_text()) for file in files}
 
 
@@ -242,8 +245,8 @@ def dense_section(results: dict[str, Any]) -> str:
     return '\n\n'.join(lines).replace('.\n\n- **', '.\n- **')
 
 
-def readme_part(results: dict[str, Any]) -> str:
-    """The table of three rows, each with its command, and how far plain training and CTC fall."""
+def readme_part(results: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> str:
+    """The table of three rows, each with its command; how far they fall; what CTC gains, in other comparisons too."""
     ends, rows = ends_of(results), [['', 'seeds', results['source'], *results['targets'], 'command']]
     for method in README_ROWS:
         if method in ends:
@@ -256,21 +259,31 @@ def readme_part(results: dict[str, Any]) -> str:
         if name in ends
     ]
     said = f'From its best epoch to its last {", ".join(falls)} points.'
-    if {BASELINE, README_ROWS[-1]} <= ends.keys():
-        said += f'\n\n{_gains(ends, results)}'
+    gains = [row for found in (results, *others) for row in _gains(found)]
+    if gains:
+        head = [f'{README_ROWS[-1]} over {BASELINE}, seed by seed', 'seeds', 'source', 'target', *PROBES.values()]
+        said += f'\n\n{markdown([head, *gains])}'
     return f'{markdown(rows)}\n\n{said}'
 
 
-def _gains(ends: dict[str, dict[int, dict[str, Any]]], results: dict[str, Any]) -> str:
-    """The paired differences of the README's last row from plain training, by every probe."""
-    ours = README_ROWS[-1]
+def _gains(results: dict[str, Any]) -> Table:
+    """A row a target: the paired differences of the README's last method from plain training, by every probe."""
+    ends, settings = ends_of(results), results['settings']
+    if not {BASELINE, README_ROWS[-1]} <= ends.keys():
+        return []
+    ours, theirs = ends[README_ROWS[-1]], ends[BASELINE]
 
     def gain(*path: str) -> str:
-        return shown(differences(pick(ends[ours], *path), pick(ends[BASELINE], *path)), sign='+')
+        return shown(differences(pick(ours, *path), pick(theirs, *path)), sign='+')
 
-    rows = [[f'{ours} over {BASELINE}, seed by seed', *PROBES.values()]]
-    rows += [[target, *(gain('targets', target, probe) for probe in PROBES)] for target in results['targets']]
-    return markdown(rows)
+    size = f'{settings["img-size"]}x{settings["img-size"]}'
+    start = [f'{settings["model"]}, {settings["train-split"]}, {size}', str(len(ours.keys() & theirs.keys()))]
+    start.append(gain('source', 'top1'))
+    rows = []
+    for target in results['targets']:
+        rows.append([*start, target, *(gain('targets', target, probe) for probe in PROBES)])
+        start = ['', '', '']
+    return rows
 
 
 def _falls(results: dict[str, Any], method: str) -> list[str]:
@@ -287,10 +300,11 @@ def document(docs: Path) -> str:
     return '\n\n'.join([OPENING, *sections, *map(dense_section, stored(docs, 'dense').values())]) + '\n'
 
 
-def with_table(readme: str, results: dict[str, Any]) -> str:
-    """The README with its table anew, between its two marks."""
+def with_table(readme: str, found: dict[str, dict[str, Any]]) -> str:
+    """The README with its tables anew, between its two marks."""
+    part = readme_part(found[MAIN], [results for name, results in found.items() if name != MAIN])
     before, rest = readme.split(START)
-    return f'{before}{START}\n\n{readme_part(results)}\n\n{END}{rest.split(END)[1]}'
+    return f'{before}{START}\n\n{part}\n\n{END}{rest.split(END)[1]}'
 
 
 def redraw(docs: Path) -> None:
@@ -301,4 +315,4 @@ def redraw(docs: Path) -> None:
     (docs / 'results.md').write_text(document(docs), encoding='utf-8')
     readme = docs.parent / 'README.md'
     if MAIN in found and readme.is_file() and START in readme.read_text(encoding='utf-8'):
-        readme.write_text(with_table(readme.read_text(encoding='utf-8'), found[MAIN]), encoding='utf-8')
+        readme.write_text(with_table(readme.read_text(encoding='utf-8'), found), encoding='utf-8')

@@ -134,7 +134,7 @@ def test_document_and_readme_are_drawn_from_the_numbers(report: ModuleType) -> N
     found = report.stored(DOCS)
     assert (DOCS / 'results.md').read_text(encoding='utf-8') == report.document(DOCS)
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    assert readme == report.with_table(readme, found[report.MAIN])
+    assert readme == report.with_table(readme, found)
 
 
 @pytest.mark.parametrize('recipe', sorted((ROOT / 'recipes').glob('tradeoff_*.yaml')), ids=lambda file: file.stem)
