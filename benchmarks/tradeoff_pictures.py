@@ -14,9 +14,9 @@ from ctc_timm.measure.plots.style import COLOURS, GREY, MARKERS, drawing, plt, s
 
 SHOWN = {
     'vanilla': 'vanilla',
+    'ctc-early-past': 'CTC, early past',
     'ctc-discriminability': 'CTC, discriminability',
     'ctc-transferability': 'CTC, transferability',
-    'ctc-early-past': 'CTC, early past',
 }
 Curve = tuple[list[int], list[float], list[float]]  # epochs, means, halves of 95% intervals
 
@@ -58,7 +58,8 @@ def draw(results: dict[str, Any], picture: Path) -> Path:
         *panels, source_panel, across = axes.flat
         for unused in panels[len(targets) :]:
             unused.set_axis_off()
-        for index, method in enumerate(methods):
+        for method in methods:
+            index = list(SHOWN).index(method)  # a method has one colour in all pictures
             source = curve(results, method, 'source', 'top1')
             transfers = [curve(results, method, 'targets', target, 'ridge') for target in targets]
             for panel, transfer in zip(panels, transfers):
@@ -87,7 +88,8 @@ def draw(results: dict[str, Any], picture: Path) -> Path:
 def _over_epochs(ax: Axes, found: Curve, index: int, label: str) -> None:
     epochs, means, halves = found
     ax.plot(epochs, means, color=COLOURS[index], marker=MARKERS[index], markersize=4, label=label)
-    bounds = ([mean + side * half for mean, half in zip(means, halves)] for side in (-1, 1))
+    # no accuracy lies outside of 0 to 100, where an interval of few seeds may reach
+    bounds = ([min(max(mean + side * half, 0.0), 100.0) for mean, half in zip(means, halves)] for side in (-1, 1))
     ax.fill_between(epochs, *bounds, color=COLOURS[index], alpha=0.15, linewidth=0)
 
 
