@@ -53,6 +53,7 @@ def shown(values: Sequence[float], digits: int = 1, sign: str = '') -> str:
     if not values:
         return ''
     mean, half = interval(values)
+    mean = round(mean, digits) + 0.0  # never "-0.0"
     return f'{mean:{sign}.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
 
 
@@ -132,7 +133,7 @@ def verdicts(results: dict[str, Any], columns: dict[str, tuple[str, ...]]) -> li
             mean, half = interval(found)
             assert half is not None
             clear = 'above' if mean > half else 'below' if mean < -half else 'not told apart from'
-            parts.append(f'{clear} plain training on {name} ({mean:+.1f} ± {half:.1f})')
+            parts.append(f'{clear} plain training on {name} ({shown(found, sign="+")})')
         said.append(f'- **{method}** is {", ".join(parts)}.')
     return said
 
