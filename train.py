@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.arguments import Parser, parse, run_script
-from ctc_timm.cli import repo_id
+from ctc_timm.cli.commands import repo_id
+from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.hub.publish import check_target, push
 from ctc_timm.training import checkpoints
-from ctc_timm.training.flags import add_arguments
-from ctc_timm.training.loop import Trainer
-from ctc_timm.zoo.publish import check_target, push
+from ctc_timm.training.trainer import Trainer
 
-RECIPES = Path(__file__).resolve().parent / 'recipes'
+RECIPES = Path(__file__).resolve().parent / 'ctc_timm' / 'recipes'
 
 
 def resumed(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ctc_timm.arguments import Parser, parse, run_script
+from ctc_timm.cli.flags import Parser, parse, run_script
 from ctc_timm.measure.validation import add_arguments, validate
-from ctc_timm.sources import data_flags, run_arguments, run_of
+from ctc_timm.models.loading import data_flags, run_arguments, run_of
 
 
 def of_the_run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:

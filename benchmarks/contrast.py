@@ -30,11 +30,11 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from ctc_timm import InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
-from ctc_timm.contrast import streaming
+from ctc_timm.contrast import blockwise as streaming
 from ctc_timm.contrast.banks import momentum_update
 from ctc_timm.contrast.embeddings import embed
 from ctc_timm.contrast.losses import EPS
-from ctc_timm.contrast.sharding import Split
+from ctc_timm.contrast.sharding import BankShard
 
 D, CLASSES, MIB = 512, 100, 2**20
 Step = Callable[[], Any]
@@ -237,7 +237,7 @@ def bank_table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for dtype in (torch.float32, torch.bfloat16):
             row = {}
             for world in (1, 8, 64):
-                rows = max(Split(N, rank, world).num_rows for rank in range(world))
+                rows = max(BankShard(N, rank, world).num_rows for rank in range(world))
                 row[f'MiB a process, P = {world}'] = rows * args.embed_dim * dtype.itemsize / MIB
             table[f'N = {N:,}, {str(dtype).removeprefix("torch.")}'] = row
     return table

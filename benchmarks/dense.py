@@ -21,9 +21,9 @@ from jobs import Task, stop_by_sigterm, work
 from tqdm import tqdm
 from tradeoff import METHODS, ROOT
 
-from ctc_timm.arguments import Parser, parse, positive_int, run_script
-from ctc_timm.errors import UserError
+from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
 from ctc_timm.measure.results import write_json
+from ctc_timm.utils.errors import UserError
 
 EPOCHS = {'detect': 4, 'segment': 6}
 KEPT = {'detect': ('box_ap', 'box_ap50', 'box_ap75'), 'segment': ('miou', 'pixel_accuracy')}

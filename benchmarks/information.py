@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ctc_timm.measure.bounds import donsker_varadhan
 from ctc_timm.measure.information import create_estimator
-from ctc_timm.measure.plots.style import COLOURS, GREY, MARKERS, drawing, plt, save
+from ctc_timm.measure.plots.style import COLORS, GRAY, MARKERS, drawing, plt, save
 
 DIMENSION = 20
 CODE_DIM, CODE_NOISE = 64, 0.1
@@ -211,14 +211,14 @@ def draw(rows: list[dict[str, Any]], picture: str) -> None:
     """Estimates against known information, for the large Gaussian samples."""
     with drawing():
         figure, axes = plt.subplots(figsize=(5.2, 4.4))
-        axes.plot([2, 10], [2, 10], color=GREY, linestyle=':', label='truth')
-        for name, colour, marker in zip(('mine', 'infonce', 'smile', 'renyi'), COLOURS, MARKERS):
+        axes.plot([2, 10], [2, 10], color=GRAY, linestyle=':', label='truth')
+        for name, color, marker in zip(('mine', 'infonce', 'smile', 'renyi'), COLORS, MARKERS):
             chosen = [row for row in rows if row['part'] == 'gaussian' and row['estimator'] == name]
             truths = sorted({row['truth'] for row in chosen})
             means = [statistics.mean(row['nats'] for row in chosen if row['truth'] == truth) for truth in truths]
-            axes.plot(truths, means, color=colour, marker=marker, label=name)
-        axes.axhline(math.log(512), color=GREY, linewidth=1, linestyle='--')
-        axes.text(2, math.log(512) + 0.1, "log 512, infonce's ceiling", color=GREY, fontsize=9)
+            axes.plot(truths, means, color=color, marker=marker, label=name)
+        axes.axhline(math.log(512), color=GRAY, linewidth=1, linestyle='--')
+        axes.text(2, math.log(512) + 0.1, "log 512, infonce's ceiling", color=GRAY, fontsize=9)
         axes.set(xlabel='true information (nats)', ylabel='estimate (nats)', title='Correlated Gaussians, 2 x 20')
         axes.legend(loc='upper left', bbox_to_anchor=(0, 0.98))
         save(figure, picture)

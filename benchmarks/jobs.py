@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctc_timm.errors import RunError, Stopped
+from ctc_timm.utils.errors import RunError, Stopped
 
 UNKNOWN = 'nan\n'
 

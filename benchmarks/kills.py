@@ -2,7 +2,7 @@
 """Kill a training run at random instants, resume it each time, and compare with the run that was left alone.
 
 What has to be the same to the last bit: all weights that were kept, summary.csv, metrics.jsonl, and the last state, in
-which are the banks, the optimiser and the random states.
+which are the banks, the optimizer and the random states.
 
     python benchmarks/kills.py                                    # 20 kills of a small run on the digits
     python benchmarks/kills.py --kills 50 --kill-seed 1 --save kills.json --mode vanilla
@@ -30,12 +30,12 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.arguments import Parser, parse, positive_int, run_script
+from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
+from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.runs import Run, weights_metadata
 from ctc_timm.training.checkpoints import states_of
-from ctc_timm.training.durable import MANIFEST
-from ctc_timm.training.flags import add_arguments
-from ctc_timm.training.loop import Trainer
-from ctc_timm.training.run_folder import RunFolder, weights_metadata
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.files import MANIFEST
 
 FLAGS = """
 --dataset digits --train-split train[:256] --val-split validation[:70] --model test_resnet --img-size 16 --mean 0.3
@@ -71,7 +71,7 @@ def start(words: Sequence[str], folder: Path, name: str) -> Any:
 
 def differences(run: Path, other: Path) -> list[str]:
     """What is not the same in two finished runs, or is in one of them alone."""
-    last, others = (states_of(RunFolder(folder))[-1] for folder in (run, other))
+    last, others = (states_of(Run(folder))[-1] for folder in (run, other))
     if last.name != others.name:
         return [f'the last states are {last.name} and {others.name}']
     names = {
@@ -129,7 +129,7 @@ def kill_often(words: Sequence[str], folder: Path, kills: int, seed: int, quiet:
     if whole.exitcode:
         raise RuntimeError(f'the run that was left alone ended with {whole.exitcode}')
     instants = random.Random(seed)
-    run, reached, saving = RunFolder(folder / 'killed'), [], 0
+    run, reached, saving = Run(folder / 'killed'), [], 0
     bar = tqdm(total=kills, desc='kills', disable=quiet)
     while len(reached) < kills:
         process = start(words, folder, 'killed')

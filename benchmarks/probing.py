@@ -22,14 +22,14 @@ from accelerate import Accelerator
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from ctc_timm.arguments import Parser, parse, positive_int, run_script
-from ctc_timm.backbones import features_and_logits
-from ctc_timm.data.flags import data_config
+from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
+from ctc_timm.data.settings import data_config
 from ctc_timm.measure.features import SplitImages, compute_features
 from ctc_timm.measure.probes import probe
-from ctc_timm.measure.sets import Labelled
-from ctc_timm.measure.targets import Target, add_target_arguments, target_names
-from ctc_timm.sources import load_model
+from ctc_timm.measure.sets import Labeled
+from ctc_timm.measure.transfer_sets import TransferSet, add_target_arguments, target_names
+from ctc_timm.models.backbones import features_and_logits
+from ctc_timm.models.loading import load_model
 
 EPOCHS, BATCH = 30, 512
 
@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict:
     }
     first = load_model(str(files[0]))
     config = data_config(args, first.model)
-    target = Target(target_names(args)[0], args, config['input_size'][0], accelerator)
+    target = TransferSet(target_names(args)[0], args, config['input_size'][0], accelerator)
     splits = [target.train.images(config), target.test.images(config)]
     for images in splits:
         list(images.batches('decode'))  # both ways start from decoded images
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict:
         model = load_model(str(file)).model
         started = time.perf_counter()
         seen = [compute_features(model, images, accelerator) for images in splits]
-        train, test = (Labelled(features.features_ND, features.labels_N) for features in seen)
+        train, test = (Labeled(features.features_ND, features.labels_N) for features in seen)
         extracted = time.perf_counter()
         (ridge,) = probe('ridge', train, test, target.num_classes)
         solved = time.perf_counter()

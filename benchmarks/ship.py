@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Put the weights of a finished run into the package: in half precision, catalogued with hash, recipe and numbers.
+"""Put the weights of a finished run into the package: in half precision, catalogd with hash, recipe and numbers.
 
 The numbers are those of the halved weights, measured by validate.py and transfer/linear_probe.py under the new name, as
 anyone can repeat them.
@@ -20,12 +20,12 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ctc_timm.arguments import Parser, parse, run_script
-from ctc_timm.errors import RunError
-from ctc_timm.zoo import catalogue
-from ctc_timm.zoo.catalogue import BASELINES, SHIPPED, SUFFIX, Entry
-from ctc_timm.zoo.collect import entry_of_run
-from ctc_timm.zoo.hub import sha256
+from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.hub.collect import entry_of_run
+from ctc_timm.models import catalog as catalog
+from ctc_timm.models.catalog import BASELINES, SHIPPED, SUFFIX, Entry
+from ctc_timm.models.download import sha256
+from ctc_timm.utils.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = SHIPPED.with_name('weights')
@@ -42,21 +42,21 @@ def halve(run: Path, file: Path) -> None:
 
 
 def enter(entry: Entry) -> None:
-    """Put an entry into its catalogue, in place of one of the same name."""
+    """Put an entry into its catalog, in place of one of the same name."""
     file = SHIPPED if entry.name.partition('.')[0].endswith(SUFFIX) else BASELINES
-    catalogue.save(file, {**catalogue.load(file), entry.name: entry}.values())
+    catalog.save(file, {**catalog.load(file), entry.name: entry}.values())
 
 
 def measured(script: str, name: str, folder: Path, *flags: str) -> list[dict[str, Any]]:
     """What a script's results.json files say of the model of that name."""
     command = [sys.executable, str(ROOT / script), '--model', name, '--pretrained', '--output', str(folder), *flags]
     if subprocess.run(command, cwd=ROOT).returncode:
-        raise RunError(f'{script} failed for {name}; its catalogue entry has no numbers')
+        raise RunError(f'{script} failed for {name}; its catalog entry has no numbers')
     return [json.loads(file.read_text()) for file in sorted(folder.rglob('results.json'))]
 
 
 def results(name: str, source: str, targets: list[str]) -> list[dict[str, Any]]:
-    """Source and target accuracies as a catalogue keeps them."""
+    """Source and target accuracies as a catalog keeps them."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         (found,) = measured('validate.py', name, Path(folder) / 'source', '--dataset', source, '--split', 'test')

@@ -22,10 +22,10 @@ import tradeoff_report
 from jobs import Task, processor_seconds, stop_by_sigterm, work
 from tqdm import tqdm
 
-from ctc_timm.arguments import Parser, parse, positive_int, run_script
-from ctc_timm.errors import UserError, nearest
+from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
 from ctc_timm.measure.results import write_json
-from ctc_timm.plain_yaml import read_mapping
+from ctc_timm.utils.errors import UserError, nearest
+from ctc_timm.utils.yaml_files import read_mapping
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ('--sched', 'multistep', '--decay-milestones', '16', '31')  # counted within a stage, as every schedule is

@@ -14,19 +14,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from ctc_timm.arguments import Parser, parse, run_script
-from ctc_timm.data.flags import data_config
-from ctc_timm.data.splits import open_split
+from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.data.datasets import open_split
+from ctc_timm.data.settings import data_config
 from ctc_timm.measure.dynamics import add_arguments, kept_run
 from ctc_timm.measure.features import features_of
 from ctc_timm.measure.few_shot import few_shot
-from ctc_timm.measure.points import Point, Weights
+from ctc_timm.measure.points import CheckpointEvaluation, Weights
 from ctc_timm.measure.probes import METHODS
 from ctc_timm.measure.results import RowStore, write_json
-from ctc_timm.measure.sets import Labelled
-from ctc_timm.measure.targets import OpenSplit, Target, open_targets
-from ctc_timm.processes import create_accelerator
-from ctc_timm.sources import data_flags, run_arguments
+from ctc_timm.measure.sets import Labeled
+from ctc_timm.measure.transfer_sets import OpenSplit, TransferSet, open_targets
+from ctc_timm.models.loading import data_flags, run_arguments
+from ctc_timm.utils.distributed import create_accelerator
 
 SHOTS, DRAWS = 10, 5
 
@@ -60,10 +60,10 @@ class Measurement:
     def _file(self, epoch: int) -> Path:
         return self.run.epochs[epoch]
 
-    def _row(self, weights: Weights, split: OpenSplit, target: Target | None, **changes: Any) -> dict[str, Any]:
+    def _row(self, weights: Weights, split: OpenSplit, target: TransferSet | None, **changes: Any) -> dict[str, Any]:
         args = copy.copy(self.args)
         vars(args).update(changes)
-        point = Point(weights, split.images(self.config), target, self.config, args, self.accelerator)
+        point = CheckpointEvaluation(weights, split.images(self.config), target, self.config, args, self.accelerator)
         return point.row(self.store)
 
     def _brief(self, epoch: int) -> dict[str, Any]:
@@ -91,13 +91,13 @@ class Measurement:
             found['targets'][target.slug] = {**accuracies, **self._few_shot(weights, target), **_about(row)}
         return found
 
-    def _few_shot(self, weights: Weights, target: Target) -> dict[str, float]:
+    def _few_shot(self, weights: Weights, target: TransferSet) -> dict[str, float]:
         """The mean over draws of a ridge probe's top-1 accuracy."""
         key = f'few-shot {weights.hash} {target.name} {SHOTS} {DRAWS}'
         if key not in self.store.rows:
             cache = self.run.path / 'features'
             train, test = (
-                Labelled(found.features_ND, found.labels_N)
+                Labeled(found.features_ND, found.labels_N)
                 for split in (target.train, target.test)
                 for found in [features_of(weights.loaded, split.images(self.config), self.accelerator, cache)]
             )

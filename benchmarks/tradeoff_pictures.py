@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from scipy import stats
 
-from ctc_timm.measure.plots.style import COLOURS, GREY, MARKERS, drawing, plt, save
+from ctc_timm.measure.plots.style import COLORS, GRAY, MARKERS, drawing, plt, save
 
 SHOWN = {
     'vanilla': 'vanilla',
@@ -59,7 +59,7 @@ def draw(results: dict[str, Any], picture: Path) -> Path:
         for unused in panels[len(targets) :]:
             unused.set_axis_off()
         for method in methods:
-            index = list(SHOWN).index(method)  # a method has one colour in all pictures
+            index = list(SHOWN).index(method)  # a method has one color in all pictures
             source = curve(results, method, 'source', 'top1')
             transfers = [curve(results, method, 'targets', target, 'ridge') for target in targets]
             for panel, transfer in zip(panels, transfers):
@@ -70,7 +70,7 @@ def draw(results: dict[str, Any], picture: Path) -> Path:
             panel.set_ylabel(f'{target} top-1 (%)')
             panel.set_title('target: ridge on frozen features', fontsize=10)
         for panel in (*panels[: len(targets)], source_panel):
-            panel.axvline(results['temporal_start_epoch'], color=GREY, linestyle='-.', linewidth=1)
+            panel.axvline(results['temporal_start_epoch'], color=GRAY, linestyle='-.', linewidth=1)
             panel.set_xlabel('epoch (dash-dotted: CTC starts its temporal stage)')
         source_panel.set_ylabel(f'{results["source"]} top-1 (%)')
         source_panel.set_title('source: the model itself, on validation rows', fontsize=10)
@@ -87,16 +87,16 @@ def draw(results: dict[str, Any], picture: Path) -> Path:
 
 def _over_epochs(ax: Axes, found: Curve, index: int, label: str) -> None:
     epochs, means, halves = found
-    ax.plot(epochs, means, color=COLOURS[index], marker=MARKERS[index], markersize=4, label=label)
+    ax.plot(epochs, means, color=COLORS[index], marker=MARKERS[index], markersize=4, label=label)
     # no accuracy lies outside of 0 to 100, where an interval of few seeds may reach
     bounds = ([min(max(mean + side * half, 0.0), 100.0) for mean, half in zip(means, halves)] for side in (-1, 1))
-    ax.fill_between(epochs, *bounds, color=COLOURS[index], alpha=0.15, linewidth=0)
+    ax.fill_between(epochs, *bounds, color=COLORS[index], alpha=0.15, linewidth=0)
 
 
 def _across(ax: Axes, source: Curve, target: Curve, index: int) -> None:
     x, y = source[1], target[1]
-    ax.plot(x, y, color=COLOURS[index], marker=MARKERS[index], markersize=4, linewidth=1.2, alpha=0.7)
+    ax.plot(x, y, color=COLORS[index], marker=MARKERS[index], markersize=4, linewidth=1.2, alpha=0.7)
     ax.errorbar(
         x[-1:], y[-1:], xerr=source[2][-1:], yerr=target[2][-1:],
-        color=COLOURS[index], marker='*', markersize=15, markeredgecolor='black', capsize=3, zorder=5,
+        color=COLORS[index], marker='*', markersize=15, markeredgecolor='black', capsize=3, zorder=5,
     )  # fmt: skip

@@ -10,15 +10,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .zoo import registry as _registry
+from .models import registry as _registry
 
 if TYPE_CHECKING:
-    from .backbones import feature_dim, features_and_logits
     from .contrast.losses import InstanceDiscriminationLoss, TemporalContrastLoss
     from .contrast.negatives import NegativeSampler
     from .contrast.task import CTCTask
-    from .errors import UserError
-    from .zoo.publish import publish
+    from .hub.publish import publish
+    from .models.backbones import feature_dim, features_and_logits
+    from .utils.errors import UserError
 
 __version__ = '0.1.0'
 __all__ = [
@@ -37,10 +37,10 @@ _HOME = {
     'InstanceDiscriminationLoss': '.contrast.losses',
     'NegativeSampler': '.contrast.negatives',
     'TemporalContrastLoss': '.contrast.losses',
-    'UserError': '.errors',
-    'feature_dim': '.backbones',
-    'features_and_logits': '.backbones',
-    'publish': '.zoo.publish',
+    'UserError': '.utils.errors',
+    'feature_dim': '.models.backbones',
+    'features_and_logits': '.models.backbones',
+    'publish': '.hub.publish',
 }
 
 _registry.register_all()

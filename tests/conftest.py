@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from runs import ROOT, TINY, Ended, forget_processes, write_folder
 
-from ctc_timm.arguments import Parser, parse
-from ctc_timm.training.flags import add_arguments
+from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.training_flags import add_arguments
 
 pytest_plugins = ['hub_fixtures']
 settings.register_profile(

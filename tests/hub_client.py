@@ -117,7 +117,9 @@ class Client:
 
     def command(self, *argv: str, **env: str) -> Done:
         """Run `ctc-timm`."""
-        return self('import sys; sys.argv[0] = "ctc-timm"; from ctc_timm.cli import script; script()', *argv, **env)
+        return self(
+            'import sys; sys.argv[0] = "ctc-timm"; from ctc_timm.cli.commands import script; script()', *argv, **env
+        )
 
 
 def start_forker() -> subprocess.Popen:

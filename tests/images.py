@@ -40,10 +40,10 @@ def odd_images() -> dict[str, tuple[bytes, np.ndarray, int]]:
     """By file name: its bytes, the RGB pixels that are in it, and how far a lossy format may be off them."""
     pixels = picture()
     image = Image.fromarray(pixels)
-    grey = pixels[..., 0]
-    three = np.repeat(grey[..., None], 3, axis=2)
+    gray = pixels[..., 0]
+    three = np.repeat(gray[..., None], 3, axis=2)
     cmyk = np.zeros((32, 32, 4), np.uint8)
-    cmyk[..., :3] = 255 - pixels  # no black: each ink takes away its own colour
+    cmyk[..., :3] = 255 - pixels  # no black: each ink takes away its own color
     deep = np.random.default_rng(1).integers(0, 2**16, (32, 32), dtype=np.uint16)
     deep_rgb = np.random.default_rng(2).integers(0, 2**16, (32, 32, 3), dtype=np.uint16)
     lines = b''.join(b'\0' + row.astype('>u2').tobytes() for row in deep_rgb)
@@ -52,22 +52,22 @@ def odd_images() -> dict[str, tuple[bytes, np.ndarray, int]]:
     frames = [Image.fromarray(picture(seed)) for seed in range(3)]
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    bits = grey > 127
+    bits = gray > 127
     return {
-        'grey.png': (encoded(Image.fromarray(grey), 'PNG'), three, 0),
-        'grey.jpg': (encoded(Image.fromarray(grey), 'JPEG', quality=95), three, 12),
-        'grey alpha.png': (encoded(Image.fromarray(grey).convert('LA'), 'PNG'), three, 0),
+        'gray.png': (encoded(Image.fromarray(gray), 'PNG'), three, 0),
+        'gray.jpg': (encoded(Image.fromarray(gray), 'JPEG', quality=95), three, 12),
+        'gray alpha.png': (encoded(Image.fromarray(gray).convert('LA'), 'PNG'), three, 0),
         'alpha.png': (encoded(image.convert('RGBA'), 'PNG'), pixels, 0),
         'one bit.png': (encoded(Image.fromarray(bits), 'PNG'), np.repeat(bits[..., None] * 255, 3, axis=2), 0),
         'cmyk.jpg': (encoded(Image.fromarray(cmyk, 'CMYK'), 'JPEG', quality=95), pixels, 24),
-        '16 bit grey.png': (encoded(Image.fromarray(deep), 'PNG'), np.repeat(deep[..., None] >> 8, 3, axis=2), 0),
+        '16 bit gray.png': (encoded(Image.fromarray(deep), 'PNG'), np.repeat(deep[..., None] >> 8, 3, axis=2), 0),
         '16 bit.png': (png(32, 32, 16, 2, lines), deep_rgb >> 8, 0),
         'palette.png': (encoded(palette, 'PNG', transparency=bytes([0, 128] * 8)), table[np.asarray(palette)], 0),
         'palette one clear.png': (encoded(palette, 'PNG', transparency=3), table[np.asarray(palette)], 0),
         'animated gif.png': (
             encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:]),
             picture(0),
-            96,  # of 256 colours
+            96,  # of 256 colors
         ),
         'animated webp.png': (
             encoded(frames[0], 'WEBP', save_all=True, append_images=frames[1:], lossless=True),

@@ -37,7 +37,7 @@ def write_voc(folder: Path, train: int = 6, val: int = 3) -> Path:
 
 
 def write_ade(folder: Path, train: int = 4, val: int = 2) -> Path:
-    """Blocks in ADE's layout: classes count from 1, a pixel of each mask is unlabelled."""
+    """Blocks in ADE's layout: classes count from 1, a pixel of each mask is unlabeled."""
     for part, count in (('training', train), ('validation', val)):
         (folder / 'images' / part).mkdir(parents=True)
         (folder / 'annotations' / part).mkdir(parents=True)

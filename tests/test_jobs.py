@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from runs import ROOT
 
-from ctc_timm.errors import RunError
+from ctc_timm.utils.errors import RunError
 
 # Appends its word to its file; then fails, or waits until it is told to stop, if that is its word.
 STEP = """

@@ -15,8 +15,8 @@ import pytest
 from runs import ROOT
 from scipy import stats
 
-from ctc_timm.arguments import Parser, parse
-from ctc_timm.training.flags import add_arguments
+from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.training_flags import add_arguments
 
 DOCS = ROOT / 'docs'
 STORED = sorted((DOCS / 'results').glob('tradeoff_*.json'))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.arguments import Parser, load_recipe, parse, run_script
+from ctc_timm.cli.flags import Parser, load_recipe, parse, run_script
 from ctc_timm.training.finetune import finetune
 from ctc_timm.training.finetune_flags import add_arguments
 
-DIGITS = Path(__file__).resolve().parents[1] / 'recipes' / 'finetune_digits.yaml'
+DIGITS = Path(__file__).resolve().parents[1] / 'ctc_timm' / 'recipes' / 'finetune_digits.yaml'
 
 
 def of_the_digits(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sharding import Split, gather_rows
+from .sharding import BankShard, gather_rows
 
 BANK_DTYPES = (torch.float32, torch.bfloat16)
 NO_DIRECTION = 1e-8  # the length of a vector that has none
@@ -28,11 +28,11 @@ def new_bank(
     embed_dim: int,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float32,
-    split: Split | None = None,
+    split: BankShard | None = None,
 ) -> Tensor:
     """Random unit vectors, one per training image.
 
-    Uniform in a cube before normalisation, as the paper's code starts its banks.
+    Uniform in a cube before normalization, as the paper's code starts its banks.
 
     Args:
         num_instances: N.
@@ -59,7 +59,7 @@ def new_bank(
 
 @torch.no_grad()
 def momentum_update(
-    bank: Tensor, index_B: Tensor, embedding_BE: Tensor, momentum: float, split: Split | None = None
+    bank: Tensor, index_B: Tensor, embedding_BE: Tensor, momentum: float, split: BankShard | None = None
 ) -> None:
     """bank[index] <- normalize(momentum * bank[index] + (1 - momentum) * embedding), in place.
 
@@ -100,7 +100,7 @@ class BankUpdates(nn.Module):
     """A module whose banks are updated by the embeddings of the steps that used them.
 
     At once, after each loss in training mode; or, with `hold_updates`, when `apply_updates` says that the
-    optimiser has stepped, so that a step of several batches is one step for the banks too, and `drop_updates`
+    optimizer has stepped, so that a step of several batches is one step for the banks too, and `drop_updates`
     leaves no trace of a step that was not taken.
 
     Args:
@@ -108,15 +108,15 @@ class BankUpdates(nn.Module):
         split: Of split banks.
     """
 
-    def __init__(self, momentum: float, split: Split | None) -> None:
+    def __init__(self, momentum: float, split: BankShard | None) -> None:
         super().__init__()
         self.momentum = momentum
         self.split = split
-        self.hold_updates = False
+        self.defer_updates = False
         self._held: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def _update(self, bank: str, index_B: Tensor, embedding_BE: Tensor) -> None:
-        if self.hold_updates:
+        if self.defer_updates:
             self._held.setdefault(bank, []).append((index_B, embedding_BE.detach()))
         else:
             momentum_update(getattr(self, bank), index_B, embedding_BE, self.momentum, self.split)
@@ -128,6 +128,6 @@ class BankUpdates(nn.Module):
             momentum_update(getattr(self, bank), index_B, embedding_BE, self.momentum, self.split)
         self._held = {}
 
-    def drop_updates(self) -> None:
+    def discard_updates(self) -> None:
         """Forget what is held."""
         self._held = {}

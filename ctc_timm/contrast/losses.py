@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import streaming
+from . import blockwise as streaming
 from .banks import BankUpdates, momentum_update, new_bank
 from .embeddings import check_settings, embed, no_autocast
 from .negatives import WHOLE_BANK_RATIO, OtherClasses
-from .sharding import Split, across_processes, fetch_rows
+from .sharding import BankShard, across_processes, fetch_rows
 
 EPS = 1e-7
 _COUNTED_AT_ONCE = 4096
@@ -51,7 +51,7 @@ class InstanceDiscriminationLoss(BankUpdates):
             there already. The loss stays what it is with a whole bank.
 
     Attributes:
-        projector: Linear, D -> E. The published code never hands it to the optimiser, so that it stays a fixed
+        projector: Linear, D -> E. The published code never hands it to the optimizer, so that it stays a fixed
             random projection; `CTCTask` does likewise by default.
         bank: [N, E], unit rows; of a split bank [N / P, E] and not in the module's state.
         split: The share, or None.
@@ -74,7 +74,7 @@ class InstanceDiscriminationLoss(BankUpdates):
         split_banks: bool = False,
     ) -> None:
         check_settings(feature_dim, num_instances, embed_dim, temperature, momentum, bank_dtype)
-        super().__init__(momentum, Split.of_processes(num_instances) if split_banks else None)
+        super().__init__(momentum, BankShard.of_processes(num_instances) if split_banks else None)
         self.num_instances = num_instances
         self.temperature = temperature
         self.projector = nn.Linear(feature_dim, embed_dim)
@@ -134,7 +134,7 @@ class TemporalContrastLoss(BankUpdates):
         out = exp(<bank[rows], v> / temperature) / normalizer        with rows = [index, negatives]
         loss = -mean_b( log(p / (p + q + eps)) + sum_k log(q / (n_k + q + eps)) ),   q = K / N
 
-    and the two directions are added. A normalizer is set once, by the first step, to N * mean(unnormalised out).
+    and the two directions are added. A normalizer is set once, by the first step, to N * mean(unnormalized out).
 
         loss = TemporalContrastLoss(feature_dim=512, num_instances=50_000)
         loss.refresh(features_BD, index_B)                     # once, over the whole training set
@@ -186,7 +186,7 @@ class TemporalContrastLoss(BankUpdates):
             raise ValueError(
                 f'temperature must be at least 0.012 here, exp(1 / temperature) overflows; got {temperature}'
             )
-        super().__init__(momentum, Split.of_processes(num_instances) if split_banks else None)
+        super().__init__(momentum, BankShard.of_processes(num_instances) if split_banks else None)
         self.num_instances = num_instances
         self.num_negatives = num_negatives
         self.temperature = temperature
@@ -237,7 +237,7 @@ class TemporalContrastLoss(BankUpdates):
             ValueError: Negatives that are neither [B, K], [R] nor None.
         """
         if not torch.compiler.is_compiling():
-            self.look_at_normalizers()
+            self.sync_normalizer_flag()
         positives_B = index_B if positives_B is None else positives_B
         with no_autocast(present_BD):
             present_BE = embed(present_BD, self.present_projector)
@@ -255,7 +255,7 @@ class TemporalContrastLoss(BankUpdates):
                 self._update('past_bank', index_B, past_BE)
         return loss
 
-    def look_at_normalizers(self) -> None:
+    def sync_normalizer_flag(self) -> None:
         """Note whether the normalizers are set; waits for the device only where they were written since last time."""
         now = tuple((n, n._version) for n in (self.present_normalizer, self.past_normalizer))
         if len(self._seen) != 2 or any(a is not b or x != y for (a, x), (b, y) in zip(now, self._seen)):
@@ -344,7 +344,7 @@ class TemporalContrastLoss(BankUpdates):
         return (positive_B + negative_B).mean()
 
     def _powers(self, queries_BE: Tensor, bank: Tensor, rows: _Rows) -> Tensor:
-        """Sum of the negatives' unnormalised densities, [B]."""
+        """Sum of the negatives' unnormalized densities, [B]."""
         if rows.own_BK is not None:
             return streaming.exponential_sums_gathered(queries_BE, bank, rows.own_BK, self.temperature)
         return streaming.exponential_sums(queries_BE, bank, rows.shared_R, rows.use_BR, self.temperature)
@@ -357,7 +357,7 @@ class TemporalContrastLoss(BankUpdates):
 
 
 def _look_again(loss: TemporalContrastLoss, _: Any) -> None:
-    loss.look_at_normalizers()
+    loss.sync_normalizer_flag()
 
 
 def _multiplicity(negatives_BK: Tensor, num_instances: int) -> Tensor:

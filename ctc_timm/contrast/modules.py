@@ -11,12 +11,12 @@ from typing import Any
 from timm.models import group_parameters
 from torch import Tensor, nn
 
-from ..backbones import features_and_logits
+from ..models.backbones import features_and_logits
 from .losses import InstanceDiscriminationLoss, TemporalContrastLoss
 from .negatives import Draw
 
 
-class Body(nn.Module):
+class Backbone(nn.Module):
     """A timm model whose forward gives features and logits, so that both can be compiled and wrapped as one."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -28,7 +28,7 @@ class Body(nn.Module):
         return features_and_logits(self.model, images)
 
 
-class Trainable(nn.Module):
+class CTCModule(nn.Module):
     """All that has gradients: the model and both losses' projectors, one module so that DDP sees one forward.
 
     The banks are left out of DDP's buffer broadcast: every process already holds the same ones, see `banks`.
@@ -36,7 +36,7 @@ class Trainable(nn.Module):
 
     def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: TemporalContrastLoss) -> None:
         super().__init__()
-        self.body = Body(model)
+        self.body = Backbone(model)
         self.instance = instance
         self.temporal = temporal
         self._ddp_params_and_buffers_to_ignore = [
@@ -61,7 +61,7 @@ class Trainable(nn.Module):
         return logits_BC, contrast
 
     def no_weight_decay(self) -> set[str]:
-        """The model's own exceptions, under this module's names (read by timm's optimiser factory)."""
+        """The model's own exceptions, under this module's names (read by timm's optimizer factory)."""
         model: Any = self.body.model
         exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
         return {f'body.model.{name}' for name in exempt}

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .sharding import Split, gather_rows
+from .sharding import BankShard, gather_rows
 
 MODES = ('sampled', 'shared', 'all')
 POSITIVES = ('exact', 'relaxed')
@@ -116,7 +116,7 @@ class NegativeSampler:
         seed: int = 42,
         rank: int = 0,
         device: torch.device | str = 'cpu',
-        split: Split | None = None,
+        split: BankShard | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f'negatives must be one of {", ".join(MODES)}, got {mode!r}')

@@ -39,7 +39,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Split:
+class BankShard:
     """Which rows of a bank this process holds: row n lies with process n mod P, at place n // P there.
 
     Dealing rows out in turn and not in runs matters where images are sorted by class, as in folders of images: a
@@ -64,7 +64,7 @@ class Split:
             raise ValueError(f'a bank of {self.num_instances} rows cannot be split over {self.world} processes')
 
     @classmethod
-    def of_processes(cls, num_instances: int) -> Split:
+    def of_processes(cls, num_instances: int) -> BankShard:
         """The split over the processes that train together; over this one alone where there are no others."""
         if not across_processes():
             return cls(num_instances)
@@ -108,6 +108,6 @@ class Split:
         return all_G[self.rank * size : (self.rank + 1) * size]
 
 
-def fetch_rows(bank: Tensor, index_B: Tensor, split: Split | None) -> Tensor:
+def fetch_rows(bank: Tensor, index_B: Tensor, split: BankShard | None) -> Tensor:
     """Rows by their numbers in the whole bank, [B, E], wherever they lie."""
     return bank[index_B] if split is None else split.fetch(bank, index_B)

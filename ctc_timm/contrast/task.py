@@ -17,11 +17,11 @@ from timm.task.classification import resolve_classification_loss
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor
 
-from ..backbones import feature_dim
+from ..models.backbones import feature_dim
 from .losses import InstanceDiscriminationLoss, TemporalContrastLoss
-from .modules import Body, Trainable
+from .modules import Backbone, CTCModule
 from .negatives import NegativeSampler
-from .sharding import Split
+from .sharding import BankShard
 
 _logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class CTCTask(TrainingTask):
         self.instance_weight = instance_weight
         self.temporal_weight = temporal_weight
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
-        self.split = Split.of_processes(num_instances) if split_banks else None
+        self.split = BankShard.of_processes(num_instances) if split_banks else None
         self.sampler = NegativeSampler(
             labels, num_negatives, negatives, positives, seed=seed, rank=rank, device=self.device, split=self.split
         )
@@ -131,8 +131,8 @@ class CTCTask(TrainingTask):
         temporal = TemporalContrastLoss(
             dim, num_instances, embed_dim, num_negatives, temporal_temperature, temporal_momentum, **banks
         )
-        self.trainable_module: nn.Module = Trainable(model, instance, temporal).to(self.device)
-        self.information_bank: Body | None = None
+        self.trainable_module: nn.Module = CTCModule(model, instance, temporal).to(self.device)
+        self.information_bank: Backbone | None = None
         self._compile_kwargs: dict[str, Any] | None = None
         if self.verbose:
             _logger.info(f'CTCTask: {num_instances} instances, D={dim}, E={embed_dim}, K={num_negatives} {negatives}')
@@ -152,19 +152,19 @@ class CTCTask(TrainingTask):
         """The temporal stage's loss."""
         return unwrap_model(self.trainable_module).temporal
 
-    def hold_updates(self, hold: bool = True) -> None:
+    def defer_updates(self, hold: bool = True) -> None:
         """Have the banks wait for `apply_updates` or `drop_updates`, see `banks.BankUpdates`."""
-        self.instance.hold_updates = self.temporal.hold_updates = hold
+        self.instance.defer_updates = self.temporal.defer_updates = hold
 
     def apply_updates(self) -> None:
         """Update the banks by the steps since the last time, where they wait for it."""
         self.instance.apply_updates()
         self.temporal.apply_updates()
 
-    def drop_updates(self) -> None:
+    def discard_updates(self) -> None:
         """Forget the steps since the last time, where the banks wait."""
-        self.instance.drop_updates()
-        self.temporal.drop_updates()
+        self.instance.discard_updates()
+        self.temporal.discard_updates()
 
     def train(self, mode: bool = True) -> CTCTask:
         """Set training mode; the information bank stays in evaluation mode."""
@@ -198,7 +198,7 @@ class CTCTask(TrainingTask):
                 assert self.information_bank is not None
                 with torch.no_grad():
                     past_BD, _ = self.information_bank(input)
-            self.temporal.look_at_normalizers()
+            self.temporal.sync_normalizer_flag()
             draw = self.sampler.draw(index, index.flip(0) if lam is not None else None)
             output, ctc_loss = self.trainable_module(input, index, lam, past_BD, draw)
             weight = self.temporal_weight
@@ -240,7 +240,7 @@ class CTCTask(TrainingTask):
 
     def _freeze(self) -> None:
         # Compiled or not is a property of the module that deepcopy would carry along; the copy is made plain.
-        bank = Body(deepcopy(self.model)).requires_grad_(False).eval()
+        bank = Backbone(deepcopy(self.model)).requires_grad_(False).eval()
         if self._compile_kwargs is not None:
             bank.compile(**self._compile_kwargs)
         self.information_bank = bank
@@ -321,7 +321,7 @@ class CTCTask(TrainingTask):
         }
 
     @torch.no_grad()
-    def load_rows(self, name: str, rows_RE: Tensor, held: Split) -> None:
+    def load_rows(self, name: str, rows_RE: Tensor, held: BankShard) -> None:
         """Take over what of another process's rows lies here; with the rows of all of them a bank is whole again.
 
         Args:
@@ -335,7 +335,7 @@ class CTCTask(TrainingTask):
         bank = self.banks()[name]
         if rows_RE.shape != (held.num_rows, bank.shape[1]):
             raise RuntimeError(f'{name} has shape {tuple(rows_RE.shape)}, not {(held.num_rows, bank.shape[1])}')
-        here = (self.split or Split(held.num_instances)).rows(bank.device)
+        here = (self.split or BankShard(held.num_instances)).rows(bank.device)
         theirs, place = held.find(here)
         bank[theirs] = rows_RE.to(bank)[place[theirs]]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .arrays import CropAndFlip, on_arrays
 from .indexed import IndexedDataset
 

@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 NAME = 'digits'
 NUM_CLASSES = 10

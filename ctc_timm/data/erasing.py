@@ -22,7 +22,7 @@ def erase(erasing: RandomErasing, images_BCHW: Tensor, keys: Iterable[tuple[int,
 
     Args:
         erasing: Its fill is drawn on its `device`.
-        images_BCHW: Normalised.
+        images_BCHW: Normalized.
         keys: Epoch and index of each image.
         seed: Of the run.
     """

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler, get_worker_info
 
-from .reading import NamingDataset
-from .reading import UnreadableError as UnreadableError
+from .decoding import NamingDataset
+from .decoding import UnreadableError as UnreadableError
 
 
 class IndexedDataset(NamingDataset):

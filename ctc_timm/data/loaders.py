@@ -12,8 +12,8 @@ from timm.data.loader import PrefetchLoader
 from torch.utils.data import Dataset, IterableDataset
 
 from . import workers
-from .flags import worker_count
-from .reading import NamingDataset
+from .decoding import NamingDataset
+from .settings import worker_count
 
 
 def create_eval_loader(
@@ -93,7 +93,7 @@ class _Watched(_Batches):
         self._tell = tell
 
     def __iter__(self) -> Iterator[Any]:
-        with workers.told():
+        with workers.translate_errors():
             yield from self._loader
         if self._tell:
             self._loader.dataset.tell_unread()

@@ -14,7 +14,7 @@ from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .splits import Source
+from .datasets import DatasetSplit
 
 
 def stratified_order(labels_N: Tensor, seed: int) -> Tensor:
@@ -55,7 +55,7 @@ def draw(labels_N: Tensor, count: int, seed: int) -> Tensor:
     return stratified_order(labels_N, seed)[: max(count, len(labels_N.unique()))].sort().values
 
 
-def part_of(source: Source, index_n: Tensor) -> Source:
+def part_of(source: DatasetSplit, index_n: Tensor) -> DatasetSplit:
     """Some images of a split as a split of its own.
 
     An unreadable image is replaced by the next one of the part, not of the whole.

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import RunError, UserError, one_line
+from ..utils.errors import RunError, UserError, one_line
 
 _HINTS = {
     'Killed': 'the usual reason is that the memory ran out; try fewer --workers',
@@ -32,7 +32,7 @@ def is_death(error: BaseException) -> bool:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Turn what PyTorch raises about its workers into errors of one line.
 
     Raises:

@@ -25,7 +25,7 @@ def train_transform(img_size: int, hflip: float, scale: Sequence[float], mean: S
         img_size: S.
         hflip: Probability of a flip.
         scale: Range of the image's size over that which fits the canvas.
-        mean: Of the channels, of 1; the border's colour, so that it is zero when normalised.
+        mean: Of the channels, of 1; the border's color, so that it is zero when normalized.
 
     Returns:
         To a float image in 0 to 1, [3, S, S], with boxes cut to it; those of less than a pixel go, and their labels.
@@ -46,7 +46,7 @@ class FitCanvas:
 
     Args:
         img_size: S.
-        mean: Of the channels, of 1; the border's colour.
+        mean: Of the channels, of 1; the border's color.
     """
 
     def __init__(self, img_size: int, mean: Sequence[float]) -> None:

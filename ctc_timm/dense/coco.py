@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
-from ..errors import UserError, nearest, one_line
+from ..utils.errors import UserError, nearest, one_line
 
 NEEDED = "needs the package pycocotools; pip install 'ctc-timm[dense]'"
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..measure.plots.style import BLUE, COLOURS, GREEN, MARKERS, drawing, literal, save
-from ..training.run_folder import RunFolder
+from ..measure.plots.style import BLUE, COLORS, GREEN, MARKERS, drawing, literal, save
+from ..runs import Run
 
 # isort: split
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 
-def plot_fitting(run: RunFolder, columns: Sequence[str]) -> Path:
+def plot_fitting(run: Run, columns: Sequence[str]) -> Path:
     """Draw training loss, metrics and learning rate of each epoch.
 
     Args:
@@ -34,7 +34,7 @@ def plot_fitting(run: RunFolder, columns: Sequence[str]) -> Path:
             if not seen:  # say, no object of that size
                 continue
             x, y = [int(row['epoch']) for row in seen], [float(row[f'eval_{name}']) for row in seen]
-            look = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i % len(MARKERS)], 'markersize': 3}
+            look = {'color': COLORS[i % len(COLORS)], 'marker': MARKERS[i % len(MARKERS)], 'markersize': 3}
             middle.plot(x, y, label=literal(name), **look)
         middle.set_ylabel('validation')
         middle.legend(ncols=2, fontsize=8)

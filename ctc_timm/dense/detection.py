@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ..data import workers
-from ..data.flags import worker_count
-from ..errors import UserError
+from ..data.settings import worker_count
 from ..measure.results import table, write_json
-from ..progress import progress_bar
-from . import coco_metrics, fitting_flags
+from ..utils.errors import UserError
+from ..utils.progress import progress_bar
+from . import coco_metrics
+from . import settings as fitting_flags
 from .augment import FitCanvas, collate, train_transform
 from .coco import CocoDataset, CocoSplit, decode_mask, open_coco, require_objects, same_categories
 from .detectors import create_detector, extra_levels
@@ -116,8 +117,8 @@ class Detection:
         torch.manual_seed(args.seed)
         self.pyramid = fitting_flags.open_pyramid(args, extra_levels(args.detector, args.fpn_channels))
         if self.pyramid.in_chans != 3:
-            raise UserError(f'--model: takes images of {self.pyramid.in_chans} channels, detection has colour images')
-        mean, std = fitting_flags.normalisation(args, self.pyramid)
+            raise UserError(f'--model: takes images of {self.pyramid.in_chans} channels, detection has color images')
+        mean, std = fitting_flags.normalization(args, self.pyramid)
         self.model = create_detector(
             args.detector,
             self.pyramid,
@@ -215,7 +216,7 @@ def find(
     )
     by_id = {image['id']: image for image in dataset.split.images}
     category_ids = [category['id'] for category in dataset.split.categories]
-    with workers.told(), torch.no_grad():
+    with workers.translate_errors(), torch.no_grad():
         for images, targets in progress_bar(loader, 'validation', accelerator):
             with accelerator.autocast():
                 outputs = model([image.to(accelerator.device) for image in images])

@@ -17,7 +17,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
-from ..errors import UserError, nearest, one_line
+from ..utils.errors import UserError, nearest, one_line
 from .pyramid import Pyramid
 
 DETECTORS = ('fasterrcnn', 'maskrcnn', 'retinanet')

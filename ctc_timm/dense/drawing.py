@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..measure.plots.style import COLOURS, drawing, literal, save
+from ..measure.plots.style import COLORS, drawing, literal, save
 
 # isort: split
 from matplotlib import pyplot as plt
@@ -36,7 +36,7 @@ def draw_detections(
         threshold: Detections of a lower score are left out.
     """
     count = len(images)
-    colours = {number: COLOURS[i % len(COLOURS)] for i, number in enumerate(sorted(names))}
+    colors = {number: COLORS[i % len(COLORS)] for i, number in enumerate(sorted(names))}
     with drawing():
         figure, panels = plt.subplots(2, count, figsize=(2.4 * count, 5.2), squeeze=False)
         for i, image in enumerate(images):
@@ -46,18 +46,18 @@ def draw_detections(
                 ax.set_axis_off()
                 ax.autoscale(False)  # a box that reaches beyond the image doesn't shrink it
                 for row in rows:
-                    _draw(ax, row, colours[row['category_id']], names)
+                    _draw(ax, row, colors[row['category_id']], names)
                 if i == 0:
                     ax.set_title(title, fontsize=10, loc='left', pad=12)
         return save(figure, picture)
 
 
-def _draw(ax: Axes, row: dict[str, Any], colour: str, names: dict[int, str]) -> None:
+def _draw(ax: Axes, row: dict[str, Any], color: str, names: dict[int, str]) -> None:
     left, top, width, height = row['bbox']
-    ax.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=1.5))
+    ax.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=color, linewidth=1.5))
     label = literal(names[row['category_id']]) + (f' {row["score"]:.2f}' if 'score' in row else '')
-    ax.text(left, top, label, color='white', fontsize=7, va='bottom', bbox={'facecolor': colour, 'pad': 0.8, 'lw': 0})
+    ax.text(left, top, label, color='white', fontsize=7, va='bottom', bbox={'facecolor': color, 'pad': 0.8, 'lw': 0})
     if 'score' in row and isinstance(row.get('segmentation'), dict):
         from pycocotools import mask
 
-        ax.contour(mask.decode(row['segmentation']), levels=[0.5], colors=[colour], linewidths=1)
+        ax.contour(mask.decode(row['segmentation']), levels=[0.5], colors=[color], linewidths=1)

@@ -22,17 +22,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import workers
-from ..data.flags import worker_count
 from ..data.indexed import EpochBatches, random_state_kept, seed_transforms
-from ..errors import UserError
-from ..progress import clock, progress_bar
-from ..training import checkpoints, models, optimization, report, schedules
-from ..training.loaders import steps_per_epoch
-from ..training.position import Position
-from ..training.run_folder import RunFolder, keep_interval, refuse_overwriting, run_name
-from ..training.steps import Steps
-from ..training.stopping import StopSignal
-from ..training.sync_bn import share_statistics, synchronise
+from ..data.settings import worker_count
+from ..data.training_loader import steps_per_epoch
+from ..models import creation as models
+from ..runs import Run, keep_interval, refuse_overwriting, run_name
+from ..training import checkpoints, optimization, report, schedules
+from ..training.position import TrainState
+from ..training.signals import StopSignal
+from ..training.step import Steps
+from ..training.sync_bn import share_statistics, synchronize
+from ..utils.errors import UserError
+from ..utils.progress import clock, progress_bar
 from .curves import plot_fitting
 from .pyramid import Pyramid, tell_layers
 
@@ -108,9 +109,9 @@ class Fitting:
         self.args, self.accelerator, self.columns = args, accelerator, tuple(columns)
         self._evaluate_module = evaluate
         found = checkpoints.find_resume(args)
-        run = checkpoints.run_of_state(found.state) if found.state else RunFolder(Path(args.output) / run_name(args))
+        run = checkpoints.run_of_state(found.state) if found.state else Run(Path(args.output) / run_name(args))
         refuse_overwriting(run, args, found.state)
-        self.run = RunFolder(broadcast_object_list([str(run.path)])[0])  # its name holds the time
+        self.run = Run(broadcast_object_list([str(run.path)])[0])  # its name holds the time
         world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
         self.facts = {'mode': args.mode, 'body': pyramid.name, **(facts or {})}
 
@@ -118,7 +119,7 @@ class Fitting:
             models.checkpoint_gradients(getattr(pyramid.body, 'model', None), pyramid.name)
         if args.layer_decay is not None:
             tell_layers(module, pyramid)
-        self.module = (synchronise(module, device) if args.sync_bn and world > 1 else module).to(device)
+        self.module = (synchronize(module, device) if args.sync_bn and world > 1 else module).to(device)
         self.task = _Task(self.module, loss, device)
         self.batches = EpochBatches(len(train), args.batch_size, args.seed, rank, world)
         if not len(self.batches):
@@ -145,10 +146,10 @@ class Fitting:
         random_seed(args.seed, 1 + rank)
         self.steps = Steps(args, accelerator, self.task, self.optimizer, None, 0)
         self.stop = StopSignal()
-        self.at = Position()
+        self.at = TrainState()
         if found.state:
             self._resume(found)
-        with checkpoints.together(accelerator, f'{self.run.path} cannot be written to'):
+        with checkpoints.raise_on_all_ranks(accelerator, f'{self.run.path} cannot be written to'):
             if accelerator.is_main_process:
                 self.run.clear_up(self.at.epoch, self.at.batch)
                 if not found.state:
@@ -156,10 +157,10 @@ class Fitting:
         if args.log_with:
             report.start_trackers(accelerator, args)
 
-    def _resume(self, found: checkpoints.Found) -> None:
+    def _resume(self, found: checkpoints.ResumePoint) -> None:
         assert found.state is not None
         progress, own = checkpoints.load_state(self.accelerator, self.task, found.state, self.facts)
-        self.at = Position.of(progress, own, self._global_batch, self.args.grad_accum_steps, self.accelerator.device)
+        self.at = TrainState.of(progress, own, self._global_batch, self.args.grad_accum_steps, self.accelerator.device)
         for damaged in found.damaged:
             self.say(f'{damaged}; going on from the state before')
         within = f', batch {self.at.batch}' if self.at.batch else ''
@@ -235,7 +236,7 @@ class Fitting:
         bar.total = total
         self.schedule.step(epoch, min(at.batch // accumulate, self.steps_per_epoch - 1))
         in_step = 0
-        with workers.told():
+        with workers.translate_errors():
             for batch in bar:
                 parts = min(accumulate, total - at.batch // accumulate * accumulate)
                 last_of_step = (at.batch + 1) % accumulate == 0 or at.batch + 1 == total
@@ -257,7 +258,7 @@ class Fitting:
         return {'loss': float('nan'), **numbers, 'bad_steps': at.bad_steps}
 
     def _update(self, epoch: int, batches: int, ask: bool) -> bool:
-        """One optimiser step; whether to stop after it."""
+        """One optimizer step; whether to stop after it."""
         at = self.at
         at.updates += 1
         step = self.steps.update(at.updates, self.stop.received is not None, ask)
@@ -299,7 +300,7 @@ class Fitting:
             at.best = (value, epoch)
         evaluation = {f'eval/{key}': value for key, value in metrics.items()}
         self.accelerator.log({'epoch': epoch, **evaluation}, step=at.updates)
-        with checkpoints.together(self.accelerator, f'{self.run.path} cannot be written to'):
+        with checkpoints.raise_on_all_ranks(self.accelerator, f'{self.run.path} cannot be written to'):
             if self.accelerator.is_main_process:
                 self.run.log_epoch(epoch, train, {key: metrics.get(key, '') for key in self.columns}, lr)
                 self.run.log({'epoch': epoch, **train, **evaluation, 'lr': lr})
@@ -311,7 +312,7 @@ class Fitting:
         """Save the state, and drop the oldest ones."""
         progress = {**self.facts, **self.at.progress(self._global_batch, self.args.grad_accum_steps)}
         state = checkpoints.save_state(self.accelerator, self.task, self.run, progress, self.at.own())
-        with checkpoints.together(self.accelerator, f'{state} could not be checked'):
+        with checkpoints.raise_on_all_ranks(self.accelerator, f'{state} could not be checked'):
             if self.accelerator.is_main_process:
                 checkpoints.prune_states(self.run, state, self.args.checkpoint_hist)
 

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from timm.data import resolve_data_config
 from torch.utils.data import DataLoader, Subset
 
-from ..progress import progress_bar
-from ..sources import Loaded
+from ..models.loading import LoadedModel
+from ..utils.progress import progress_bar
 from . import coco_metrics
 from .augment import collate, train_transform
 from .coco import CocoDataset, CocoSplit, open_coco, require_objects, same_categories
@@ -94,7 +94,7 @@ class FrozenDetection:
             **files,
         }
 
-    def measure(self, loaded: Loaded, accelerator: Accelerator) -> dict[str, Any]:
+    def measure(self, loaded: LoadedModel, accelerator: Accelerator) -> dict[str, Any]:
         """Train heads on a body, and measure.
 
         Args:

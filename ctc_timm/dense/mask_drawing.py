@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Patch
 
 _LEGEND = 24  # classes
-_APART = 11  # classes that matplotlib's ten colours tell apart better than VOC's, which get ever darker
+_APART = 11  # classes that matplotlib's ten colors tell apart better than VOC's, which get ever darker
 
 
 def draw_masks(
@@ -37,14 +37,14 @@ def draw_masks(
         picture: Where it goes.
     """
     count = len(images)
-    colours = voc_palette()
+    colors = voc_palette()
     if len(names) <= _APART:
-        colours[1:_APART] = np.rint(255 * np.asarray(colormaps['tab10'].colors))  # type: ignore[attr-defined]
-    colours[IGNORE] = 255
+        colors[1:_APART] = np.rint(255 * np.asarray(colormaps['tab10'].colors))  # type: ignore[attr-defined]
+    colors[IGNORE] = 255
     with drawing():
         figure, panels = plt.subplots(3, count, figsize=(max(1.8 * count, 5), 6.2), squeeze=False)
         for i in range(count):
-            rows = (np.asarray(images[i]), colours[truths[i]], colours[predicted[i]])
+            rows = (np.asarray(images[i]), colors[truths[i]], colors[predicted[i]])
             for ax, pixels, title in zip(panels[:, i], rows, ('image', 'annotated', 'predicted')):
                 ax.imshow(pixels, cmap='gray', interpolation='nearest')
                 ax.set_axis_off()
@@ -52,6 +52,6 @@ def draw_masks(
                     ax.set_title(title, fontsize=10, loc='left')
         present = sorted({int(k) for mask in (*truths, *predicted) for k in np.unique(mask)} - {IGNORE})
         if len(present) <= _LEGEND:
-            patches = [Patch(facecolor=colours[k] / 255, edgecolor='grey', label=literal(names[k])) for k in present]
+            patches = [Patch(facecolor=colors[k] / 255, edgecolor='gray', label=literal(names[k])) for k in present]
             figure.legend(handles=patches, loc='outside lower center', ncols=min(len(patches), 6), fontsize=8)
         return save(figure, picture)

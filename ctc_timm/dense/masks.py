@@ -2,7 +2,7 @@
 
 VOC: `ImageSets/Segmentation/SPLIT.txt` names the images of a split, `JPEGImages/NAME.jpg` are the images and
 `SegmentationClass/NAME.png` their masks. ADE: `images/training/NAME.jpg` and `annotations/training/NAME.png`,
-likewise `validation`. A mask holds a class for every pixel, in a PNG of grey values or with a palette, whose colours
+likewise `validation`. A mask holds a class for every pixel, in a PNG of gray values or with a palette, whose colors
 don't matter. A file `classes.txt` beside them may name the classes, a line each.
 
 H, W: of an image. K: classes.
@@ -23,8 +23,8 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 
-from ..data.reading import read_image
-from ..errors import UserError, one_line
+from ..data.decoding import read_image
+from ..utils.errors import UserError, one_line
 
 IGNORE = 255  # in the masks that datasets give
 MOST_CLASSES = 255
@@ -50,12 +50,12 @@ class Coding:
         """The classes in a mask's file, [H, W], int32, -1 for pixels that don't count.
 
         Raises:
-            UserError: Not an image, or one of colours.
+            UserError: Not an image, or one of colors.
         """
         try:
             with Image.open(path) as opened:
                 if opened.mode not in ('1', 'L', 'P', 'I', 'I;16'):
-                    raise UserError(f'{path}: has colours ({opened.mode}), not a class for each pixel (L or P)')
+                    raise UserError(f'{path}: has colors ({opened.mode}), not a class for each pixel (L or P)')
                 values = np.asarray(opened).astype(np.int32)
         except UserError:
             raise
@@ -94,18 +94,18 @@ class MaskSplit:
         pairs: Image and mask.
         names: Of the K classes.
         coding: Of the mask files.
-        unlabelled: Images without a pixel that counts; they are kept.
+        unlabeled: Images without a pixel that counts; they are kept.
     """
 
     folder: Path
     pairs: list[tuple[Path, Path]]
     names: list[str]
     coding: Coding
-    unlabelled: int
+    unlabeled: int
 
     def told(self) -> str:
         """The split in a line."""
-        more = f', {self.unlabelled} without a pixel that counts' if self.unlabelled else ''
+        more = f', {self.unlabeled} without a pixel that counts' if self.unlabeled else ''
         return f'{len(self.pairs):,} images, {len(self.names)} classes{more}'
 
 
@@ -141,7 +141,7 @@ def open_masks(
     if num_classes is not None and names and len(names) != num_classes:
         raise UserError(f'--num-classes {num_classes}: {root / "classes.txt"} names {len(names)} classes')
     known = num_classes or len(names) or None
-    highest, unlabelled = -1, []
+    highest, unlabeled = -1, []
     todo = [(i, *pair) for i, pairs in enumerate(found) for pair in pairs]
     empty = [0] * len(found)
     for which, image, mask in progress(todo):
@@ -153,11 +153,11 @@ def open_masks(
     for pairs, none in zip(found, empty):
         if none == len(pairs):
             raise UserError(f'{pairs[0][1].parent}: no mask of the split has a pixel that counts')
-        unlabelled.append(none)
+        unlabeled.append(none)
     names = names or [str(i) for i in range(known or highest + 1)]
     if len(names) < 2:
         raise UserError(f'--data-dir {folder}: the masks show {len(names)} class; segmentation needs two')
-    return [MaskSplit(root, pairs, names, coding, none) for pairs, none in zip(found, unlabelled)]
+    return [MaskSplit(root, pairs, names, coding, none) for pairs, none in zip(found, unlabeled)]
 
 
 def _layout(root: Path) -> str:
@@ -272,7 +272,7 @@ def mask_transform(img_size: int, hflip: float, scale: tuple[float, float], mean
         img_size: Side of the canvas.
         hflip: Probability of a flip.
         scale: Range of the image's size over that which fits the canvas.
-        mean: Of the channels, of 1; the border's colour. The border doesn't count.
+        mean: Of the channels, of 1; the border's color. The border doesn't count.
 
     Returns:
         To a float image in 0 to 1 and a mask of the same size.
@@ -285,9 +285,9 @@ def mask_transform(img_size: int, hflip: float, scale: tuple[float, float], mean
 
 
 def voc_palette() -> np.ndarray:
-    """The colours of VOC's masks by class, [256, 3], uint8: the bits of a class go round red, green and blue."""
+    """The colors of VOC's masks by class, [256, 3], uint8: the bits of a class go round red, green and blue."""
     classes = np.arange(256)
-    colours = np.zeros((256, 3), dtype=np.uint8)
+    colors = np.zeros((256, 3), dtype=np.uint8)
     for bit in range(8):
-        colours[:, bit % 3] |= ((classes >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
-    return colours
+        colors[:, bit % 3] |= ((classes >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
+    return colors

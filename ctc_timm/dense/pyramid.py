@@ -33,10 +33,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from ..backbones import architecture
-from ..errors import UserError, nearest, one_line
-from ..outside import file_name
-from ..sources import Loaded, load_model
+from ..models.backbones import architecture
+from ..models.loading import LoadedModel, load_model
+from ..utils.errors import UserError, nearest, one_line
+from ..utils.text import file_name
 
 LEVELS = 4
 FACTORS = (4, 2, 1, 0.5)  # of a level's sides over those of the only stride's maps
@@ -66,7 +66,7 @@ class Pyramid(nn.Module):
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedModel,
         img_size: int,
         out_channels: int = 256,
         extra: ExtraFPNBlock | None = None,
@@ -110,7 +110,7 @@ class Pyramid(nn.Module):
         """The levels, by '0' for the finest, '1', ..., and the extra ones by torchvision's names for them.
 
         Args:
-            images: [B, channels, S, S], normalised.
+            images: [B, channels, S, S], normalized.
 
         Returns:
             [B, out_channels, S / stride, S / stride] each.
@@ -234,7 +234,7 @@ def create_pyramid(
             near = nearest(source, timm.list_models())
             raise UserError(f'{flag} {source}: --from-scratch takes a timm name{near}')
         try:
-            loaded = Loaded(timm.create_model(source, **options), file_name(source), 'random', None, {})
+            loaded = LoadedModel(timm.create_model(source, **options), file_name(source), 'random', None, {})
         except Exception as error:
             raise UserError(f'{flag} {source}: {one_line(error)}') from None
     else:
@@ -243,7 +243,7 @@ def create_pyramid(
 
 
 def tell_layers(module: nn.Module, pyramid: Pyramid) -> None:
-    """Give a module the body's layers, by the methods that timm's optimiser factory asks a model for.
+    """Give a module the body's layers, by the methods that timm's optimizer factory asks a model for.
 
     The body's parameters are grouped as timm groups those of the plain model; all others, which are new, are one
     group after them, with the full learning rate.

@@ -1,6 +1,6 @@
 """Scenes of handwritten digits, for detection and segmentation where nothing else is named.
 
-scikit-learn's digits, enlarged to several sizes and painted in light colours on dark crops of scikit-learn's two
+scikit-learn's digits, enlarged to several sizes and painted in light colors on dark crops of scikit-learn's two
 sample photographs, by a seed. Training scenes hold digits of the training split on the left part of the photographs,
 validation scenes digits of the validation split on the right part. Digits keep clear of each other, so each mask is
 whole, and a box is that of its mask. They are written as the folders that readers of COCO, VOC and ADE read.
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.digits import NUM_CLASSES, DigitsReader
-from ..errors import UserError
+from ..utils.errors import UserError
 from .masks import voc_palette
 
 VERSION = 1  # of what a seed gives; the default folder is named after it
@@ -172,7 +172,7 @@ def write_scenes(
     Layouts share the folder, their names in it don't clash. COCO: `annotations/instances_{train,val}.json`, `train/`,
     `val/`. VOC: `JPEGImages/`, `SegmentationClass/`, `ImageSets/Segmentation/{train,val}.txt`. ADE:
     `images/{training,validation}/`, `annotations/{training,validation}/`, with background as class 1 and nothing
-    unlabelled. `classes.txt` names the classes of the semantic masks, a line each.
+    unlabeled. `classes.txt` names the classes of the semantic masks, a line each.
 
     Args:
         folder: Must not exist, or be empty.

@@ -17,11 +17,12 @@ from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Subset
 
 from ..data import workers
-from ..data.flags import worker_count
-from ..errors import UserError
+from ..data.settings import worker_count
 from ..measure.results import table, write_json
-from ..progress import progress_bar
-from . import fitting_flags, mask_metrics
+from ..utils.errors import UserError
+from ..utils.progress import progress_bar
+from . import mask_metrics
+from . import settings as fitting_flags
 from .augment import FitCanvas, collate
 from .fitting import Fitting
 from .mask_drawing import draw_masks
@@ -58,7 +59,7 @@ def segment(args: argparse.Namespace) -> dict[str, Any]:
         'weights': segmentation.pyramid.weights,
         'data': str(train.folder),
         'images': {'train': len(train.pairs), 'val': len(val.pairs)},
-        'unlabelled': {'train': train.unlabelled, 'val': val.unlabelled},
+        'unlabeled': {'train': train.unlabeled, 'val': val.unlabeled},
         'classes': val.names,
         'epoch': fitting.at.epoch - 1,
         'best': fitting.at.best,
@@ -118,7 +119,7 @@ class Segmentation:
         if self.pyramid.in_chans not in (1, 3):
             raise UserError(f'--model: takes images of {self.pyramid.in_chans} channels; use one of 1 or 3')
         self.mode = 'RGB' if self.pyramid.in_chans == 3 else 'L'
-        self.mean, std = fitting_flags.normalisation(args, self.pyramid)
+        self.mean, std = fitting_flags.normalization(args, self.pyramid)
         self.model = Segmenter(args.head, self.pyramid, len(train.names), self.mean, std, args.head_channels)
         transform = mask_transform(args.img_size, args.hflip, tuple(args.scale), self.mean)
         self.fitting = Fitting(
@@ -157,7 +158,7 @@ class Segmentation:
             collate_fn=collate,
             generator=torch.Generator(),  # workers' seeds must not draw from the program's random state
         )
-        with workers.told():
+        with workers.translate_errors():
             for images, targets in progress_bar(loader, 'validation', self.accelerator):
                 with self.accelerator.autocast():
                     scores_BKSS = model(torch.stack(images).to(device))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from ..errors import UserError
-from ..sources import named_source
-from . import fitting_flags
+from ..models.loading import named_source
+from ..utils.errors import UserError
+from . import settings as fitting_flags
 from .pyramid import Pyramid
 
 HEADS = ('fpn', 'deeplabv3')

@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..arguments import Parser, non_negative_int, positive_int
-from ..data.flags import data_config
-from ..data.splits import open_split
-from ..errors import UserError, nearest
-from ..processes import add_precision_arguments, create_accelerator
-from ..progress import outer_bar
-from ..sources import data_flags, load_model, run_arguments
+from ..cli.flags import Parser, non_negative_int, positive_int
+from ..data.datasets import open_split
+from ..data.settings import data_config
+from ..models.loading import data_flags, load_model, run_arguments
+from ..utils.distributed import add_precision_arguments, create_accelerator
+from ..utils.errors import UserError, nearest
+from ..utils.progress import outer_bar
 from .information import ESTIMATORS
 from .plots.dynamics import by_trajectory, first_column, plot_dynamics
 from .plots.training import stage_change
-from .points import PUBLISHED, DetectionPoint, Point, Weights
+from .points import PUBLISHED, CheckpointEvaluation, DetectionEvaluation, Weights
 from .probes import METHODS
 from .results import RowStore, table, write_csv, write_json
-from .targets import COCO, OpenSplit, Target, add_target_arguments, coco_folders, open_targets, target_names
+from .transfer_sets import COCO, OpenSplit, TransferSet, add_target_arguments, coco_folders, open_targets, target_names
 
 if TYPE_CHECKING:
     from ..dense.frozen import FrozenDetection
@@ -195,7 +195,7 @@ def _open_detection(name: str, args: argparse.Namespace) -> FrozenDetection:
 
 def _measure_run(
     run: KeptRun,
-    targets: list[Target],
+    targets: list[TransferSet],
     detections: dict[str, FrozenDetection],
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -211,13 +211,13 @@ def _measure_run(
             config = data_config(args, weights.loaded.model)
         for target in (None, *targets):
             split = target.test if target else run.source
-            point = Point(weights, split.images(config), target, config, args, accelerator)
+            point = CheckpointEvaluation(weights, split.images(config), target, config, args, accelerator)
             stage = run.stage(epoch)
             about = {'set': 'target' if target else 'source', 'dataset': target.name if target else run.source_name}
             rows.append({'run': run.name, 'epoch': epoch, 'stage': stage, **about, **point.row(store)})
             bar.update()
         for name, detection in detections.items():
-            own = DetectionPoint(weights, detection, accelerator).row(store)
+            own = DetectionEvaluation(weights, detection, accelerator).row(store)
             about = {'set': 'detection', 'dataset': name}
             rows.append({'run': run.name, 'epoch': epoch, 'stage': run.stage(epoch), **about, **own})
             bar.update()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UserError, nearest
+from ..utils.errors import UserError, nearest
 
 MIN_IMAGES = 32
 Progress = Callable[[int, int], None]
@@ -98,17 +98,17 @@ def numbers_of(values: Tensor) -> Tensor:
 
 def standardized(values_ND: Tensor) -> Tensor:
     """Each coordinate with mean zero and deviation one; a constant one becomes zero. [N, D]"""
-    centred_ND = values_ND - values_ND.mean(dim=0)
-    deviation_D = centred_ND.square().mean(dim=0).sqrt()
+    centerd_ND = values_ND - values_ND.mean(dim=0)
+    deviation_D = centerd_ND.square().mean(dim=0).sqrt()
     # What is left of a constant after rounding must not be blown up to a deviation of one.
     constant_D = deviation_D <= 1e-6 * values_ND.abs().amax(dim=0)
-    return torch.where(constant_D, 0.0, centred_ND / deviation_D.masked_fill(constant_D, 1.0))
+    return torch.where(constant_D, 0.0, centerd_ND / deviation_D.masked_fill(constant_D, 1.0))
 
 
 def batch_means_error(values: Sequence[float], batches: int = 20) -> float:
     """Standard error of the mean of an autocorrelated series, by non-overlapping batch means.
 
-    Neighbouring values of a training curve resemble each other, so deviation / sqrt(number) would claim too much.
+    Neighboring values of a training curve resemble each other, so deviation / sqrt(number) would claim too much.
     The means of long enough stretches are nearly independent; their deviation over sqrt(stretches) is the error.
 
     Args:

@@ -11,7 +11,7 @@ from timm.data.loader import PrefetchLoader
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 
-from ..progress import progress_bar
+from ..utils.progress import progress_bar
 
 
 class PerClassEvaluator(ClassificationEvaluator):

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ..backbones import check_input, features_and_logits
+from ..data.datasets import DatasetSplit
 from ..data.loaders import create_eval_loader, keep_batches
-from ..data.splits import Source
 from ..data.subsets import draw, part_of
-from ..errors import UserError
-from ..progress import progress_bar
-from ..sources import Loaded
-from ..weights_file import HASH, tensors_hash
+from ..models.backbones import check_input, features_and_logits
+from ..models.loading import LoadedModel
+from ..runs import HASH, tensors_hash
+from ..utils.errors import UserError
+from ..utils.progress import progress_bar
 
 KEPT_BYTES = 2 * 2**30  # decoded images of a split that stay in memory for the next model
 
@@ -68,7 +68,7 @@ class SplitImages:
 
     def __init__(
         self,
-        source: Source,
+        source: DatasetSplit,
         args: argparse.Namespace,
         config: dict[str, Any],
         accelerator: Accelerator,
@@ -104,7 +104,7 @@ class SplitImages:
         return by_process.transpose(0, 1).flatten(0, 1)[: self.count].cpu()
 
     def pixels(self, side: int = 32) -> Tensor:
-        """The images as vectors, [N, P], normalised as the model sees them.
+        """The images as vectors, [N, P], normalized as the model sees them.
 
         Args:
             side: Larger images are averaged down to this height and width.
@@ -118,7 +118,7 @@ class SplitImages:
 
 
 def features_of(
-    loaded: Loaded, images: SplitImages, accelerator: Accelerator, cache: Path | None, logits: bool = False
+    loaded: LoadedModel, images: SplitImages, accelerator: Accelerator, cache: Path | None, logits: bool = False
 ) -> Features:
     """The features of a model on a split, from the cache if they are there.
 
@@ -172,7 +172,7 @@ def weights_hash(model: nn.Module) -> str:
     return tensors_hash(model.state_dict())
 
 
-def _identity(source: Source) -> str:
+def _identity(source: DatasetSplit) -> str:
     """sha256 over what tells whether the images of a split are still the same, without reading them."""
     digest = hashlib.sha256()
     if source.labels_N is not None:

@@ -14,11 +14,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .probes import predict, score_columns
 from .scores import METRICS, Score, point_scores
 from .selection import cross_folds
-from .sets import Labelled, check_sets, class_label
+from .sets import Labeled, check_sets, class_label
 
 _MOST_FOLDS = 5
 
@@ -47,8 +47,8 @@ class FewShotResult:
 
 def few_shot(
     method: str,
-    train: Labelled,
-    test: Labelled,
+    train: Labeled,
+    test: Labeled,
     num_classes: int,
     shots: Sequence[int],
     seeds: Sequence[int],
@@ -105,7 +105,7 @@ def few_shot(
 
 
 def check_shots(
-    train: Labelled, shots: Sequence[int], what: str = 'the target', class_names: Sequence[str] | None = None
+    train: Labeled, shots: Sequence[int], what: str = 'the target', class_names: Sequence[str] | None = None
 ) -> None:
     """Refuse numbers of shots that some class can't give.
 

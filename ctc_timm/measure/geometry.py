@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .sets import BLOCK_ROWS, check_finite, exact_mean, gram, unit_rows, with_float64
 
 _EPS = torch.finfo(torch.float64).eps
@@ -63,7 +63,7 @@ def measure_geometry(features_ND: Tensor, labels_N: Tensor, what: str = 'the fea
 
 
 def effective_rank(features_ND: Tensor) -> float:
-    """Number of directions the features fill: exp of the entropy of the normalised singular values.
+    """Number of directions the features fill: exp of the entropy of the normalized singular values.
 
     Of the features less their mean (Roy & Vetterli 2007, definition 1). The singular values are roots of the
     covariance's eigenvalues, of which those at the level of rounding count as zero.

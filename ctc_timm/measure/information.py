@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..errors import UserError, nearest
+from ..utils.errors import UserError, nearest
 from .estimates import Estimate, Progress, Values
 from .neural import MINE_PRESETS, infonce, mine, smile
 from .renyi import Renyi

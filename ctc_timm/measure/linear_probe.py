@@ -10,18 +10,18 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..arguments import KeyValues, Parser, non_negative_int, positive_int
-from ..data.flags import data_config
-from ..processes import add_precision_arguments, create_accelerator
-from ..progress import outer_bar
-from ..sources import Loaded, add_source_arguments, load_model, named_source
+from ..cli.flags import KeyValues, Parser, non_negative_int, positive_int
+from ..data.settings import data_config
+from ..models.loading import LoadedModel, add_source_arguments, load_model, named_source
+from ..utils.distributed import add_precision_arguments, create_accelerator
+from ..utils.progress import outer_bar
 from .features import features_of
 from .few_shot import few_shot
 from .plots.probes import plot_probes
 from .probes import METHODS, probe
 from .results import table, write_csv, write_json
-from .sets import Labelled
-from .targets import Target, add_target_arguments, open_targets, target_names
+from .sets import Labeled
+from .transfer_sets import TransferSet, add_target_arguments, open_targets, target_names
 
 
 def add_arguments(parser: Parser) -> None:
@@ -79,8 +79,8 @@ def linear_probe(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _probe_target(
-    loaded: Loaded,
-    target: Target,
+    loaded: LoadedModel,
+    target: TransferSet,
     config: dict[str, Any],
     folder: Path,
     args: argparse.Namespace,
@@ -91,7 +91,7 @@ def _probe_target(
     cache = None if args.no_cache else (loaded.run or Path('results') / loaded.name) / 'features'
     splits = (target.train.images(config), target.test.images(config))
     train, test = (
-        Labelled(features.features_ND, features.labels_N)
+        Labeled(features.features_ND, features.labels_N)
         for features in (features_of(loaded, images, accelerator, cache) for images in splits)
     )
     results: dict[str, Any] = {
@@ -117,7 +117,7 @@ def _probe_target(
 
 
 def _rows(
-    train: Labelled, test: Labelled, target: Target, args: argparse.Namespace, accelerator: Accelerator, bar: tqdm
+    train: Labeled, test: Labeled, target: TransferSet, args: argparse.Namespace, accelerator: Accelerator, bar: tqdm
 ) -> Iterator[dict[str, Any]]:
     """A row for each probe, then one for each probe and number of shots."""
     about: dict[str, Any] = {

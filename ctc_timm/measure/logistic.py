@@ -1,12 +1,12 @@
 """Multinomial logistic regression with an L2 penalty, by L-BFGS along a path of strengths.
 
-The features are centred and divided by one number, the root of their mean variance u, and no further: scaling each
+The features are centerd and divided by one number, the root of their mean variance u, and no further: scaling each
 feature by itself would blow up nearly dead ones, and would measure other features than the model gives. With x the
-features so scaled, W and b minimise
+features so scaled, W and b minimize
 
     mean_i cross_entropy(x_i W + b, y_i) + strength / 2 |W|^2,
 
-the bias unpenalised. scikit-learn's `LogisticRegression` minimises C sum_i cross_entropy + |W|^2 / 2, the same with
+the bias unpenalized. scikit-learn's `LogisticRegression` minimizes C sum_i cross_entropy + |W|^2 / 2, the same with
 C = 1 / (N strength). For two classes it fits one logit where there are two here, of half the size each, and its C is
 2 / (N strength).
 
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .sets import Labelled, gram
+from .sets import Labeled, gram
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -11, -1))  # 10 down to 1e-5
 DEFAULT_STRENGTH = 1.0  # the best or near it with one image a class, on digits and on CIFAR-10
@@ -34,7 +34,7 @@ _MAX_ITERATIONS = 1000
 
 
 def solve(
-    train: Labelled, num_classes: int, strengths: Sequence[float], exact: bool = True
+    train: Labeled, num_classes: int, strengths: Sequence[float], exact: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logistic regression along strengths, each started from the last, a `selection.PathSolver`.
 
@@ -55,7 +55,7 @@ def solve(
     weights_PR = scaled_RN.new_zeros(len(present_P), len(variance_R))
     bias_P = scaled_RN.new_zeros(len(present_P))
     for strength in strengths:
-        _minimise(weights_PR, bias_P, scaled_RN, labels_N, variance_R, strength, tolerance)
+        _minimize(weights_PR, bias_P, scaled_RN, labels_N, variance_R, strength, tolerance)
         weights_DC = scaled_RN.new_zeros(len(mean_D), num_classes)
         bias_C = scaled_RN.new_full((num_classes,), -torch.inf)
         weights_DC[:, present_P] = axes_DR @ weights_PR.T
@@ -86,7 +86,7 @@ def _principal(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _minimise(
+def _minimize(
     weights_PR: Tensor,
     bias_P: Tensor,
     scaled_RN: Tensor,

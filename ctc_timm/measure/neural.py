@@ -16,16 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError, nearest
-from .bounds import (
-    MovingAverage,
-    donsker_varadhan,
-    infonce_bound,
-    jensen_shannon,
-    mine_loss,
-    off_diagonal,
-    smile_bound,
-)
+from ..utils.errors import UserError, nearest
+from .bounds import MovingAverage, donsker_varadhan, infonce_bound, jensen_shannon, mine_loss, off_diagonal, smile_bound
 from .estimates import Estimate, Progress, Values, batch_means_error, numbers_of, paired, settings_from, standardized
 
 EVALUATE_EVERY = 5  # steps between two looks at the held-out images
@@ -110,7 +102,7 @@ class Objective(nn.Module):
 
     @abstractmethod
     def loss(self, scores: Tensor) -> Tensor:
-        """What is minimised, a scalar."""
+        """What is minimized, a scalar."""
 
 
 class PairObjective(Objective):

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from ..sources import Loaded, load_model
+from ..models.loading import LoadedModel, load_model
 from .features import Features, SplitImages, features_of
 from .geometry import measure_geometry
 from .information import create_estimator
 from .probes import probe, score_columns
 from .results import RowStore
 from .scores import bootstrap_scores
-from .sets import Labelled, check_finite
-from .targets import Target
+from .sets import Labeled, check_finite
+from .transfer_sets import TransferSet
 
 if TYPE_CHECKING:
     from ..dense.frozen import FrozenDetection
@@ -51,12 +51,12 @@ class Weights:
         return hashlib.sha256(self.file.read_bytes()).hexdigest()
 
     @cached_property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> LoadedModel:
         """The model."""
         return load_model(str(self.file), flag='RUN')
 
 
-class Point:
+class CheckpointEvaluation:
     """One set seen by one epoch's weights.
 
     Args:
@@ -72,7 +72,7 @@ class Point:
         self,
         weights: Weights,
         images: SplitImages,
-        target: Target | None,
+        target: TransferSet | None,
         config: dict[str, Any],
         args: argparse.Namespace,
         accelerator: Accelerator,
@@ -143,7 +143,7 @@ class Point:
     def _probe(self, method: str) -> dict[str, Any]:
         assert self.target is not None
         train = self._features(self.target.train.images(self.config), logits=False)
-        fitted, measured = (Labelled(part.features_ND, part.labels_N) for part in (train, self._test))
+        fitted, measured = (Labeled(part.features_ND, part.labels_N) for part in (train, self._test))
         what = f'--target {self.target.name}, {self.weights.file}'
         row: dict[str, Any] = {'num_train': len(fitted), 'num_test': len(measured)}
         classes = self.target.num_classes
@@ -171,7 +171,7 @@ class Point:
         return row
 
 
-class DetectionPoint:
+class DetectionEvaluation:
     """One epoch's frozen body under a detector.
 
     Args:

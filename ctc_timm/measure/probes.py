@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import logistic, ridge
-from .neighbours import NEIGHBOURS, neighbour_votes
+from .knn import NEIGHBORS, neighbor_votes
 from .scores import Score, bootstrap_scores, point_scores
 from .selection import fit, one_split
-from .sets import Labelled, check_sets, with_float64
+from .sets import Labeled, check_sets, with_float64
 from .sgd import train_head
 
 METHODS = ('ridge', 'logistic', 'knn', 'sgd')
@@ -32,7 +32,7 @@ class Prediction:
         method: `ridge`, `logistic`, `knn-1`, `knn-5`, `knn-20`, `sgd-last` or `sgd-best`.
         logits_MC: Class scores, for `knn` the votes, [M, C], where they were computed.
         settings: What was chosen: `strength` and `selection_accuracy` (percent, None when the training set was too
-            small to hold images out), `neighbours` (fewer than asked for when there are fewer training images), or
+            small to hold images out), `neighbors` (fewer than asked for when there are fewer training images), or
             `epoch`.
         curve: For `sgd`, test top-1 after each epoch, percent.
     """
@@ -65,8 +65,8 @@ def score_columns(scores: dict[str, Score]) -> dict[str, float | None]:
 
 def probe(
     method: str,
-    train: Labelled,
-    test: Labelled,
+    train: Labeled,
+    test: Labeled,
     num_classes: int,
     seed: int = 0,
     device: torch.device | str = 'cpu',
@@ -75,7 +75,7 @@ def probe(
 ) -> list[ProbeResult]:
     """Fit a probe on frozen features and score it on test images.
 
-        for result in probe('ridge', Labelled(train_ND, labels_N), Labelled(test_MD, labels_M), num_classes=10):
+        for result in probe('ridge', Labeled(train_ND, labels_N), Labeled(test_MD, labels_M), num_classes=10):
             print(result.row())
 
     Args:
@@ -90,7 +90,7 @@ def probe(
         class_names: Name of each class, for messages.
 
     Returns:
-        One result; three for `knn`, one a number of neighbours; two for `sgd`, the last and the best epoch.
+        One result; three for `knn`, one a number of neighbors; two for `sgd`, the last and the best epoch.
 
     Raises:
         UserError: See `check_sets`.
@@ -106,7 +106,7 @@ def probe(
 
 
 def ridge_scores(
-    train: Labelled, test: Labelled, num_classes: int, seed: int = 0, device: torch.device | str = 'cpu'
+    train: Labeled, test: Labeled, num_classes: int, seed: int = 0, device: torch.device | str = 'cpu'
 ) -> dict[str, float]:
     """The ridge probe's top-1, top-5 and mean per-class accuracy without intervals, cheap enough during training.
 
@@ -130,8 +130,8 @@ def ridge_scores(
 
 def predict(
     method: str,
-    train: Labelled,
-    test: Labelled,
+    train: Labeled,
+    test: Labeled,
     num_classes: int,
     fold_N: Tensor,
     seed: int = 0,
@@ -156,10 +156,9 @@ def predict(
     device = torch.device(device) if method in ('knn', 'sgd') else with_float64(device)
     train, test = train.to(device), test.to(device)
     if method == 'knn':
-        votes = neighbour_votes(train, test.features_ND, num_classes)
+        votes = neighbor_votes(train, test.features_ND, num_classes)
         return [
-            Prediction(f'knn-{k}', votes_MC, {'neighbours': min(k, len(train))})
-            for k, votes_MC in zip(NEIGHBOURS, votes)
+            Prediction(f'knn-{k}', votes_MC, {'neighbors': min(k, len(train))}) for k, votes_MC in zip(NEIGHBORS, votes)
         ]
     if method == 'sgd':
         run = train_head(train, test, num_classes, seed)

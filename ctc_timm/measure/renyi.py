@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 from .estimates import Estimate, Progress, Values, labels_of, paired, settings_from, standardized
 
-WIDTHS = ('neighbours', 'median')
+WIDTHS = ('neighbors', 'median')
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RenyiSettings:
 
     Attributes:
         alpha: Order of the entropy; near 1 it is close to Shannon's.
-        width: Rule for the kernel's width, for x and t each from its own distances: 'neighbours', the mean distance
+        width: Rule for the kernel's width, for x and t each from its own distances: 'neighbors', the mean distance
             of an image to its 10 nearest others; 'median', the median distance of two images.
         width_factor: What the rule's width is multiplied by.
         standardize: Give each coordinate mean zero and deviation one first. Without, coordinates count by their scale,
@@ -39,7 +39,7 @@ class RenyiSettings:
     """
 
     alpha: float = 1.01
-    width: str = 'neighbours'
+    width: str = 'neighbors'
     width_factor: float = 1.0
     standardize: bool = False
     shuffles: int = 0
@@ -63,9 +63,9 @@ class RenyiSettings:
 
 def squared_distances(values_ND: Tensor) -> Tensor:
     """Squared Euclidean distances of all rows, [N, N]; exactly zero for equal rows."""
-    centred_ND = values_ND - values_ND.mean(dim=0)
-    square_N = centred_ND.square().sum(dim=1)
-    squared_NN = square_N[:, None] + square_N - 2 * centred_ND @ centred_ND.T
+    centerd_ND = values_ND - values_ND.mean(dim=0)
+    square_N = centerd_ND.square().sum(dim=1)
+    squared_NN = square_N[:, None] + square_N - 2 * centerd_ND @ centerd_ND.T
     # Equal rows come out as rounding noise of either sign.
     return squared_NN.masked_fill(squared_NN <= 1e-12 * square_N.max(), 0.0).fill_diagonal_(0.0)
 
@@ -104,8 +104,8 @@ class _Variable:
         self.settings = settings
         self.labels_N = labels_N
         self.squared_NN = squared_NN  # empty where there are labels
-        labelled = labels_N is not None
-        self.gram_NN = squared_NN if labelled else gram(squared_NN, settings.width, settings.width_factor)
+        labeled = labels_N is not None
+        self.gram_NN = squared_NN if labeled else gram(squared_NN, settings.width, settings.width_factor)
 
     @classmethod
     def of(cls, values: Tensor, settings: RenyiSettings) -> _Variable:

@@ -1,10 +1,10 @@
 """Ridge regression onto one-hot classes: a linear probe in closed form, the whole path from one eigendecomposition.
 
-With the N images' features X and targets Y, both less their means, ridge regression minimises
+With the N images' features X and targets Y, both less their means, ridge regression minimizes
 
     |Y - X W|^2 / N + p |W|^2,    solved by    (X'X / N + p I) W = X'Y / N,
 
-and the bias, which is not penalised, is b = mean(Y) - mean(X) W. With X'X / N = V diag(e) V' every penalty p
+and the bias, which is not penalized, is b = mean(Y) - mean(X) W. With X'X / N = V diag(e) V' every penalty p
 shares the costly part:
 
     W = V diag(1 / (e + p)) V' X'Y / N.
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .sets import BLOCK_ROWS, Labelled, gram
+from .sets import BLOCK_ROWS, Labeled, gram
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(8, -13, -1))  # 1e4 down to 1e-6
 DEFAULT_STRENGTH = 10.0  # the best or near it with one image a class, on digits and on CIFAR-10
@@ -49,7 +49,7 @@ def ridge_path(features_ND: Tensor, targets_NC: Tensor, strengths_S: Tensor) -> 
 
 
 def solve(
-    train: Labelled, num_classes: int, strengths: Sequence[float], exact: bool = True
+    train: Labeled, num_classes: int, strengths: Sequence[float], exact: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Ridge classifiers along strengths, a `selection.PathSolver`; one is held at a time, and all are exact."""
     targets_NC = torch.eye(num_classes, device=train.labels_N.device)[train.labels_N]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .scores import ranks
-from .sets import Labelled
+from .sets import Labeled
 
 NEVER = -1
 
@@ -43,7 +43,7 @@ class PathSolver(Protocol):
     """Linear classifiers along a path of strengths, given and solved in that order."""
 
     def __call__(
-        self, train: Labelled, num_classes: int, strengths: Sequence[float], exact: bool
+        self, train: Labeled, num_classes: int, strengths: Sequence[float], exact: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights [D, C] and bias [C] for each strength; `exact` or just well enough to rank strengths."""
         ...
@@ -87,7 +87,7 @@ def cross_folds(labels_N: Tensor, folds: int, seed: int) -> Tensor:
 
 def fit(
     solve: PathSolver,
-    train: Labelled,
+    train: Labeled,
     num_classes: int,
     fold_N: Tensor,
     strengths: Sequence[float],

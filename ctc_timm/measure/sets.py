@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..utils.errors import UserError
 
 BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Features of images and the class of each.
 
     Attributes:
@@ -41,17 +41,17 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def take(self, chosen: Tensor) -> Labelled:
+    def take(self, chosen: Tensor) -> Labeled:
         """The images at these positions, or where this mask is true."""
-        return Labelled(self.features_ND[chosen], self.labels_N[chosen])
+        return Labeled(self.features_ND[chosen], self.labels_N[chosen])
 
-    def to(self, device: torch.device | str) -> Labelled:
+    def to(self, device: torch.device | str) -> Labeled:
         """The same on a device."""
-        return Labelled(self.features_ND.to(device), self.labels_N.to(device))
+        return Labeled(self.features_ND.to(device), self.labels_N.to(device))
 
 
 def check_sets(
-    train: Labelled, test: Labelled, num_classes: int, what: str, class_names: Sequence[str] | None = None
+    train: Labeled, test: Labeled, num_classes: int, what: str, class_names: Sequence[str] | None = None
 ) -> None:
     """Refuse sets on which no probe can be fitted or measured.
 
@@ -161,10 +161,10 @@ def gram(features_ND: Tensor) -> tuple[Tensor, Tensor]:
     count, size = features_ND.shape
     mean_D = exact_mean(features_ND)
     if count < size:
-        centred_ND = features_ND.double() - mean_D
-        return mean_D, centred_ND @ centred_ND.T / count
+        centerd_ND = features_ND.double() - mean_D
+        return mean_D, centerd_ND @ centerd_ND.T / count
     gram_DD = torch.zeros(size, size, dtype=torch.float64, device=features_ND.device)
     for block_BD in features_ND.split(BLOCK_ROWS):  # a float64 copy of all the features would be large
-        centred_BD = block_BD.double() - mean_D
-        gram_DD.addmm_(centred_BD.T, centred_BD)
+        centerd_BD = block_BD.double() - mean_D
+        gram_DD.addmm_(centerd_BD.T, centerd_BD)
     return mean_D, gram_DD / count

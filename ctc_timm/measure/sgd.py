@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .scores import point_scores
-from .sets import Labelled
+from .sets import Labeled
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.4, 0.9, 5e-4
 EPOCHS, BATCH_SIZE = 30, 512
@@ -39,10 +39,10 @@ class SgdRun:
     curve: tuple[float, ...]
 
 
-def train_head(train: Labelled, test: Labelled, num_classes: int, seed: int = 0) -> SgdRun:
+def train_head(train: Labeled, test: Labeled, num_classes: int, seed: int = 0) -> SgdRun:
     """Train a linear head by the published protocol.
 
-    The head starts as `torch.nn.Linear` initialises it after `torch.manual_seed(seed)`, and each epoch's order is the
+    The head starts as `torch.nn.Linear` initializes it after `torch.manual_seed(seed)`, and each epoch's order is the
     next `torch.randperm(N)`. Both are drawn on the CPU, the same for every device, and the caller's random state is
     left as it was. The learning rate changes once an epoch, 0.2 (1 + cos(pi e / 30)) in epoch e from 0.
 
@@ -50,7 +50,7 @@ def train_head(train: Labelled, test: Labelled, num_classes: int, seed: int = 0)
         train: What to train on.
         test: What to measure on, after each epoch.
         num_classes: C.
-        seed: Of initialisation and order.
+        seed: Of initialization and order.
     """
     device = train.features_ND.device
     features_ND, test_MD = train.features_ND.float(), test.features_ND.float()

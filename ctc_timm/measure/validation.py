@@ -8,14 +8,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..arguments import KeyValues, Parser, positive_int
-from ..backbones import check_input
-from ..data.flags import add_dataset_arguments, data_config
+from ..cli.flags import KeyValues, Parser, positive_int
+from ..data.datasets import DatasetSplit, check_labels, open_split
 from ..data.loaders import create_eval_loader
-from ..data.splits import Source, check_labels, open_split
-from ..outside import shown
-from ..processes import add_precision_arguments, create_accelerator
-from ..sources import Loaded, add_source_arguments, load_model, named_source
+from ..data.settings import add_dataset_arguments, data_config
+from ..models.backbones import check_input
+from ..models.loading import LoadedModel, add_source_arguments, load_model, named_source
+from ..utils.distributed import add_precision_arguments, create_accelerator
+from ..utils.text import sanitize
 from .evaluation import evaluate
 
 
@@ -72,9 +72,9 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _results(
-    loaded: Loaded,
+    loaded: LoadedModel,
     model: Any,
-    opened: Source,
+    opened: DatasetSplit,
     split: str,
     config: dict[str, Any],
     metrics: dict[str, Any],
@@ -115,7 +115,7 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
 
 def _table(results: dict[str, Any], folder: Path) -> str:
     worst = sorted(results['per_class'], key=lambda row: row['top1'])[:3]
-    hardest = ', '.join(f'{shown(row["name"])} {row["top1"]:.1f} %' for row in worst)
+    hardest = ', '.join(f'{sanitize(row["name"])} {row["top1"]:.1f} %' for row in worst)
     return (
         f'{results["model"]} ({results["weights"]}) on {results["num_images"]:,} images of {results["dataset"]}, '
         f'split {results["split"]}\n'

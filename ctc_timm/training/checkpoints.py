@@ -1,7 +1,7 @@
 """A run's states: everything a resume needs, whole or not there at all.
 
 epoch-0003              after epoch 3
-epoch-0004-step-000120  within epoch 4, after the run's 120th optimiser step
+epoch-0004-step-000120  within epoch 4, after the run's 120th optimizer step
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..arguments import non_negative_int, positive_int
-from ..contrast.sharding import Split
+from ..cli.flags import non_negative_int, positive_int
+from ..contrast.sharding import BankShard
 from ..contrast.task import CTCTask
-from ..errors import RunError, UserError, one_line
-from .durable import appear, damage, write_manifest
-from .run_folder import RunFolder, plain
+from ..runs import Run, plain
+from ..utils.errors import RunError, UserError, one_line
+from ..utils.files import appear, damage, write_manifest
 
 PROGRESS = 'progress.json'
 _SAME = ('model', 'source', 'checkpoint', 'dataset', 'data_dir', 'mode')  # of runs that one may continue by 'auto'
@@ -63,7 +63,7 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
         type=non_negative_int,
         default=0,
         metavar='N',
-        help='save the state every N optimiser steps, not only after each epoch',
+        help='save the state every N optimizer steps, not only after each epoch',
     )
     group.add_argument(
         '--keep-every',
@@ -74,14 +74,14 @@ def add_saving_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--log-interval', type=positive_int, default=50, metavar='N', help='batches between log lines')
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
     """The state to go on from, if any, and what is wrong with each newer one."""
 
     state: Path | None
     damaged: list[str]
 
 
-def states_of(run: RunFolder) -> list[Path]:
+def states_of(run: Run) -> list[Path]:
     """A run's states, the oldest first."""
     return sorted((p for p in run.states.glob('epoch-*') if _NAME.fullmatch(p.name)), key=_place)
 
@@ -94,7 +94,7 @@ def _place(state: Path) -> tuple[int, int]:
     return (epoch, step) if match[2] else (epoch + 1, 0)
 
 
-def _newest(run: RunFolder) -> Found:
+def _newest(run: Run) -> ResumePoint:
     """A run's newest state that is as it was written.
 
     Raises:
@@ -104,27 +104,27 @@ def _newest(run: RunFolder) -> Found:
     for state in reversed(states_of(run)):
         wrong = damage(state)
         if wrong is None:
-            return Found(state, damaged)
+            return ResumePoint(state, damaged)
         damaged.append(f'{state} is damaged: {wrong}')
     if damaged:
         raise UserError(
             f'--resume {run.path}: every state in it is damaged; {"; ".join(damaged)}; start anew in another '
             f'--experiment, from {run.path / "last.safetensors"} by --initial-checkpoint if you like'
         )
-    return Found(None, [])
+    return ResumePoint(None, [])
 
 
 def save_state(
-    accelerator: Accelerator, task: TrainingTask, run: RunFolder, progress: dict[str, Any], own: dict[str, Tensor]
+    accelerator: Accelerator, task: TrainingTask, run: Run, progress: dict[str, Any], own: dict[str, Tensor]
 ) -> Path:
     """Save all that a resume needs; the folder gets its name when it is complete and on the disk.
 
-    Accelerate saves the trained modules, the optimiser, the gradient scaler and the random states; beside
+    Accelerate saves the trained modules, the optimizer, the gradient scaler and the random states; beside
     them lie the information bank, each process's own numbers, each process's rows of split banks and the moving
     average. Every process writes into the folder, so that all machines must see it.
 
     Args:
-        accelerator: With the prepared module and optimiser.
+        accelerator: With the prepared module and optimizer.
         task: The task.
         run: Its folder.
         progress: Where the run stands, plain numbers and texts; 'epoch' and 'batch' are the next ones.
@@ -139,11 +139,11 @@ def save_state(
     within = f'epoch-{progress["epoch"]:04d}-step-{progress["updates"]:06d}'
     final = run.states / (within if progress['batch'] else f'epoch-{progress["epoch"] - 1:04d}')
     temporary = run.states / f'.{final.name}'
-    with together(accelerator, f'{final} could not be saved', temporary):
+    with raise_on_all_ranks(accelerator, f'{final} could not be saved', temporary):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-    with together(accelerator, f'{final} could not be saved', temporary):
+    with raise_on_all_ranks(accelerator, f'{final} could not be saved', temporary):
         accelerator.save_state(str(temporary))
         numbers = {**own, **_own_buffers(accelerator, task)}
         if isinstance(task, CTCTask):
@@ -158,14 +158,14 @@ def save_state(
             if task.has_ema():
                 save_file(_tensors(task.get_trainable_module(ema=True)), temporary / 'ema.safetensors')
             (temporary / PROGRESS).write_text(json.dumps(progress, indent=2), encoding='utf-8')
-    with together(accelerator, f'{final} could not be saved', temporary):
+    with raise_on_all_ranks(accelerator, f'{final} could not be saved', temporary):
         if accelerator.is_main_process:
             write_manifest(temporary)
             appear(temporary, final)
     return final
 
 
-def prune_states(run: RunFolder, newest: Path, keep: int) -> None:
+def prune_states(run: Run, newest: Path, keep: int) -> None:
     """Remove all but the latest so many states up to the newest, once that one is seen to be whole.
 
     Later ones are of a run that was taken up again before them, or damaged.
@@ -184,7 +184,7 @@ def prune_states(run: RunFolder, newest: Path, keep: int) -> None:
 
 
 @contextmanager
-def together(accelerator: Accelerator, what: str, leftover: Path | None = None) -> Iterator[None]:
+def raise_on_all_ranks(accelerator: Accelerator, what: str, leftover: Path | None = None) -> Iterator[None]:
     """Do something with files in every process, and fail in all of them where one fails.
 
     A process that went on alone would wait for the others for ever.
@@ -231,7 +231,7 @@ def load_state(
     """Continue from a state.
 
     Args:
-        accelerator: With the prepared module and optimiser.
+        accelerator: With the prepared module and optimizer.
         task: The task, as it is at the start of a run.
         state: Folder of `save_state`.
         expected: What must agree with the state: architecture, num_instances, ...
@@ -290,7 +290,7 @@ def _load_split_banks(task: CTCTask, state: Path) -> None:
     if bool(files) != (task.split is not None):
         raise ValueError(f'was saved {"with" if files else "without"} --split-banks; go on in the same way')
     for rank, file in enumerate(files):
-        held = Split(task.sampler.num_instances, rank, len(files))
+        held = BankShard(task.sampler.num_instances, rank, len(files))
         if task.split is None or (task.split.world == held.world and task.split.rank != rank):
             continue
         with safe_open(file, framework='pt') as rows:
@@ -314,14 +314,14 @@ def read_progress(state: Path, expected: dict[str, Any]) -> dict[str, Any]:
     return progress
 
 
-def find_resume(args: argparse.Namespace) -> Found:
+def find_resume(args: argparse.Namespace) -> ResumePoint:
     """The state that `--resume` means, or none to start afresh (only with 'auto').
 
     Raises:
         UserError: A path that is neither a run's folder nor one of its states; a damaged state.
     """
     if not args.resume:
-        return Found(None, [])
+        return ResumePoint(None, [])
     if args.resume == 'auto':
         return _newest_fitting(args)
     path = Path(args.resume)
@@ -330,32 +330,32 @@ def find_resume(args: argparse.Namespace) -> Found:
         if wrong is not None:
             run = run_of_state(path).path
             raise UserError(f'--resume {path}: is damaged: {wrong}; --resume {run} takes the newest good one')
-        return Found(path, [])
-    found = _newest(RunFolder(path)) if path.is_dir() else Found(None, [])
+        return ResumePoint(path, [])
+    found = _newest(Run(path)) if path.is_dir() else ResumePoint(None, [])
     if found.state is None:
         raise UserError(f'--resume {path}: no run with a saved state there; give a folder such as {args.output}/NAME')
     return found
 
 
-def _newest_fitting(args: argparse.Namespace) -> Found:
+def _newest_fitting(args: argparse.Namespace) -> ResumePoint:
     """With `--experiment` that run's newest state, else the newest among runs of the same model, data and mode."""
     if args.experiment:
-        return _newest(RunFolder(Path(args.output) / args.experiment))
+        return _newest(Run(Path(args.output) / args.experiment))
     fitting = []
     for file in Path(args.output).glob('*/args.yaml'):
-        run = RunFolder(file.parent)
+        run = Run(file.parent)
         states = states_of(run)
         if not states:
             continue
         same = run.args()
         if all(same.get(key) == plain(getattr(args, key, None)) for key in _SAME):
             fitting.append((states[-1].stat().st_mtime, run.path))
-    return _newest(RunFolder(max(fitting)[1])) if fitting else Found(None, [])
+    return _newest(Run(max(fitting)[1])) if fitting else ResumePoint(None, [])
 
 
-def run_of_state(state: Path) -> RunFolder:
+def run_of_state(state: Path) -> Run:
     """The run that a state belongs to."""
-    return RunFolder(state.resolve().parent.parent)
+    return Run(state.resolve().parent.parent)
 
 
 def _own_buffers(accelerator: Accelerator, task: TrainingTask) -> dict[str, Tensor]:

@@ -20,24 +20,26 @@ from timm.utils import random_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from ..backbones import architecture, has_classification_head
 from ..data import digits
-from ..data.flags import data_config
-from ..data.splits import Source, is_streaming, open_split
+from ..data import mixup as mixing
+from ..data.datasets import DatasetSplit, is_streaming, open_split
+from ..data.settings import data_config
 from ..data.subsets import draw, part_of
-from ..errors import UserError, one_line
 from ..measure.features import SplitImages, weights_hash
 from ..measure.probes import score_columns
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
-from ..measure.sets import Labelled, check_sets
-from ..measure.targets import slug
-from ..processes import create_accelerator
-from ..progress import clock
-from ..sources import Loaded, load_model, named_source
-from . import finetune_results, freezing, mixing, models
+from ..measure.sets import Labeled, check_sets
+from ..measure.transfer_sets import slug
+from ..models import creation as models
+from ..models.backbones import architecture, has_classification_head
+from ..models.loading import LoadedModel, load_model, named_source
+from ..utils.distributed import create_accelerator
+from ..utils.errors import UserError, one_line
+from ..utils.progress import clock
+from . import finetune_results, freezing
 from .finetune_flags import NOT_SETTINGS
-from .loop import Trainer
+from .trainer import Trainer
 
 
 def finetune(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class FineTuning:
         self.plans = [self._plan(f, args.seed + i) for f in fractions for i in range(args.seeds)]
         self._test_images: SplitImages | None = None
 
-    def _load(self) -> Loaded:
+    def _load(self) -> LoadedModel:
         args = self.args
         source, architecture, flag = named_source(args)
         loaded = load_model(source, architecture, flag, **models.model_options(args))
@@ -130,17 +132,17 @@ class FineTuning:
                 ) from None
         return loaded
 
-    def _default_folder(self, loaded: Loaded) -> Path:
+    def _default_folder(self, loaded: LoadedModel) -> Path:
         weights = Path(loaded.weights).stem
         name = slug(self.target) if loaded.run is None or weights == 'best' else f'{slug(self.target)}-{weights}'
         return (loaded.run or Path('results') / loaded.name) / self.method / name
 
-    def _check_classes(self, train: Source, test: Source) -> int:
+    def _check_classes(self, train: DatasetSplit, test: DatasetSplit) -> int:
         assert train.labels_N is not None and test.labels_N is not None
         classes = max(train.num_classes or 0, test.num_classes or 0)
         known = {**test.class_names, **train.class_names}
         names = [known.get(i, str(i)) for i in range(classes)]
-        fitted, measured = (Labelled(torch.empty(len(labels), 0), labels) for labels in (train.labels_N, test.labels_N))
+        fitted, measured = (Labeled(torch.empty(len(labels), 0), labels) for labels in (train.labels_N, test.labels_N))
         flag = '--dataset' if self.args.dataset else '--data-dir'
         check_sets(fitted, measured, classes, f'{flag} {self.target}', names)
         return classes
@@ -249,7 +251,7 @@ class FineTuning:
         trainer = self.trainer(plan)
         if self.accelerator.is_main_process:
             finetune_results.write_settings(self.folder, self.settings)
-        trainer.fit(brief=True)
+        trainer.fit(quiet=True)
         trained: Any = trainer.task.get_eval_model(ema=trainer.task.has_ema())
         logits_NC, labels_N = self._measure(trained, trainer.config)
         row: dict[str, Any] = {

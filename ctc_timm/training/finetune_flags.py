@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 
-from ..arguments import Parser, brief, non_negative_int, positive_int
-from ..data.flags import add_dataset_arguments
-from ..sources import add_source_arguments
-from . import flags, freezing, models
+from ..cli import training_flags as flags
+from ..cli.flags import Parser, brief, non_negative_int, positive_int
+from ..data.settings import add_dataset_arguments
+from ..models import creation as models
+from ..models.loading import add_source_arguments
+from . import freezing
 
 DEFAULTS = dict(
     epochs=10,

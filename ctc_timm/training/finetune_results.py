@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..measure.few_shot import mean_score
 from ..measure.probes import score_columns
 from ..measure.results import table, write_csv, write_json
 from ..measure.scores import METRICS
+from ..utils.errors import UserError
 
 FILE = 'results.json'
 SETTINGS = 'settings.json'
@@ -56,7 +56,7 @@ def write(folder: Path, about: dict[str, Any]) -> None:
     """
     found = [json.loads(file.read_text(encoding='utf-8')) for file in folder.glob(f'fraction-*-seed-*/{FILE}')]
     rows = sorted(found, key=lambda row: (row['train_fraction'], row['seed']))
-    means = summarise(rows)
+    means = summarize(rows)
     write_json(folder / FILE, {**about, 'settings': _plain(about['settings']), 'rows': rows, 'summary': means})
     write_csv(folder / 'results.csv', rows)
     write_csv(folder / 'results_mean.csv', means)
@@ -67,7 +67,7 @@ def read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / FILE).read_text(encoding='utf-8'))
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The mean over seeds for each fraction, with Student's 95% interval of the mean, which one run doesn't have.
 
     Args:

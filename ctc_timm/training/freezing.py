@@ -10,8 +10,8 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..backbones import architecture
-from ..errors import UserError
+from ..models.backbones import architecture
+from ..utils.errors import UserError
 
 PARTS = ('none', 'stem', 'body')
 
@@ -19,7 +19,7 @@ PARTS = ('none', 'stem', 'body')
 def freeze(model: Any, part: str) -> list[str]:
     """Take part of a model out of training.
 
-    Its parameters need no gradient any more, so that timm's optimiser factory leaves them out. That does not stop
+    Its parameters need no gradient any more, so that timm's optimizer factory leaves them out. That does not stop
     batch norm from counting: the modules returned must be kept in evaluation mode, see `PartlyFrozenTask`.
     timm's own `freeze` would put other modules in place of 2d batch norms, and leave other norms running.
 

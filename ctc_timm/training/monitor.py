@@ -16,14 +16,14 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..arguments import positive_int
-from ..errors import UserError
+from ..cli.flags import positive_int
 from ..measure.features import compute_features
 from ..measure.geometry import class_spread, effective_rank
 from ..measure.probes import ridge_scores
-from ..measure.sets import Labelled
-from ..measure.targets import Target
-from .run_folder import RunFolder
+from ..measure.sets import Labeled
+from ..measure.transfer_sets import TransferSet
+from ..runs import Run
+from ..utils.errors import UserError
 
 FITTED = 2 / 3  # of the images; the rest is measured
 COST = 0.02  # of the training time, that the default interval aims at
@@ -85,7 +85,9 @@ class Monitor:
         own.class_map, own.input_key, own.target_key = '', None, None
         own.max_train = max(1, round(args.monitor_images * FITTED))
         own.max_test = max(1, args.monitor_images - own.max_train)
-        self.target = Target(args.monitor_target, own, config['input_size'][0], accelerator, flag='--monitor-target')
+        self.target = TransferSet(
+            args.monitor_target, own, config['input_size'][0], accelerator, flag='--monitor-target'
+        )
         self._splits = self.target.train.images(config), self.target.test.images(config)
         self._accelerator = accelerator
         self._every = every
@@ -106,7 +108,7 @@ class Monitor:
         """
         started = time.monotonic()
         seen = (compute_features(model, images, self._accelerator) for images in self._splits)
-        train, test = (Labelled(features.features_ND, features.labels_N) for features in seen)
+        train, test = (Labeled(features.features_ND, features.labels_N) for features in seen)
         self.target.check(train, test)
         values = (
             ridge_scores(train, test, self.target.num_classes)['top1'],
@@ -122,7 +124,7 @@ def create_monitor(
     config: dict[str, Any],
     accelerator: Accelerator,
     num_instances: int,
-    resumed: RunFolder | None,
+    resumed: Run | None,
 ) -> Monitor | None:
     """The monitor that the flags ask for, if any.
 

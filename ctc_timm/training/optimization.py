@@ -1,4 +1,4 @@
-"""The optimiser and gradient clipping, timm's own by timm's flags."""
+"""The optimizer and gradient clipping, timm's own by timm's flags."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from timm.task import TrainingTask
 from timm.utils import adaptive_clip_grad
 from torch import nn
 
-from ..arguments import KeyValues, momentum, non_negative_float, positive_float
-from ..errors import UserError, nearest
+from ..cli.flags import KeyValues, momentum, non_negative_float, positive_float
+from ..utils.errors import UserError, nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare timm's optimiser flags."""
-    group = parser.add_argument_group('Optimiser')
+    """Declare timm's optimizer flags."""
+    group = parser.add_argument_group('Optimizer')
     group.add_argument(
-        '--opt', default='sgd', metavar='NAME', help="timm's optimiser; sgd is Nesterov's, momentum is plain"
+        '--opt', default='sgd', metavar='NAME', help="timm's optimizer; sgd is Nesterov's, momentum is plain"
     )
     group.add_argument(
         '--lr',
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--lr-base-size', type=positive_float, default=256, metavar='N', help='images a step that --lr-base is for'
     )
     group.add_argument(
-        '--lr-base-scale', choices=('linear', 'sqrt'), help='how it scales; sqrt for adaptive optimisers, else linear'
+        '--lr-base-scale', choices=('linear', 'sqrt'), help='how it scales; sqrt for adaptive optimizers, else linear'
     )
     group.add_argument('--momentum', type=momentum, default=0.9, metavar='M', help='momentum')
     group.add_argument('--weight-decay', type=non_negative_float, default=2e-5, metavar='WD', help='weight decay')
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help='leave biases and norms without weight decay',
     )
-    group.add_argument('--opt-eps', type=positive_float, metavar='EPS', help="optimiser's epsilon")
-    group.add_argument('--opt-betas', type=float, nargs='+', metavar='B', help="optimiser's betas")
+    group.add_argument('--opt-eps', type=positive_float, metavar='EPS', help="optimizer's epsilon")
+    group.add_argument('--opt-betas', type=float, nargs='+', metavar='B', help="optimizer's betas")
     group.add_argument(
-        '--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the optimiser'
+        '--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the optimizer'
     )
     group.add_argument('--layer-decay', type=positive_float, metavar='F', help='layer-wise learning rate decay')
     group.add_argument('--clip-grad', type=positive_float, metavar='NORM', help='clip gradients')
@@ -72,10 +72,10 @@ def resolve_lr(args: argparse.Namespace, world_size: int) -> float:
 
 
 def create_optimizer(args: argparse.Namespace, module: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimiser over all that the module trains.
+    """timm's optimizer over all that the module trains.
 
     Raises:
-        UserError: An unknown optimiser, or settings that it refuses.
+        UserError: An unknown optimizer, or settings that it refuses.
     """
     known = [str(name) for name in list_optimizers()]
     if args.opt.lower() not in known:

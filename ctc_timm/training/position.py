@@ -12,13 +12,13 @@ _FIRST = ('loss', 'task_loss', 'ctc_loss')  # columns of summary.csv; others fol
 
 
 @dataclass
-class Position:
-    """Between two optimiser steps of a run.
+class TrainState:
+    """Between two optimizer steps of a run.
 
     Attributes:
         epoch: To go on with, from 0.
         batch: Of that epoch, to go on with, from 0.
-        updates: Optimiser steps so far, with those left out.
+        updates: Optimizer steps so far, with those left out.
         bad_in_a_row: Steps left out since the last one that was taken.
         best: Best top-1 so far, or what else the run is judged by, and its epoch.
         sums: Losses of this process over the epoch so far, by name.
@@ -79,7 +79,7 @@ class Position:
     @classmethod
     def of(
         cls, progress: dict[str, Any], own: dict[str, Tensor], global_batch: int, accumulate: int, device: torch.device
-    ) -> Position:
+    ) -> TrainState:
         """Read back what `progress` and `own` gave.
 
         With steps of another size the epoch goes on at the nearest step before: no image of it is left out, some may

@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from ..backbones import architecture
-from ..errors import RunError, Stopped, UserError, nearest
-from ..progress import clock
+from ..models.backbones import architecture
+from ..runs import Run
+from ..utils.errors import RunError, Stopped, UserError, nearest
+from ..utils.progress import clock
 from .checkpoints import states_of
-from .position import Position
-from .run_folder import RunFolder
-from .stopping import Interrupted, StopSignal
+from .position import TrainState
+from .signals import Interrupted, StopSignal
 
 if TYPE_CHECKING:
-    from .loop import Trainer
+    from .trainer import Trainer
 
 
 def check_tracker(name: str) -> None:
@@ -99,7 +99,7 @@ def conclusion(run: Path, seconds: float, best: tuple[float, int] | None, pictur
 
 
 @contextmanager
-def early_end(run: RunFolder, stop: StopSignal, at: Position, save: Callable[[], object]) -> Iterator[None]:
+def early_end(run: Run, stop: StopSignal, at: TrainState, save: Callable[[], object]) -> Iterator[None]:
     """Heed signals within, and say what is kept where a signal or a full disk ends the run.
 
     Args:
@@ -125,23 +125,23 @@ def early_end(run: RunFolder, stop: StopSignal, at: Position, save: Callable[[],
         raise disk_full(run, error) from None
 
 
-def stopped(run: RunFolder, signal: str | None, updates: int) -> Stopped:
+def stopped(run: Run, signal: str | None, updates: int) -> Stopped:
     """That a run was told to stop, and how it goes on.
 
     Args:
         run: Its folder.
         signal: Name of the signal; None where another process got it.
-        updates: Optimiser steps so far.
+        updates: Optimizer steps so far.
     """
     return Stopped(f'stopped by {signal or "a signal"} after step {updates}; {_kept(run)}; go on with --resume auto')
 
 
-def disk_full(run: RunFolder, error: OSError) -> RunError:
+def disk_full(run: Run, error: OSError) -> RunError:
     """That a run's files can't be written any more."""
     return RunError(f'{run.path}: {error.strerror}; {_kept(run)}; make room, then go on with --resume auto')
 
 
-def too_many_bad_steps(run: RunFolder, steps: int, where: str, names: list[str]) -> RunError:
+def too_many_bad_steps(run: Run, steps: int, where: str, names: list[str]) -> RunError:
     """That so many steps in a row gave no number.
 
     Args:
@@ -157,6 +157,6 @@ def too_many_bad_steps(run: RunFolder, steps: int, where: str, names: list[str])
     )
 
 
-def _kept(run: RunFolder) -> str:
+def _kept(run: Run) -> str:
     states = states_of(run)
     return f'its last good state is {states[-1]}' if states else 'it has no state yet'

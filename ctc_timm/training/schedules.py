@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch.optim import Optimizer
 
-from ..arguments import (
+from ..cli.flags import (
     non_negative_float,
     non_negative_int,
     number,
@@ -22,7 +22,7 @@ from ..arguments import (
     probability,
     whole_number,
 )
-from ..errors import UserError
+from ..utils.errors import UserError
 
 SCHEDULES = ('cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 
@@ -140,7 +140,7 @@ class TwoStageSchedule:
     Args:
         optimizer: Whose groups are set; the values it was made with are the base.
         args: The flags above.
-        updates_per_epoch: Optimiser steps in an epoch.
+        updates_per_epoch: Optimizer steps in an epoch.
         two_stages: False for plain training: one schedule over the whole run.
 
     Attributes:

@@ -17,7 +17,7 @@ from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor, nn
 
 
-def synchronise(model: nn.Module, device: torch.device) -> Any:
+def synchronize(model: nn.Module, device: torch.device) -> Any:
     """The model with its batch norms over all processes; parameters and names stay."""
     if device.type != 'cpu':
         return convert_sync_batchnorm(model)
@@ -63,7 +63,7 @@ class _AllSum(torch.autograd.Function):
         return total
 
 
-def _normalise(norm: Any, x: Tensor) -> Tensor:
+def _normalize(norm: Any, x: Tensor) -> Tensor:
     """Batch norm of x, [B, C, ...], with the statistics of all processes' images.
 
     Means and squares are summed in float64: a variance is a small difference of the two.
@@ -96,11 +96,11 @@ class _BatchNormOverProcesses(nn.BatchNorm2d):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        return _normalise(self, input) if self.training else super().forward(input)
+        return _normalize(self, input) if self.training else super().forward(input)
 
 
 class _BatchNormActOverProcesses(BatchNormAct2d):
     """timm's, which drops and activates too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(_normalise(self, x))) if self.training else super().forward(x)
+        return self.act(self.drop(_normalize(self, x))) if self.training else super().forward(x)

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctc_timm import CTCTask, InstanceDiscriminationLoss
-from ctc_timm.contrast import negatives, streaming
+from ctc_timm.contrast import blockwise as streaming
+from ctc_timm.contrast import negatives
 
 N, B, C = 80, 8, 8
 aten = torch.ops.aten

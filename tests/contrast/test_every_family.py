@@ -1,4 +1,4 @@
-"""One optimisation step of each stage through one architecture of each of timm's modules."""
+"""One optimization step of each stage through one architecture of each of timm's modules."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from ctc_timm.errors import UserError
-from ctc_timm.training.loop import Trainer
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / 'recipes' / 'accelerate'
+FOLDER = Path(__file__).resolve().parents[2] / 'ctc_timm' / 'recipes' / 'accelerate'
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from ctc_timm import InstanceDiscriminationLoss, TemporalContrastLoss
-from ctc_timm.contrast import losses, negatives, streaming
+from ctc_timm.contrast import blockwise as streaming
+from ctc_timm.contrast import losses, negatives
 
 HERE = Path(__file__).resolve()
 SMALL = HERE.parents[1] / 'golden' / 'small.safetensors'

@@ -10,7 +10,7 @@ from processes import run_processes
 from ctc_timm import CTCTask, InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
 from ctc_timm.contrast import banks, negatives
 from ctc_timm.contrast.banks import momentum_update, new_bank
-from ctc_timm.contrast.sharding import Split
+from ctc_timm.contrast.sharding import BankShard
 
 N, B, D, E, K = 61, 8, 10, 6, 18
 LABELS = torch.arange(N) % 5
@@ -21,7 +21,7 @@ def test_every_row_is_held_once(world, monkeypatch):
     monkeypatch.setattr(banks, '_ROWS_AT_ONCE', 7)
     whole = torch.nn.functional.normalize(torch.rand(N, E, generator=torch.Generator().manual_seed(3)) * 2 - 1, dim=1)
     for rank in range(world):
-        split = Split(N, rank, world)
+        split = BankShard(N, rank, world)
         part = new_bank(N, E, torch.Generator().manual_seed(3), split=split)
         assert torch.equal(part, whole[rank::world]) and split.num_rows == len(part)
         assert torch.equal(whole[split.rows()], part)
@@ -38,7 +38,7 @@ def test_updates_reach_the_owner_alone():
     assert 3 not in index % 4
     momentum_update(whole, index, embedding, 0.7)
     for rank, part in enumerate(parts):
-        momentum_update(part, index, embedding, 0.7, Split(N, rank, 4))
+        momentum_update(part, index, embedding, 0.7, BankShard(N, rank, 4))
         assert torch.equal(part, whole[rank::4]), rank
 
 
@@ -60,7 +60,7 @@ def test_drawn_rows_stand_for_all_of_other_classes(kind, mixed, monkeypatch):
         left_out[b] = (labels == labels[index[b]]) | (mixed and labels == labels[index[3 - b]])
     expected = size / (~left_out).sum(dim=1, keepdim=True) * ~left_out
     for rank in range(world):
-        split = Split(100, rank, world)
+        split = BankShard(100, rank, world)
         mode = 'shared' if kind == 'shared' else 'sampled'
         sampler = NegativeSampler(labels, size, mode, seed=2, rank=rank, split=split)
         sampler._on_host = kind != 'rows'  # both ways to draw
@@ -148,22 +148,22 @@ def test_rows_go_to_another_number_of_processes():
         for rank in range(world):
             model = timm.create_model('test_resnet', num_classes=5)
             task = CTCTask(model, LABELS, embed_dim=16, bank_dtype=torch.bfloat16, verbose=False)
-            task.split = Split(N, rank, world)
+            task.split = BankShard(N, rank, world)
             for bank in task.banks().values():
                 bank.resize_(task.split.num_rows, 16)
             for name, rows in saved.items():
                 for old in range(3):
-                    task.load_rows(name, rows[old::3], Split(N, old, 3))
+                    task.load_rows(name, rows[old::3], BankShard(N, old, 3))
                 assert torch.equal(task.banks()[name], rows[rank::world].bfloat16())
     with pytest.raises(RuntimeError, match='instance.bank has shape'):
-        task.load_rows('instance.bank', saved['instance.bank'][::3], Split(N, 1, 3))
+        task.load_rows('instance.bank', saved['instance.bank'][::3], BankShard(N, 1, 3))
 
 
 def test_what_cannot_be_split():
     with pytest.raises(ValueError, match='3 rows cannot be split over 4'):
-        Split(3, 0, 4)
+        BankShard(3, 0, 4)
     with pytest.raises(ValueError, match='num_negatives must be at least 1 a process, 4, got 3'):
-        NegativeSampler(LABELS, 3, split=Split(N, 0, 4))
+        NegativeSampler(LABELS, 3, split=BankShard(N, 0, 4))
 
 
 @pytest.mark.parametrize('mode', ['shared', 'sampled', 'all'])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctc_timm.contrast.sharding import Split
-from ctc_timm.errors import UserError
-from ctc_timm.training.loop import Trainer
+from ctc_timm.contrast.sharding import BankShard
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
@@ -25,7 +25,7 @@ def rows_of(state, name):
     parts = [load_file(file)[name] for file in sorted(state.glob('banks_*.safetensors'))]
     whole = torch.empty(160, 128)
     for rank, part in enumerate(parts):
-        whole[Split(160, rank, len(parts)).rows()] = part
+        whole[BankShard(160, rank, len(parts)).rows()] = part
     return whole, len(parts)
 
 
@@ -39,7 +39,7 @@ def test_two_processes_with_split_banks(flags, tmp_path):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     alone = Trainer(flags(WORDS, f'-b 32 --epochs 3 --output {tmp_path} --experiment one'))
-    alone.fit(brief=True)
+    alone.fit(quiet=True)
     run = tmp_path / 'two'
     weights = [load_file(folder / 'weights' / 'epoch-0001.safetensors') for folder in (run, tmp_path / 'one')]
     for key in weights[0]:
@@ -54,7 +54,7 @@ def test_two_processes_with_split_banks(flags, tmp_path):
     for name, bank in again.task.banks().items():
         assert torch.equal(bank, saved[name]), name
         assert not torch.equal(bank, alone.task.banks()[name])  # which is an epoch further
-    again.fit(brief=True)
+    again.fit(quiet=True)
     for key, value in alone.model.state_dict().items():
         assert torch.allclose(again.model.state_dict()[key], value, atol=1e-6), key
     assert rows_of(run / 'state' / 'epoch-0002', 'instance.bank')[1] == 1

@@ -20,13 +20,13 @@ from runs import CONFIG, write_folder
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from ctc_timm.data.cached import cache_images
+from ctc_timm.data.datasets import open_split
+from ctc_timm.data.decoding import NamingDataset, ReadError, read_image
 from ctc_timm.data.indexed import EpochBatches
 from ctc_timm.data.loaders import create_eval_loader, keep_batches
-from ctc_timm.data.reading import NamingDataset, ReadError, read_image
-from ctc_timm.data.splits import open_split
-from ctc_timm.errors import RunError, UserError
-from ctc_timm.training.loaders import RefreshLoader, TrainLoader
-from ctc_timm.training.loop import Trainer
+from ctc_timm.data.training_loader import RefreshLoader, TrainLoader
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.errors import RunError, UserError
 
 Flags = Callable[..., argparse.Namespace]
 CPU = torch.device('cpu')
@@ -69,7 +69,7 @@ def test_odd_images_are_read(name: str, tmp_path: Path, recwarn: pytest.Warnings
 
 def test_sixteen_bits_stay_where_they_are_asked_for(tmp_path: Path) -> None:
     """A mode of more than eight bits gets the file's own values."""
-    data, _, _ = odd_images()['16 bit grey.png']
+    data, _, _ = odd_images()['16 bit gray.png']
     (tmp_path / 'a.png').write_bytes(data)
     deep = np.random.default_rng(1).integers(0, 2**16, (32, 32), dtype=np.uint16)
     for mode in ('I;16', 'I', None):
@@ -163,7 +163,7 @@ def test_a_run_over_all_of_them(
     trainer = Trainer(args)
     before = {name: bank.clone() for name, bank in trainer.task.banks().items()}
     capfd.readouterr()
-    trainer.fit(brief=True)
+    trainer.fit(quiet=True)
     told = [line for line in capfd.readouterr().err.splitlines() if 'read' in line or 'Skipped' in line]
 
     batches = EpochBatches(len(files), 16, args.seed)
@@ -206,7 +206,7 @@ def test_files_of_any_name(flags: Flags, tmp_path: Path, capfd: pytest.CaptureFi
         assert (target == 0) == (os.path.basename(os.path.dirname(named.name(i))) == 'cl\udcffass')
         seen.append(name)
     assert sorted(seen) == sorted(NAMES * 2)
-    Trainer(args).fit(brief=True)
+    Trainer(args).fit(quiet=True)
     assert [row['train_skipped'] for row in rows(tmp_path / 'run')] == ['0']
 
     for name in NAMES:
@@ -274,7 +274,7 @@ def test_a_class_of_one_image_and_duplicates(flags: Flags, tmp_path: Path) -> No
     (folder / 'class1' / 'link.png').symlink_to(folder / 'class1' / '001.png')
     words = f'{MODEL} -b 11 -j 0 --epochs 3 --temporal-start-epoch 1 --output {tmp_path} --experiment run'
     trainer = Trainer(flags('--data-dir', str(tmp_path / 'images'), words))
-    trainer.fit(brief=True)
+    trainer.fit(quiet=True)
     assert trainer.num_instances == 22
     assert [row['train_skipped'] for row in rows(tmp_path / 'run')] == ['0'] * 3
     assert all(float(row['train_loss']) < 20 for row in rows(tmp_path / 'run'))

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from ctc_timm.data import cached
 from ctc_timm.data.arrays import CropAndFlip
 from ctc_timm.data.cached import cache_images
-from ctc_timm.data.flags import data_config
-from ctc_timm.data.splits import open_split
-from ctc_timm.errors import UserError
-from ctc_timm.training.loaders import TrainLoader
-from ctc_timm.training.loaders import cached as cached_split
-from ctc_timm.training.loop import Trainer
+from ctc_timm.data.datasets import open_split
+from ctc_timm.data.settings import data_config
+from ctc_timm.data.training_loader import TrainLoader
+from ctc_timm.data.training_loader import cached as cached_split
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.errors import UserError
 
 Flags = Callable[..., argparse.Namespace]
 SMALL = '--crop-padding 2 --scale 1 1 --ratio 1 1 --color-jitter 0'
@@ -31,7 +31,7 @@ AUGMENTATIONS = {
     'crop and flip': (SMALL, True),
     'flip alone': ('--no-aug --hflip 0', False),
     'without flip': (f'{SMALL} --hflip 0', True),
-    'grey': (f'{SMALL} --in-chans 1 --mean 0.5 --std 0.5', True),
+    'gray': (f'{SMALL} --in-chans 1 --mean 0.5 --std 0.5', True),
     'resized crops': ('--scale 0.5 1 --ratio 0.8 1.2', False),
     'auto-augment': (f'{SMALL} --aa rand-m9-mstd0.5', False),
     'erasing': (f'{SMALL} --reprob 0.5', True),
@@ -99,7 +99,7 @@ def test_a_run_is_the_same(flags: Flags, tiny: list[str], tmp_path: Path) -> Non
     common = f'--crop-padding 2 --epochs 2 --temporal-start-epoch 1 --output {tmp_path} --experiment'
     for words in ('files', 'memory --cache-dataset'):
         forget_processes()
-        Trainer(flags(*tiny, common, words)).fit(brief=True)
+        Trainer(flags(*tiny, common, words)).fit(quiet=True)
     weights = [load_file(tmp_path / name / 'last.safetensors') for name in ('files', 'memory')]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert (tmp_path / 'files' / 'summary.csv').read_text() == (tmp_path / 'memory' / 'summary.csv').read_text()

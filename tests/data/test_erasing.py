@@ -13,9 +13,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
 from torch import Tensor
 
+from ctc_timm.data.datasets import open_split
 from ctc_timm.data.erasing import erase
-from ctc_timm.data.splits import open_split
-from ctc_timm.training.loaders import TrainLoader
+from ctc_timm.data.training_loader import TrainLoader
 
 Flags = Callable[..., argparse.Namespace]
 CONFIG = {'input_size': (3, 16, 16), 'mean': (0.3,) * 3, 'std': (0.4,) * 3}

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from timm.utils import random_seed
 
+from ctc_timm.data.datasets import open_split
 from ctc_timm.data.indexed import EpochBatches, IndexedDataset, UnreadableError
-from ctc_timm.data.splits import open_split
-from ctc_timm.training.loaders import TrainLoader
+from ctc_timm.data.training_loader import TrainLoader
 
 Flags = Callable[..., argparse.Namespace]
 CONFIG = {'input_size': (3, 16, 16), 'mean': (0.3,) * 3, 'std': (0.4,) * 3}
@@ -82,7 +82,7 @@ def augmented(flags: Flags) -> Callable[[int], list[tuple[torch.Tensor, torch.Te
 
 
 def test_pixels_do_not_depend_on_workers(augmented: Callable[..., list[tuple[torch.Tensor, ...]]]) -> None:
-    """Crops, colours, RandAugment and erasing are the same with no, one and two worker processes."""
+    """Crops, colors, RandAugment and erasing are the same with no, one and two worker processes."""
     alone = augmented(0)
     for workers in (1, 2):
         for mine, theirs in zip(alone, augmented(workers), strict=True):

@@ -15,10 +15,10 @@ from images import picture
 from PIL import Image
 from runs import write_folder
 
+from ctc_timm.data.datasets import check_classes, open_split
+from ctc_timm.data.decoding import NamingDataset
 from ctc_timm.data.indexed import IndexedDataset
-from ctc_timm.data.reading import NamingDataset
-from ctc_timm.data.splits import check_classes, open_split
-from ctc_timm.errors import UserError
+from ctc_timm.utils.errors import UserError
 
 Flags = Callable[..., argparse.Namespace]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
+from ctc_timm.data.datasets import DatasetSplit, open_split
 from ctc_timm.data.indexed import IndexedDataset
-from ctc_timm.data.splits import Source, open_split
 from ctc_timm.data.subsets import Subset, draw, part_of, stratified_order
 
 Flags = Callable[..., argparse.Namespace]
@@ -105,7 +105,7 @@ def test_unreadable_images_are_replaced_within_the_part(flags: Flags, image_fold
 def test_part_of_another_dataset(image_folder: Path) -> None:
     """Any map-style dataset, through its transform."""
     plain = ImageFolder(str(image_folder / 'train'))
-    source = Source(plain, torch.tensor(plain.targets), 3, 'folder', {})
+    source = DatasetSplit(plain, torch.tensor(plain.targets), 3, 'folder', {})
     part = part_of(source, torch.tensor([35, 0]))
     part.dataset.transform = np.asarray
     assert len(part.dataset) == 2

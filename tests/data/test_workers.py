@@ -17,12 +17,13 @@ from runs import CONFIG, Ended, forget_processes
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ctc_timm.data import reading, workers
+from ctc_timm.data import decoding as reading
+from ctc_timm.data import workers
+from ctc_timm.data.datasets import open_split
 from ctc_timm.data.loaders import create_eval_loader
-from ctc_timm.data.splits import open_split
+from ctc_timm.data.training_loader import TrainLoader
 from ctc_timm.data.workers import WorkerError
-from ctc_timm.errors import UserError
-from ctc_timm.training.loaders import TrainLoader
+from ctc_timm.utils.errors import UserError
 
 Flags = Callable[..., argparse.Namespace]
 CPU = torch.device('cpu')
@@ -80,7 +81,7 @@ def refusing() -> None:
 def test_every_end(end: Callable[[], Any], kind: type[UserError], message: str) -> None:
     """Of a real process, told in a line, within the seconds that PyTorch waits for a batch."""
     started = time.monotonic()
-    with pytest.raises(UserError) as error, workers.told():
+    with pytest.raises(UserError) as error, workers.translate_errors():
         list(DataLoader(Dying(end), batch_size=4, num_workers=2))
     assert type(error.value) is kind and time.monotonic() - started < 10
     assert message in str(error.value) and 'Traceback' not in str(error.value) and '\n' not in str(error.value)
@@ -90,7 +91,7 @@ def test_every_end(end: Callable[[], Any], kind: type[UserError], message: str) 
 def test_other_errors_pass() -> None:
     """What the program itself raises keeps its kind and traceback."""
     for error in (RuntimeError('shapes differ'), ValueError(), KeyError('loss')):
-        with pytest.raises(type(error)) as caught, workers.told():
+        with pytest.raises(type(error)) as caught, workers.translate_errors():
             raise error
         assert caught.value is error
 
@@ -116,7 +117,7 @@ def test_a_death_that_the_program_is_not_waiting_for(flags: Flags) -> None:
     """PyTorch raises it wherever the program is just then."""
     loader = TrainLoader(open_split(flags(WORDS), 'train[:64]').dataset, flags(WORDS), CONFIG, CPU)
     reached = False
-    with pytest.raises(WorkerError, match="was killed by the signal 'Killed'"), workers.told():
+    with pytest.raises(WorkerError, match="was killed by the signal 'Killed'"), workers.translate_errors():
         for _ in loader:
             os.kill(loader._loader.loader._iterator._workers[0].pid, signal.SIGKILL)
             time.sleep(10)

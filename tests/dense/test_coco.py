@@ -19,7 +19,7 @@ from torchvision.tv_tensors import BoundingBoxes, Mask
 from ctc_timm.dense.augment import FitCanvas, collate, train_transform
 from ctc_timm.dense.coco import CocoDataset, open_coco
 from ctc_timm.dense.scenes import write_scenes
-from ctc_timm.errors import UserError
+from ctc_timm.utils.errors import UserError
 
 Content = dict[str, Any]
 

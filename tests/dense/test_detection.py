@@ -22,12 +22,12 @@ from runs import ROOT, Ended, forget_processes
 from safetensors.torch import load_file
 from stops import stop_and_go_on
 
-from ctc_timm.arguments import Parser, parse
+from ctc_timm.cli.flags import Parser, parse
 from ctc_timm.dense import coco_metrics, detection
 from ctc_timm.dense.detection_flags import add_arguments
 from ctc_timm.dense.detectors import create_detector, extra_levels
-from ctc_timm.dense.fitting_flags import open_pyramid, presets
-from ctc_timm.training.loop import Trainer
+from ctc_timm.dense.settings import open_pyramid, presets
+from ctc_timm.training.trainer import Trainer
 
 Script = Callable[..., Ended]
 _SMALL = """--img-size 32 -b 2 -j 0 --epochs 2 --fpn-channels 16 --head-channels 32 --hflip 0 --scale 1 1
@@ -49,7 +49,7 @@ def source_run(tmp_path_factory: pytest.TempPathFactory, flags: Any, tiny: list[
     folder = tmp_path_factory.mktemp('runs')
     forget_processes()
     words = f'--mode vanilla --keep-every 1 --epochs 2 --output {folder} --experiment source'
-    Trainer(flags(*tiny, words)).fit(brief=True)
+    Trainer(flags(*tiny, words)).fit(quiet=True)
     return folder / 'source'
 
 
@@ -128,7 +128,7 @@ def test_processes_share_the_measuring(data: Path, tmp_path: Path, monkeypatch: 
     forget_processes()
     args = read(data, '--output', str(tmp_path), '--experiment', 'alone')
     train, val = detection.open_splits(args)
-    from ctc_timm.dense.fitting_flags import open_accelerator
+    from ctc_timm.dense.settings import open_accelerator
 
     alone = detection.Detection(args, train, val, open_accelerator(args))
     alone.model.load_state_dict(load_file(tmp_path / 'two' / 'last.safetensors'))

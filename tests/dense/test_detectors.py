@@ -17,9 +17,9 @@ from ctc_timm.dense.detection import detector_loss
 from ctc_timm.dense.detectors import DETECTORS, create_detector, extra_levels
 from ctc_timm.dense.drawing import draw_detections
 from ctc_timm.dense.pyramid import create_pyramid
-from ctc_timm.errors import UserError
+from ctc_timm.utils.errors import UserError
 
-GREY = [0.5, 0.5, 0.5]
+GRAY = [0.5, 0.5, 0.5]
 LOSSES = {
     'fasterrcnn': {'loss_classifier', 'loss_box_reg', 'loss_objectness', 'loss_rpn_box_reg'},
     'maskrcnn': {'loss_classifier', 'loss_box_reg', 'loss_objectness', 'loss_rpn_box_reg', 'loss_mask'},
@@ -30,7 +30,7 @@ LOSSES = {
 def detector_of(kind: str, size: int = 32, **options: object) -> torch.nn.Module:
     torch.manual_seed(0)
     pyramid = create_pyramid('cifar_resnet20', size, from_scratch=True, out_channels=32, extra=extra_levels(kind, 32))
-    return create_detector(kind, pyramid, 2, size, GREY, GREY, head_channels=64, **options)  # type: ignore[arg-type]
+    return create_detector(kind, pyramid, 2, size, GRAY, GRAY, head_channels=64, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize('kind', DETECTORS)
@@ -38,7 +38,7 @@ def test_an_image_is_learned_by_heart(kind: str, tmp_path: Path) -> None:
     """From losses that reach every parameter to the boxes, and masks, of two images."""
     split = open_coco(write_coco(tmp_path, {'train': content(2)}), 'train')
     masks = kind == 'maskrcnn'
-    train = CocoDataset(split, train_transform(32, 0, (1, 1), GREY), masks)
+    train = CocoDataset(split, train_transform(32, 0, (1, 1), GRAY), masks)
     batch = collate([train[0], train[1]])
     model = detector_of(kind).train()
     losses = detector_loss(model, batch)
@@ -52,7 +52,7 @@ def test_an_image_is_learned_by_heart(kind: str, tmp_path: Path) -> None:
         detector_loss(model, batch)['loss'].backward()
         optimizer.step()
     model.eval()
-    shown = CocoDataset(split, FitCanvas(32, GREY))
+    shown = CocoDataset(split, FitCanvas(32, GRAY))
     images, targets = collate([shown[0], shown[1]])
     with torch.no_grad():
         outputs = model(images)
@@ -92,7 +92,7 @@ def test_anchors_are_of_the_stride() -> None:
 
 
 def test_images_are_taken_as_they_are() -> None:
-    """Neither resized nor padded: what the pyramid sees is the normalised canvas."""
+    """Neither resized nor padded: what the pyramid sees is the normalized canvas."""
     model = detector_of('fasterrcnn', 40)
     seen: list[torch.Tensor] = []
     model.backbone.register_forward_pre_hook(lambda module, given: seen.append(given[0]))  # type: ignore[union-attr]

@@ -19,11 +19,11 @@ from runs import forget_processes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ctc_timm.arguments import Parser, parse
-from ctc_timm.dense import fitting_flags
+from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.dense import settings as fitting_flags
 from ctc_timm.dense.fitting import Fitting
 from ctc_timm.dense.pyramid import Pyramid
-from ctc_timm.errors import Stopped, UserError
+from ctc_timm.utils.errors import Stopped, UserError
 
 _WORDS = '--model test_resnet --from-scratch --img-size 32 -b 4 -j 0 --epochs 3 --fpn-channels 8 --log-interval 1'
 _PLAIN = '--opt momentum --lr 0.05 --momentum 0 --weight-decay 0 --sched none --warmup-epochs 0 --freeze-bn'

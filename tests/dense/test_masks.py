@@ -14,7 +14,7 @@ from PIL import Image
 
 from ctc_timm.dense.augment import FitCanvas
 from ctc_timm.dense.masks import IGNORE, Coding, MaskDataset, mask_transform, open_masks
-from ctc_timm.errors import UserError
+from ctc_timm.utils.errors import UserError
 
 
 def test_voc(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_voc(tmp_path: Path) -> None:
     indexed.putpalette(list(range(255, -1, -1)) * 3)
     indexed.save(folder / 'SegmentationClass' / 'train1.png')
     train, val = open_masks(str(folder), ('train', 'val'))
-    assert (len(train.pairs), len(val.pairs), train.names, train.unlabelled) == (6, 3, ['0', '1', '2'], 0)
+    assert (len(train.pairs), len(val.pairs), train.names, train.unlabeled) == (6, 3, ['0', '1', '2'], 0)
     for (image, target), (pixels, mask) in zip((MaskDataset(train)[i] for i in range(6)), blocks(6)):
         mask[0, 0] = IGNORE
         assert np.array_equal(target['mask'].numpy(), mask)
@@ -41,14 +41,14 @@ def test_ade(tmp_path: Path) -> None:
     blank = folder / 'annotations' / 'training' / '2.png'
     Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(blank)
     train, val = open_masks(str(folder), ('train', 'val'), coding=Coding(reduce_zero=True))
-    assert (len(train.pairs), len(val.pairs), len(train.names), train.unlabelled) == (4, 2, 3, 1)
+    assert (len(train.pairs), len(val.pairs), len(train.names), train.unlabeled) == (4, 2, 3, 1)
     assert train.told() == '4 images, 3 classes, 1 without a pixel that counts'
     for i, (_, mask) in enumerate(blocks(4)):
         mask[0, 0] = IGNORE
         truth = np.full_like(mask, IGNORE) if i == 2 else mask
         assert np.array_equal(MaskDataset(train)[i][1]['mask'].numpy(), truth)
     (plain,) = open_masks(str(folder), ('train',))
-    assert len(plain.names) == 4 and plain.unlabelled == 0
+    assert len(plain.names) == 4 and plain.unlabeled == 0
 
 
 def test_values_of_sixteen_bits_and_another_ignored_value(tmp_path: Path) -> None:
@@ -63,8 +63,8 @@ def test_values_of_sixteen_bits_and_another_ignored_value(tmp_path: Path) -> Non
 def test_image_and_mask_stay_together(seed: int) -> None:
     """A mask that is painted into the image is still there after flip, scale, crop and border."""
     _, mask = blocks(1, 40)[0]
-    colours = np.array([0, 100, 200], dtype=np.uint8)[mask]
-    image = Image.fromarray(np.stack([colours] * 3, -1))
+    colors = np.array([0, 100, 200], dtype=np.uint8)[mask]
+    image = Image.fromarray(np.stack([colors] * 3, -1))
     from torchvision.tv_tensors import Mask
 
     torch.manual_seed(seed)
@@ -116,14 +116,14 @@ def value(number: int) -> Callable[[Path], None]:
     return write
 
 
-def coloured(path: Path) -> None:
+def colored(path: Path) -> None:
     Image.new('RGB', (32, 32)).save(path)
 
 
 CASES: list[tuple[str, Callable[[Path], None], str]] = [
     ('SegmentationClass/val1.png', resized, 'val1.png: is 16x20, but its image {}/JPEGImages/val1.jpg is 32x32'),
     ('SegmentationClass/train2.png', value(7), 'train2.png: holds the value 7, which is no class; classes are 0 to 2'),
-    ('SegmentationClass/train2.png', coloured, 'train2.png: has colours (RGB), not a class for each pixel'),
+    ('SegmentationClass/train2.png', colored, 'train2.png: has colors (RGB), not a class for each pixel'),
     ('SegmentationClass/train2.png', broken, 'train2.png: not a mask that can be read'),
     ('SegmentationClass/train0.png', Path.unlink, 'train0.jpg: has no mask, {}/SegmentationClass/train0.png is not'),
     ('JPEGImages/train0.jpg', Path.unlink, 'names train0, but {}/JPEGImages/train0.jpg is not there'),
@@ -149,7 +149,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, file: str, damage: Callable[[Pat
 
 
 def test_what_is_wrong_in_ade(tmp_path: Path) -> None:
-    """Classes that begin at 1 without the flag, a missing folder, a mask that is not there, nothing labelled."""
+    """Classes that begin at 1 without the flag, a missing folder, a mask that is not there, nothing labeled."""
     folder = write_ade(tmp_path / 'ade')
     with pytest.raises(UserError, match="value 3, which is no class; .* --reduce-zero-label is for ADE20K's"):
         open_masks(str(folder), ('train',), num_classes=3)

@@ -13,8 +13,8 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import ctc_timm  # noqa: F401  (registers the models)
 from ctc_timm.dense.pyramid import Pyramid, create_pyramid, tell_layers
-from ctc_timm.errors import UserError
-from ctc_timm.training.run_folder import RunFolder
+from ctc_timm.runs import Run
+from ctc_timm.utils.errors import UserError
 
 # What is asked of the plain model by a hook: module, stride.
 HOOKED = [
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """A run's folder with weights of test_resnet, and the model."""
     torch.manual_seed(0)
     model = stirred(timm.create_model('test_resnet', num_classes=7))
-    folder = RunFolder(tmp_path_factory.mktemp('runs') / 'one')
+    folder = Run(tmp_path_factory.mktemp('runs') / 'one')
     folder.path.mkdir()
     folder.write_config(model, {})
     folder.save_weights('best', model, {'architecture': 'test_resnet', 'num_classes': 7})
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 def test_maps_are_the_plain_models(name: str, levels: list[tuple[str, int]], tmp_path: Path) -> None:
     """From a weights file, against hooks in a model that timm loads from the same file."""
     plain = stirred(timm.create_model(name, num_classes=5))
-    folder = RunFolder(tmp_path)
+    folder = Run(tmp_path)
     folder.save_weights('some', plain, {'num_classes': 5})
     torch.manual_seed(1)
     pyramid = create_pyramid(str(tmp_path / 'some.safetensors'), 64, model=name, out_channels=8, num_classes=5).eval()

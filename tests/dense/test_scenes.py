@@ -146,7 +146,7 @@ def test_the_default_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {file: file.stat().st_mtime_ns for file in folder.rglob('*')} == marked
 
 
-def test_voc_colours() -> None:
+def test_voc_colors() -> None:
     """The first ones are those of the VOC development kit."""
     known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)]
     known += [(128, 128, 128), (64, 0, 0), (192, 0, 0), (64, 128, 0)]

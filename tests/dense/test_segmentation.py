@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from stops import stop_and_go_on
 
-from ctc_timm.arguments import Parser, parse
+from ctc_timm.cli.flags import Parser, parse
 from ctc_timm.dense import segmentation
-from ctc_timm.dense.fitting_flags import open_accelerator
 from ctc_timm.dense.segmentation_flags import add_arguments
-from ctc_timm.training.loop import Trainer
+from ctc_timm.dense.settings import open_accelerator
+from ctc_timm.training.trainer import Trainer
 
 Script = Callable[..., Ended]
 _SMALL = '--img-size 32 -b 2 -j 0 --epochs 2 --fpn-channels 16 --head-channels 16 --hflip 0 --scale 0.8 1.2'
@@ -45,7 +45,7 @@ def source_run(tmp_path_factory: pytest.TempPathFactory, flags: Any, tiny: list[
     folder = tmp_path_factory.mktemp('runs')
     forget_processes()
     words = f'--mode vanilla --epochs 1 --in-chans 1 --output {folder} --experiment source'
-    Trainer(flags(*tiny, words)).fit(brief=True)
+    Trainer(flags(*tiny, words)).fit(quiet=True)
     return folder / 'source'
 
 
@@ -85,7 +85,7 @@ def test_a_run_and_what_it_leaves(source_run: Path, data: Path, tmp_path: Path, 
 
 
 def test_it_learns_and_the_score_is_scikit_learns(data: Path, tmp_path: Path) -> None:
-    """Blocks of two colours are found; jaccard_score over all counted pixels says the same."""
+    """Blocks of two colors are found; jaccard_score over all counted pixels says the same."""
     words = ['--output', str(tmp_path), '--experiment', 'run', '--epochs', '14', '--lr', '5e-3', '--scale', '1', '1']
     results = segmentation.segment(read(data, *words))
     assert results['metrics']['miou'] > 0.8

@@ -57,8 +57,8 @@ def test_the_fpn_head_is_the_sum_of_its_levels() -> None:
     assert torch.allclose(head(levels), wanted, atol=1e-5)
 
 
-def test_images_are_normalised_by_the_model() -> None:
-    """The body sees what timm's own normalisation gives."""
+def test_images_are_normalized_by_the_model() -> None:
+    """The body sees what timm's own normalization gives."""
     model = created('fpn').eval()
     seen: list[torch.Tensor] = []
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))

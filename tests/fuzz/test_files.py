@@ -1,4 +1,4 @@
-"""Files of a run, a catalogue and the cache with bytes changed, lost or put in: an error in one line, or what was kept.
+"""Files of a run, a catalog and the cache with bytes changed, lost or put in: an error in one line, or what was kept.
 
 Every case is drawn from a seed of its own, and is loaded the way its readers load it. Weights are right only if every
 tensor is what was written.
@@ -24,22 +24,22 @@ from runs import forget_processes
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ctc_timm.arguments import Parser
-from ctc_timm.data.flags import data_config
-from ctc_timm.data.splits import open_split
-from ctc_timm.errors import UserError
+from ctc_timm.cli.flags import Parser
+from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.data.datasets import open_split
+from ctc_timm.data.settings import data_config
+from ctc_timm.hub.collect import add
 from ctc_timm.measure.features import Features, SplitImages, features_of
 from ctc_timm.measure.plots.training import plot_run, stage_change
 from ctc_timm.measure.results import RowStore
-from ctc_timm.sources import data_flags, load_model, run_arguments
+from ctc_timm.models import catalog as catalog
+from ctc_timm.models.creation import load_weights
+from ctc_timm.models.loading import data_flags, load_model, run_arguments
+from ctc_timm.models.registry import _with_weights
+from ctc_timm.runs import Run
 from ctc_timm.training.checkpoints import find_resume, states_of
-from ctc_timm.training.flags import add_arguments
-from ctc_timm.training.loop import Trainer
-from ctc_timm.training.models import load_weights
-from ctc_timm.training.run_folder import RunFolder
-from ctc_timm.zoo import catalogue
-from ctc_timm.zoo.collect import add
-from ctc_timm.zoo.registry import _with_weights
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.errors import UserError
 
 SECONDS = 20  # more is a hang
 LETTERS = b'0123456789-aeglnsx_FUI16.'  # that leave a text a text
@@ -178,21 +178,21 @@ def test_config_of_a_run(run: Path, weights: dict[str, Tensor]) -> None:
             assert config is None or len(config['mean']) == len(config['std'])
 
 
-def built(entry: catalogue.Entry) -> torch.nn.Module:
+def built(entry: catalog.Entry) -> torch.nn.Module:
     """The model that `timm.create_model(name, pretrained=True)` makes of an entry."""
     return _with_weights(entry.architecture, entry, entry.pretrained_cfg(), dict(entry.model_args))
 
 
-def test_catalogue(run: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    """An entry that is believed loads the weights that were catalogued, as its hash is checked."""
+def test_catalog(run: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """An entry that is believed loads the weights that were catalogd, as its hash is checked."""
     file = tmp_path / 'zoo.json'
     for tag in ('a', 'b'):
         add(str(run), file, tag=tag)
     data = file.read_bytes()
-    assert len(catalogue.load(file)) == 2
+    assert len(catalog.load(file)) == 2
     for seed in range(120):
         file.write_bytes(damaged(data, seed))
-        entries = attempt('zoo.json', catalogue.load, file)
+        entries = attempt('zoo.json', catalog.load, file)
         for entry in (entries or {}).values():
             if not timm.is_model(entry.architecture):
                 continue
@@ -200,7 +200,7 @@ def test_catalogue(run: Path, weights: dict[str, Tensor], tmp_path: Path) -> Non
             assert model is None or same(model, weights), seed
 
 
-def test_weights_of_a_catalogue(run: Path, tmp_path: Path) -> None:
+def test_weights_of_a_catalog(run: Path, tmp_path: Path) -> None:
     """Any change at all is refused, in the header, the metadata or the tensors."""
     entry = add(str(run), tmp_path / 'zoo.json', tag='a')
     file = run / 'best.safetensors'
@@ -208,7 +208,7 @@ def test_weights_of_a_catalogue(run: Path, tmp_path: Path) -> None:
     for seed in range(2000, 2060):
         changed = damaged(data, seed)
         file.write_bytes(changed)
-        assert (attempt('weights, catalogued', built, entry) is None) == (changed != data), seed
+        assert (attempt('weights, catalogd', built, entry) is None) == (changed != data), seed
 
 
 def test_arguments_of_a_run(run: Path) -> None:
@@ -225,7 +225,7 @@ def test_arguments_of_a_run(run: Path) -> None:
             kept = {k: v for k, v in found.items() if k not in ('config', 'resume', 'output', 'experiment')}
             attempt('args.yaml, as presets', parser.preset, kept, str(file))
             attempt('args.yaml, for data', data_flags, found)
-        attempt('args.yaml, of a resume', RunFolder(run).args)
+        attempt('args.yaml, of a resume', Run(run).args)
 
 
 @pytest.mark.parametrize('name', ['summary.csv', 'metrics.jsonl'])
@@ -239,8 +239,8 @@ def test_numbers_of_a_run(run: Path, name: str) -> None:
         if seed < 15:  # a picture takes its time
             pictures = attempt(f'{name}, drawn', plot_run, run)
             assert pictures is None or all(picture.stat().st_size for picture in pictures)
-        attempt(f'{name}, read', lambda: (RunFolder(run).rows(), stage_change(run / 'metrics.jsonl')))
-        attempt(f'{name}, resumed', RunFolder(run).forget_from, 1)
+        attempt(f'{name}, read', lambda: (Run(run).rows(), stage_change(run / 'metrics.jsonl')))
+        attempt(f'{name}, resumed', Run(run).forget_from, 1)
         assert file.read_bytes() in before or before.startswith(file.read_bytes())
     file.write_bytes(data)
 
@@ -286,7 +286,7 @@ def test_rows_of_a_measurement(tmp_path: Path) -> None:
 def test_states_of_a_run(trained: Path, tmp_path: Path) -> None:
     """Damage to any file of the newest state: it is named and the one before is used; to both: a refusal."""
     run = Path(shutil.copytree(trained, tmp_path / 'run'))
-    older, newest = states_of(RunFolder(run))
+    older, newest = states_of(Run(run))
     whole = {file.relative_to(run): file.read_bytes() for state in (older, newest) for file in _files(state)}
     files = _files(newest)
     assert len(files) > 5
@@ -334,7 +334,7 @@ def report() -> Iterator[None]:
 
 def test_there_were_enough(record_property: Callable[[str, object], None]) -> None:
     """At least 500 damaged files were read, and of every kind some were refused or mended."""
-    if 'weights, catalogued' not in tried:
+    if 'weights, catalogd' not in tried:
         pytest.fail('run the whole file')
     record_property('damaged', sum(tried.values()))
     assert sum(tried.values()) >= 500

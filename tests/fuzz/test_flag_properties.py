@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.scheduler import create_scheduler_v2
 
-from ctc_timm.arguments import KeyValues, Parser, any_text, parse
-from ctc_timm.training.flags import add_arguments
+from ctc_timm.cli.flags import KeyValues, Parser, any_text, parse
+from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.training.schedules import TwoStageSchedule
 
 EPS = 1e-7
@@ -26,7 +26,7 @@ EXTREMES = (0.0, -0.0, 1.0, -3.5, 1e30, -1e30, 1e-30, 1e-40, 1e-45, 65504.0, 1e-
 
 
 def sgd(lr: float) -> torch.optim.SGD:
-    """An optimiser of two groups."""
+    """An optimizer of two groups."""
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     return torch.optim.SGD([{'params': weights[:1]}, {'params': weights[1:], 'lr': lr / 2}], lr=lr)
 

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 from runs import ROOT, Ended
 
-from ctc_timm import arguments, cli
-from ctc_timm.arguments import KeyValues, OneLineParser, any_text, run_script
-from ctc_timm.errors import UserError
+from ctc_timm.cli.commands import commands as cli
+from ctc_timm.cli.commands import flags as arguments
+from ctc_timm.cli.flags import KeyValues, OneLineParser, any_text, run_script
+from ctc_timm.utils.errors import UserError
 
 SCRIPTS = (
     *('train.py', 'validate.py', 'transfer/linear_probe.py', 'transfer/finetune.py', 'transfer/dynamics.py'),
@@ -172,7 +173,7 @@ def cases(command: Command) -> Iterator[tuple[argparse.Action, list[str]]]:
             yield action, [flag, *['1'] * (action.nargs - 1)]
 
 
-def told(command: Command, action: argparse.Action, words: list[str], message: str) -> None:
+def translate_errors(command: Command, action: argparse.Action, words: list[str], message: str) -> None:
     """A message that helps: one line, not endless, with the argument's name."""
     line = ' '.join(message.split())
     names = action.option_strings or [str(action.metavar)]
@@ -191,7 +192,7 @@ def test_every_flag_refuses_what_it_cannot_take(record_property: Callable[[str, 
             try:
                 command.parse(words)
             except UserError as error:
-                told(command, action, words, str(error))
+                translate_errors(command, action, words, str(error))
             else:
                 taken.append((command.name, words))
     assert not taken
@@ -361,7 +362,7 @@ NOT_FOR_A_RUN = [
 def test_what_shows_only_when_a_run_begins(
     script: Callable[..., Ended], tiny: list[str], tmp_path: Path, words: str, message: str
 ) -> None:
-    """Values that only the data, the model, the optimiser or the disk can refuse are told as the others are."""
+    """Values that only the data, the model, the optimizer or the disk can refuse are told as the others are."""
     where = [] if '--output' in words else ['--output', str(tmp_path / 'runs')]
     small = ['--train-split', 'train[:32]', '--val-split', 'validation[:8]', '-b', '16', '--epochs', '3']
     ended = script('train.py', *tiny, *small, *where, *words.split())

@@ -152,7 +152,7 @@ def test_temporal_loss_is_its_equation(
 def test_first_temporal_step_sets_normalizers_and_banks(
     size: dict[str, int], K: int, seed: int, T: float, momentum: float
 ) -> None:
-    """Each normalizer is N times the mean of all unnormalised terms; each bank row moves towards its embedding."""
+    """Each normalizer is N times the mean of all unnormalized terms; each bank row moves towards its embedding."""
     torch.manual_seed(seed)
     B, N = size['B'], size['N']
     loss = TemporalContrastLoss(size['D'], N, size['E'], num_negatives=K, temperature=T, momentum=momentum).double()

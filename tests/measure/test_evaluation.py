@@ -14,10 +14,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+from ctc_timm.data.datasets import open_split
 from ctc_timm.data.digits import DigitsReader
-from ctc_timm.data.flags import data_config
 from ctc_timm.data.loaders import create_eval_loader
-from ctc_timm.data.splits import open_split
+from ctc_timm.data.settings import data_config
 from ctc_timm.measure.evaluation import PerClassEvaluator, evaluate
 
 

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from processes import run_processes
 from torchvision.transforms import functional
 
-from ctc_timm.arguments import Parser, parse
-from ctc_timm.backbones import features_and_logits
+from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.data.datasets import open_split
 from ctc_timm.data.digits import DigitsReader
-from ctc_timm.data.flags import add_dataset_arguments, data_config
-from ctc_timm.data.splits import open_split
-from ctc_timm.errors import UserError
+from ctc_timm.data.settings import add_dataset_arguments, data_config
 from ctc_timm.measure.features import SplitImages, compute_features, features_of, weights_hash
-from ctc_timm.sources import Loaded
+from ctc_timm.models.backbones import features_and_logits
+from ctc_timm.models.loading import LoadedModel
+from ctc_timm.utils.errors import UserError
 
 WORDS = '--dataset digits --img-size 16 --mean 0.3 --std 0.4 --interpolation bilinear --crop-pct 1.0 -b 32 -j 0'
 
@@ -32,10 +32,10 @@ def read(words: str = WORDS) -> argparse.Namespace:
     return parse(parser, words.split())
 
 
-def model(seed: int = 0) -> Loaded:
+def model(seed: int = 0) -> LoadedModel:
     """A small model with random weights."""
     torch.manual_seed(seed)
-    return Loaded(timm.create_model('test_resnet', num_classes=7).eval(), 'small', 'small', None, {})
+    return LoadedModel(timm.create_model('test_resnet', num_classes=7).eval(), 'small', 'small', None, {})
 
 
 def images_of(accelerator: Accelerator, split: str = 'validation[:70]', most: int | None = None) -> SplitImages:

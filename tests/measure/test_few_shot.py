@@ -9,11 +9,11 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from ctc_timm.errors import UserError
 from ctc_timm.measure import logistic, ridge
 from ctc_timm.measure.few_shot import check_shots, draw_shots, few_shot
 from ctc_timm.measure.probes import METHODS
-from ctc_timm.measure.sets import Labelled
+from ctc_timm.measure.sets import Labeled
+from ctc_timm.utils.errors import UserError
 
 NAMES = [f'digit {c}' for c in range(10)]
 
@@ -22,7 +22,7 @@ NAMES = [f'digit {c}' for c in range(10)]
 def digits():
     x, y = load_digits(return_X_y=True)
     x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
-    return Labelled(x[:1000], y[:1000]), Labelled(x[1000:], y[1000:])
+    return Labeled(x[:1000], y[:1000]), Labeled(x[1000:], y[1000:])
 
 
 def test_draws_are_balanced_nested_and_seeded(digits):
@@ -74,7 +74,7 @@ def test_a_single_shot_takes_the_default_strength(solver, digits):
 
 def test_the_strength_of_several_shots_is_chosen_among_them_alone(digits):
     train, test = digits
-    other = Labelled(test.features_ND, test.labels_N.roll(3))
+    other = Labeled(test.features_ND, test.labels_N.roll(3))
     (one,), (two,) = (few_shot('ridge', train, s, 10, [4], [0]) for s in (test, other))
     assert one.scores['top1'].value > 60 > 30 > two.scores['top1'].value
     drawn = train.take(draw_shots(train.labels_N, 4, 0))

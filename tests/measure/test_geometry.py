@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ctc_timm.errors import UserError
 from ctc_timm.measure import geometry, sets
 from ctc_timm.measure.geometry import alignment, class_spread, effective_rank, measure_geometry, uniformity
+from ctc_timm.utils.errors import UserError
 
 NAMES = ['effective_rank', 'within', 'between', 'spread', 'collapse', 'alignment', 'uniformity']
 

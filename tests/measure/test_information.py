@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctc_timm.errors import UserError
 from ctc_timm.measure import bounds
 from ctc_timm.measure.estimates import batch_means_error, labels_of, numbers_of, paired, standardized
 from ctc_timm.measure.information import ESTIMATORS, MINE_PRESETS, create_estimator
 from ctc_timm.measure.neural import ContrastObjective, PairObjective, SmileObjective, Training, read_halves
+from ctc_timm.utils.errors import UserError
 
 NEURAL = ('mine', 'infonce', 'smile')
 SHORT = {'hidden': 64, 'steps': 250, 'batch_size': 192, 'learning_rate': 5e-3, 'window': 100}
@@ -208,7 +208,7 @@ def test_inputs_that_cannot_work(name, x, t, words):
         ('mine', {'learning_rat': 1}, "'learning_rat'; nearest: learning_rate"),
         ('renyi', {'alpa': 1}, "'alpa'; nearest: alpha"),
         ('renyi', {'alpha': 0}, 'alpha.*got 0'),
-        ('renyi', {'width': 'wide'}, "neighbours, median.*'wide'"),
+        ('renyi', {'width': 'wide'}, "neighbors, median.*'wide'"),
         ('renyi', {'max_images': 3}, 'max_images.*got 3'),
         ('renyi', {'groups': 1}, 'groups.*got 1'),
         ('mine', {'steps': 3}, 'steps must be at least 20'),
@@ -345,7 +345,7 @@ def test_published_presets():
 def brute_renyi(x, t, alpha, width):
     """The definition by loops, in numpy; labels are one-dimensional."""
 
-    def normalised(values):
+    def normalized(values):
         N = len(values)
         if values.ndim == 1:
             return np.array([[float(values[i] == values[j]) for j in range(N)] for i in range(N)]) / N
@@ -363,13 +363,13 @@ def brute_renyi(x, t, alpha, width):
             return -sum(p * math.log(p) for p in shares if p > 0)
         return math.log(np.sum(shares**alpha)) / (1 - alpha)
 
-    A, B = normalised(x), normalised(t)
+    A, B = normalized(x), normalized(t)
     joint = A * B / np.trace(A * B)
     return renyi_entropy(A) + renyi_entropy(B) - renyi_entropy(joint)
 
 
 @pytest.mark.parametrize('alpha', [1, 1.01, 2.0])
-@pytest.mark.parametrize('width', ['neighbours', 'median'])
+@pytest.mark.parametrize('width', ['neighbors', 'median'])
 @pytest.mark.parametrize('kinds', ['numbers', 'labels', 'labels twice'])
 def test_renyi_against_its_definition(alpha, width, kinds):
     rng = np.random.default_rng(8)

@@ -12,14 +12,15 @@ from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
-from ctc_timm.errors import UserError
-from ctc_timm.measure import logistic, neighbours, ridge, sets
-from ctc_timm.measure.neighbours import neighbour_votes
+from ctc_timm.measure import knn as neighbors
+from ctc_timm.measure import logistic, ridge, sets
+from ctc_timm.measure.knn import neighbor_votes
 from ctc_timm.measure.probes import METHODS, predict, probe, ridge_scores
 from ctc_timm.measure.scores import bootstrap_scores, point_scores, ranks
 from ctc_timm.measure.selection import NEVER, cross_folds, one_split
-from ctc_timm.measure.sets import Labelled, check_sets
+from ctc_timm.measure.sets import Labeled, check_sets
 from ctc_timm.measure.sgd import train_head
+from ctc_timm.utils.errors import UserError
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 
@@ -31,7 +32,7 @@ def clouds(count, size=8, classes=4, distance=1.0, seed=0, dtype=torch.float64):
     labels = rng.permutation(np.arange(count) % classes)
     mix = np.random.default_rng(98).normal(size=(size, size)) * np.linspace(0.05, 1.5, size)
     features = (means[labels] + rng.normal(size=(count, size))) @ mix + 4
-    return Labelled(torch.tensor(features, dtype=dtype), torch.tensor(labels))
+    return Labeled(torch.tensor(features, dtype=dtype), torch.tensor(labels))
 
 
 def in_mean_eigenvalues(features):
@@ -49,7 +50,7 @@ def test_ridge_against_a_direct_solve(count, size, rows, monkeypatch):
     weights, biases = ridge.ridge_path(data.features_ND, torch.tensor(y), strengths)
     assert weights.shape == (len(strengths), size, 5) and biases.shape == (len(strengths), 5)
     for s, strength in enumerate(ridge.STRENGTHS):
-        # Least squares with the penalty as rows of its own and the bias as one more, unpenalised weight: no means are
+        # Least squares with the penalty as rows of its own and the bias as one more, unpenalized weight: no means are
         # taken off, and no matrix is squared.
         penalty = np.sqrt(count * strength * in_mean_eigenvalues(x))
         left = np.block([[x, np.ones((count, 1))], [penalty * np.eye(size), np.zeros((size, 1))]])
@@ -113,10 +114,10 @@ def brute_force_votes(train, queries, classes, k):
 
 @pytest.mark.parametrize('block', [1, 300, 1 << 23])
 def test_knn_against_a_loop(block, monkeypatch):
-    monkeypatch.setattr(neighbours, 'BLOCK_SIMILARITIES', block)
+    monkeypatch.setattr(neighbors, 'BLOCK_SIMILARITIES', block)
     train, test = clouds(90, classes=7), clouds(25, classes=7, seed=1)
-    assert neighbours.NEIGHBOURS == (1, 5, 20)
-    for k, votes in zip((1, 5, 20), neighbour_votes(train, test.features_ND, 7)):
+    assert neighbors.NEIGHBORS == (1, 5, 20)
+    for k, votes in zip((1, 5, 20), neighbor_votes(train, test.features_ND, 7)):
         expected = brute_force_votes(train, test.features_ND, 7, k)
         np.testing.assert_allclose(votes * math.exp(1 / 0.07), expected, rtol=1e-9)
         for name, value in point_scores(torch.tensor(expected), test.labels_N).items():
@@ -125,22 +126,22 @@ def test_knn_against_a_loop(block, monkeypatch):
 
 @pytest.mark.parametrize('block', [1, 1 << 23])
 def test_knn_among_equally_similar_images_takes_the_first(block, monkeypatch):
-    monkeypatch.setattr(neighbours, 'BLOCK_SIMILARITIES', block)
+    monkeypatch.setattr(neighbors, 'BLOCK_SIMILARITIES', block)
     generator = torch.Generator().manual_seed(0)
     # Corners of a hypercube in four dimensions: exact cosines, of which there are only five, and zero vectors.
-    train = Labelled(torch.randint(0, 2, (60, 4), generator=generator) * 2.0 - 1, torch.arange(60) % 5)
+    train = Labeled(torch.randint(0, 2, (60, 4), generator=generator) * 2.0 - 1, torch.arange(60) % 5)
     train.features_ND[::9] = 0
     queries = torch.randint(0, 2, (20, 4), generator=generator) * 2.0 - 1
     queries[3] = 0
-    for k, votes in zip((1, 5, 20), neighbour_votes(train, queries, 5)):
+    for k, votes in zip((1, 5, 20), neighbor_votes(train, queries, 5)):
         expected = brute_force_votes(train, queries, 5, k)
         np.testing.assert_allclose(votes * math.exp(1 / 0.07), expected, rtol=1e-9)
 
 
-def test_knn_with_fewer_training_images_than_neighbours():
+def test_knn_with_fewer_training_images_than_neighbors():
     results = probe('knn', clouds(8), clouds(40, seed=1), 4)
     assert [r.method for r in results] == ['knn-1', 'knn-5', 'knn-20']
-    assert [r.settings['neighbours'] for r in results] == [1, 5, 8]
+    assert [r.settings['neighbors'] for r in results] == [1, 5, 8]
 
 
 def test_sgd_against_a_plain_loop():
@@ -182,7 +183,7 @@ def test_sgd_against_a_plain_loop():
 def test_random_labels_give_chance_and_real_ones_more(method):
     generator = torch.Generator().manual_seed(0)
     train, test = clouds(1200, 16, 10), clouds(2000, 16, 10, seed=1)
-    random = [Labelled(s.features_ND, torch.randint(0, 10, (len(s),), generator=generator)) for s in (train, test)]
+    random = [Labeled(s.features_ND, torch.randint(0, 10, (len(s),), generator=generator)) for s in (train, test)]
     # One probe in 1e5 by luck; `sgd-best` is the luckiest of 30 epochs.
     low, high = (100 * binom.ppf(p, 2000, 0.1) / 2000 for p in (1e-5, 1 - 1e-5))
     for result in probe(method, *random, 10):
@@ -194,7 +195,7 @@ def test_random_labels_give_chance_and_real_ones_more(method):
 @pytest.mark.parametrize('method', METHODS)
 def test_nothing_is_chosen_on_the_test_set(method):
     train, test = clouds(200, distance=0.4, dtype=torch.float32), clouds(150, seed=1, dtype=torch.float32)
-    other = Labelled(test.features_ND, test.labels_N.roll(7))
+    other = Labeled(test.features_ND, test.labels_N.roll(7))
     for one, two in zip(probe(method, train, test, 4), probe(method, train, other, 4), strict=True):
         assert one.scores != two.scores
         if one.method != 'sgd-best':
@@ -208,7 +209,7 @@ def test_nothing_is_chosen_on_the_test_set(method):
 def test_the_scale_of_the_features_changes_no_prediction(method, scale):
     train, test = clouds(200, dtype=torch.float32), clouds(300, seed=1, dtype=torch.float32)
     plain = probe(method, train, test, 4)
-    scaled = probe(method, *(Labelled(s.features_ND * scale, s.labels_N) for s in (train, test)), 4)
+    scaled = probe(method, *(Labeled(s.features_ND * scale, s.labels_N) for s in (train, test)), 4)
     for one, two in zip(plain, scaled, strict=True):
         assert one.settings == two.settings
         assert torch.equal(ranks(one.logits_MC, test.labels_N), ranks(two.logits_MC, test.labels_N))
@@ -220,7 +221,7 @@ def test_every_device_and_precision(method, device):
     train, test = clouds(200), clouds(300, seed=1)
     for dtype, points in ((torch.float64, 0.5), (torch.bfloat16, 6)):
         with torch.inference_mode():
-            low = [Labelled(s.features_ND.to(dtype), s.labels_N) for s in (train, test)]
+            low = [Labeled(s.features_ND.to(dtype), s.labels_N) for s in (train, test)]
         for one, two in zip(probe(method, train, test, 4), probe(method, *low, 4, device=device), strict=True):
             assert two.logits_MC.device.type == device
             assert two.scores['top1'].value == pytest.approx(one.scores['top1'].value, abs=points)
@@ -230,7 +231,7 @@ def test_every_device_and_precision(method, device):
 def test_dead_features_and_a_class_without_images(method):
     train, test = clouds(200, dtype=torch.float32), clouds(100, seed=1, dtype=torch.float32)
     # Three dead features more, and classes 2 and 3 of six without an image.
-    dead = [Labelled(F.pad(s.features_ND, (0, 3)), s.labels_N + 2 * (s.labels_N >= 2)) for s in (train, test)]
+    dead = [Labeled(F.pad(s.features_ND, (0, 3)), s.labels_N + 2 * (s.labels_N >= 2)) for s in (train, test)]
     for one, two in zip(probe(method, train, test, 4), probe(method, *dead, 6), strict=True):
         assert not torch.isin(two.logits_MC.argmax(dim=1), torch.tensor([2, 3])).any()
         if method != 'sgd':  # whose head starts from other random numbers
@@ -238,7 +239,7 @@ def test_dead_features_and_a_class_without_images(method):
         if method == 'logistic':
             assert (two.logits_MC[:, 2:4] == -torch.inf).all()
     for size in (8, 300):  # fewer and more features than images
-        constant = [Labelled(torch.full((len(s), size), 0.1), s.labels_N) for s in (train, test)]
+        constant = [Labeled(torch.full((len(s), size), 0.1), s.labels_N) for s in (train, test)]
         for result in probe(method, *constant, 4):
             assert result.scores['top1'].value == 25 and not result.logits_MC.isnan().any()
 
@@ -316,4 +317,4 @@ def test_sets_that_cannot_be_probed(what, words):
 
 def test_labels_that_do_not_fit_the_features():
     with pytest.raises(ValueError, match=r'\[5, 2\] and \[4\]'):
-        Labelled(torch.zeros(5, 2), torch.zeros(4, dtype=torch.long))
+        Labeled(torch.zeros(5, 2), torch.zeros(4, dtype=torch.long))

@@ -17,13 +17,13 @@ from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ctc_timm.errors import UserError
-from ctc_timm.measure.targets import slug
-from ctc_timm.outside import file_name
-from ctc_timm.sources import load_model
-from ctc_timm.training.run_folder import run_name
-from ctc_timm.zoo import catalogue
-from ctc_timm.zoo.publish import check_target, push
+from ctc_timm.hub.publish import check_target, push
+from ctc_timm.measure.transfer_sets import slug
+from ctc_timm.models import catalog as catalog
+from ctc_timm.models.loading import load_model
+from ctc_timm.runs import run_name
+from ctc_timm.utils.errors import UserError
+from ctc_timm.utils.text import file_name
 
 REPO = 'alice/test_resnet_ctc'
 EVIL = [
@@ -289,7 +289,7 @@ AT_HUB = {'hub_id': 'alice/x', 'revision': '0' * 40, 'filename': 'model.safetens
 
 
 @pytest.mark.parametrize('name', EVIL)
-def test_catalogues(tmp_path: Path, name: str) -> None:
+def test_catalogs(tmp_path: Path, name: str) -> None:
     known = {**AT_HUB, 'pretrained_cfg': FACTS}
     here = {'path': 'x.safetensors', 'sha256': 'a' * 64, 'pretrained_cfg': FACTS}
     for model, entry in (
@@ -309,13 +309,13 @@ def test_catalogues(tmp_path: Path, name: str) -> None:
         file = tmp_path / 'zoo.json'
         file.write_text(json.dumps({'version': 1, 'models': {model: entry}}))
         with pytest.raises(UserError, match=r'zoo\.json') as told:
-            catalogue.load(file)
+            catalog.load(file)
         assert str(told.value).isprintable()
 
 
-def test_what_a_catalogue_may_name(tmp_path: Path) -> None:
+def test_what_a_catalog_may_name(tmp_path: Path) -> None:
     for path in ('x.safetensors', 'a/b..c/x.safetensors', str(tmp_path / 'x.safetensors')):
-        entry = catalogue.parse(
+        entry = catalog.parse(
             'test_resnet_ctc.a', {'path': path, 'sha256': 'a' * 64, 'pretrained_cfg': FACTS}, 'z', tmp_path
         )
         assert Path(entry.path).is_relative_to(tmp_path)

@@ -22,15 +22,15 @@ from hub_client import Client
 from hub_server import Blob, Hub
 from safetensors.torch import load_file, save_file
 
-from ctc_timm.arguments import load_recipe
-from ctc_timm.data.splits import open_split
-from ctc_timm.errors import UserError
+from ctc_timm.cli.flags import load_recipe
+from ctc_timm.data.datasets import open_split
+from ctc_timm.hub.publish import push
 from ctc_timm.measure.features import SplitImages, features_of
 from ctc_timm.measure.results import RowStore
-from ctc_timm.plain_yaml import read_mapping, read_values
-from ctc_timm.sources import Loaded, data_flags, load_model
-from ctc_timm.training.models import load_weights
-from ctc_timm.zoo.publish import push
+from ctc_timm.models.creation import load_weights
+from ctc_timm.models.loading import LoadedModel, data_flags, load_model
+from ctc_timm.utils.errors import UserError
+from ctc_timm.utils.yaml_files import read_mapping, read_values
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.pth.tar', '.safetensors', '.npz', '.npy', '.PTH', '')
 DATA = ('--dataset', 'digits', '--val-split', 'validation[:32]', '-j', '0', '-b', '32')
@@ -231,7 +231,7 @@ def test_cached_features(tmp_path: Path, mark: Path, flags: Callable[..., argpar
     config = {'input_size': (1, 16, 16), 'mean': (0.3,), 'std': (0.4,), 'interpolation': 'bicubic', 'crop_pct': 1.0}
     images = SplitImages(open_split(args, 'validation[:32]'), args, {**config, 'crop_mode': 'center'}, accelerator)
     torch.manual_seed(0)
-    loaded = Loaded(timm.create_model('test_resnet', num_classes=10, in_chans=1).eval(), 'x', 'x', None, {})
+    loaded = LoadedModel(timm.create_model('test_resnet', num_classes=10, in_chans=1).eval(), 'x', 'x', None, {})
     first = features_of(loaded, images, accelerator, tmp_path / 'features')
     (file,) = (tmp_path / 'features').iterdir()
     for data in payloads(mark).values():

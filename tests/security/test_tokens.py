@@ -16,9 +16,9 @@ from hub_client import Client
 from hub_server import Hub
 from PIL import Image
 
-from ctc_timm.errors import UserError, one_line
-from ctc_timm.outside import holds_token, shown, without_tokens
-from ctc_timm.zoo.publish import push
+from ctc_timm.hub.publish import push
+from ctc_timm.utils.errors import UserError, one_line
+from ctc_timm.utils.text import holds_token, sanitize, without_tokens
 
 TOKEN = 'hf_' + 'Marked' * 5
 SECRETS = {
@@ -202,4 +202,4 @@ def test_what_is_shown_of_a_secret(monkeypatch: pytest.MonkeyPatch, text: str, k
     ],
 )
 def test_what_is_no_secret(text: str) -> None:
-    assert without_tokens(text) == text == shown(text) and not holds_token([text, {'a': text}, 3, None])
+    assert without_tokens(text) == text == sanitize(text) and not holds_token([text, {'a': text}, 3, None])

@@ -13,9 +13,9 @@ import timm
 import torch
 
 from ctc_timm import CTCTask, InstanceDiscriminationLoss, TemporalContrastLoss
-from ctc_timm.errors import RunError
 from ctc_timm.training import checkpoints
-from ctc_timm.training.loop import Trainer
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.errors import RunError
 
 Flags = Callable[..., argparse.Namespace]
 

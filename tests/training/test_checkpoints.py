@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from timm.utils import update_summary
 
-from ctc_timm.errors import UserError
-from ctc_timm.sources import load_model
+from ctc_timm.models.loading import load_model
+from ctc_timm.runs import Run, weights_metadata
 from ctc_timm.training import checkpoints
-from ctc_timm.training.durable import write_manifest
-from ctc_timm.training.loop import Trainer
-from ctc_timm.training.run_folder import RunFolder, weights_metadata
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.errors import UserError
+from ctc_timm.utils.files import write_manifest
 
 Flags = Callable[..., argparse.Namespace]
 WORDS = '--epochs 4 --temporal-start-epoch 2 --drop 0.2 --reprob 0.3 --model-ema --model-ema-decay 0.9 --keep-every 1'
@@ -73,7 +73,7 @@ def test_weights_load_in_plain_timm(whole: Trainer) -> None:
 
 
 def test_the_folder_loads_as_a_timm_model(whole: Trainer) -> None:
-    """`local-dir:` finds architecture, classes, normalisation and the best epoch's weights."""
+    """`local-dir:` finds architecture, classes, normalization and the best epoch's weights."""
     model = timm.create_model(f'local-dir:{whole.run.path}', pretrained=True).eval()
     plain = timm.create_model('test_resnet', num_classes=10)
     plain.load_state_dict(load_file(whole.run.path / 'best.safetensors'))
@@ -120,7 +120,7 @@ def test_a_resume_changes_nothing(flags: Flags, tiny: list[str], whole: Trainer,
 
 def test_numbers_of_the_epochs_to_be_run_again_are_dropped(tmp_path: Path) -> None:
     """By timm's own writer: what stays is what was written, and the next row fits under the header."""
-    run = RunFolder(tmp_path)
+    run = Run(tmp_path)
     for epoch in range(4):
         update_summary(
             epoch, {'loss': epoch / 2}, {'top1': epoch * 10.0}, filename=str(run.summary), write_header=not epoch
@@ -147,7 +147,7 @@ def test_old_states_go(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
     Trainer(flags(*tiny, words)).fit()
     states = tmp_path / 'run' / 'state'
     assert sorted(p.name for p in states.iterdir()) == ['epoch-0002', 'epoch-0003']
-    assert checkpoints.states_of(RunFolder(tmp_path / 'run'))[-1] == states / 'epoch-0003'
+    assert checkpoints.states_of(Run(tmp_path / 'run'))[-1] == states / 'epoch-0003'
     assert list((tmp_path / 'run' / 'weights').iterdir()) == []
     assert [row['epoch'] for row in read(tmp_path / 'run' / 'summary.csv')] == ['0', '1', '2', '3']
 
@@ -157,7 +157,7 @@ def test_the_newest_run_that_fits(flags: Flags, tmp_path: Path) -> None:
     words = ['--dataset', 'digits', '--output', str(tmp_path), '--resume', 'auto']
     assert checkpoints.find_resume(flags(*words)).state is None
     for name, model, epochs in (('a', 'resnet10t', 3), ('b', 'resnet10t', 2), ('c', 'resnet18', 1)):
-        run = RunFolder(tmp_path / name)
+        run = Run(tmp_path / name)
         run.create(flags(*words, '--model', model))
         for epoch in range(epochs):
             state = run.states / f'epoch-{epoch:04d}'
@@ -207,7 +207,7 @@ def test_a_run_is_never_written_over(flags: Flags, tiny: list[str], tmp_path: Pa
 
 
 def test_a_run_stopped_before_its_first_state_starts_afresh(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / 'one')
+    run = Run(tmp_path / 'one')
     run.create(flags(*tiny))
     run.log({'epoch': 0, 'batch': 1, 'loss': 1.0})
     words = ['--output', str(tmp_path), '--experiment', 'one', '--epochs', '1', '--mode', 'vanilla', '--resume', 'auto']

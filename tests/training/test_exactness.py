@@ -15,9 +15,9 @@ from runs import TINY, forget_processes
 from safetensors.torch import load_file
 
 from ctc_timm import CTCTask
-from ctc_timm.arguments import Parser, parse
-from ctc_timm.training.flags import add_arguments
-from ctc_timm.training.loop import Trainer
+from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.training.trainer import Trainer
 
 # Ten steps in each of two epochs of 160 images; `all` draws nothing that could differ.
 WORDS = [*TINY, '--train-split', 'train[:160]', '--epochs', '2', '--temporal-start-epoch', '1', '--negatives', 'all']
@@ -42,7 +42,7 @@ def train(words: list[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
         return step
 
     trainer.steps.update = noted  # type: ignore[method-assign]
-    trainer.fit(brief=True)
+    trainer.fit(quiet=True)
     mean = torch.tensor(gather_object([steps])).mean(dim=0).tolist()
     task: Any = trainer.task
     state = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
@@ -120,7 +120,7 @@ def test_accumulation_of_the_temporal_term() -> None:
         task.start_temporal_stage([(images, labels, torch.arange(64))])
         task.temporal.present_normalizer.fill_(50.0)
         task.temporal.past_normalizer.fill_(60.0)
-        task.train().hold_updates()
+        task.train().defer_updates()
         for index in torch.randperm(64, generator=torch.Generator().manual_seed(2)).split(64 // parts):
             (task(images[index], labels[index], index)['loss'] / parts).backward()
         task.apply_updates()

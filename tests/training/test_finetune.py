@@ -24,10 +24,10 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_model_data_config
 
-from ctc_timm.arguments import Parser, parse
+from ctc_timm.cli.flags import Parser, parse
 from ctc_timm.training.finetune import FineTuning
 from ctc_timm.training.finetune_flags import add_arguments
-from ctc_timm.training.loop import Trainer
+from ctc_timm.training.trainer import Trainer
 
 Script = Callable[..., Any]
 RECIPE = '-c recipes/finetune_digits.yaml --train-split train[:128] --val-split validation[:70] -b 32 --epochs 2'
@@ -134,7 +134,7 @@ def test_seeds_and_fractions_are_different_runs(finished: Path) -> None:
 
 
 def test_again_changes_nothing(script: Script, base: Path, finished: Path, tmp_path: Path) -> None:
-    """What is finished is kept to the byte; another seed is one run more, whose neighbours stay."""
+    """What is finished is kept to the byte; another seed is one run more, whose neighbors stay."""
     folder = tmp_path / 'copy'
     shutil.copytree(finished, folder)
     before = contents(folder)
@@ -206,7 +206,7 @@ def test_what_is_frozen_keeps_its_bits(base: Path, tmp_path: Path, part: str, pr
         assert torch.equal(tensor, after[name]) is name.startswith(prefixes if prefixes else '?'), name
 
 
-def test_the_optimiser_knows_nothing_of_what_is_frozen(base: Path, tmp_path: Path) -> None:
+def test_the_optimizer_knows_nothing_of_what_is_frozen(base: Path, tmp_path: Path) -> None:
     """Only what is trained is in a group, with timm's rates by layer: the classifier 1, then halves."""
     words = f'--freeze stem --seeds 1 --epochs 1 --layer-decay 0.5 --output {tmp_path}'.split()
     tuning = FineTuning(read(base, *TARGET, *words))

@@ -9,8 +9,8 @@ import torch
 from families import on_meta, small_of_each_module
 from torch import nn
 
-from ctc_timm.errors import UserError
 from ctc_timm.training.freezing import PartlyFrozenTask, freeze
+from ctc_timm.utils.errors import UserError
 
 # heads with more than the one layer that timm's config names as the classifier
 WIDER = {'caformer_s18': ['head.fc'], 'iformer_t': ['head.head'], 'levit_384_s8': ['head', 'head_dist']}
@@ -61,7 +61,7 @@ def test_a_model_with_nothing_to_train() -> None:
 
 
 def test_batch_norms_without_parameters() -> None:
-    """They count too, though timm's optimiser factory never sees them."""
+    """They count too, though timm's optimizer factory never sees them."""
 
     class Model(nn.Module):
         def __init__(self) -> None:

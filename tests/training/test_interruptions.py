@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 
-from ctc_timm.arguments import Parser, parse, run_script
-from ctc_timm.errors import RunError, UserError
-from ctc_timm.training import checkpoints, durable, loaders
-from ctc_timm.training.durable import MANIFEST, damage
-from ctc_timm.training.flags import add_arguments
-from ctc_timm.training.loop import Trainer
-from ctc_timm.training.run_folder import RunFolder
+from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.data import training_loader as loaders
+from ctc_timm.runs import Run
+from ctc_timm.training import checkpoints
+from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils import files as durable
+from ctc_timm.utils.errors import RunError, UserError
+from ctc_timm.utils.files import MANIFEST, damage
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = SimpleNamespace(**runpy.run_path(str(ROOT / 'benchmarks' / 'kills.py')))
@@ -56,7 +58,7 @@ def apart(function: Callable[..., None], *args: Any) -> int | None:
 
 def signalled(words: list[str], owner: str, name: str, call: int, number: int = signal.SIGKILL) -> None:
     """Train as train.py does; the so-manieth call of a function sends this process a signal before it does its work."""
-    module: Any = {'checkpoints': checkpoints, 'durable': durable, 'refresh': loaders.RefreshLoader, 'run': RunFolder}
+    module: Any = {'checkpoints': checkpoints, 'durable': durable, 'refresh': loaders.RefreshLoader, 'run': Run}
     inside, calls = getattr(module[owner], name), 0
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -86,10 +88,10 @@ def signalled(words: list[str], owner: str, name: str, call: int, number: int = 
 def test_killed_at_the_worst_moments(whole: Path, tmp_path: Path, owner: str, name: str, call: int) -> None:
     words = [*WORDS, '--output', str(tmp_path), '--experiment', 'killed', '--resume', 'auto']
     assert apart(signalled, words, owner, name, call) == -signal.SIGKILL
-    assert all(damage(state) is None for state in checkpoints.states_of(RunFolder(tmp_path / 'killed')))
+    assert all(damage(state) is None for state in checkpoints.states_of(Run(tmp_path / 'killed')))
     Trainer(read(words)).fit()
     assert KILLS.differences(whole, tmp_path / 'killed') == []
-    assert RunFolder(tmp_path / 'killed').unfinished() == []
+    assert Run(tmp_path / 'killed').unfinished() == []
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_told_to_stop(
     assert apart(signalled, words, owner, name, call, number) == 75
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert f'stopped by {signal.Signals(number).name}' in error and '--resume auto' in error and state in error
-    assert checkpoints.states_of(RunFolder(tmp_path / 'one'))[-1].name == state
+    assert checkpoints.states_of(Run(tmp_path / 'one'))[-1].name == state
     Trainer(read(words)).fit()
     assert KILLS.differences(whole, tmp_path / 'one') == []
 
@@ -137,7 +139,7 @@ def test_told_to_stop_in_an_evaluation(whole: Path, tmp_path: Path) -> None:
 
     words = [*WORDS, '--output', str(tmp_path), '--experiment', 'one', '--resume', 'auto']
     assert apart(train) == 75
-    assert checkpoints.states_of(RunFolder(tmp_path / 'one'))[-1].name == 'epoch-0001-step-000016'
+    assert checkpoints.states_of(Run(tmp_path / 'one'))[-1].name == 'epoch-0001-step-000016'
     Trainer(read(words)).fit()
     assert KILLS.differences(whole, tmp_path / 'one') == []
 
@@ -156,7 +158,7 @@ def test_several_processes_told_to_stop(tmp_path: Path, more: str, rows: int, st
     file = tmp_path / 'train.py'
     file.write_text(
         'import os, runpy, signal\n'
-        'from ctc_timm.training.run_folder import RunFolder\n'
+        'from ctc_timm.runs import RunFolder\n'
         'log, calls = RunFolder.log, []\n'
         'def counted(self, row):\n'
         '    calls.append(row)\n'
@@ -181,7 +183,7 @@ def test_several_processes_told_to_stop(tmp_path: Path, more: str, rows: int, st
     assert launch('whole', 0).returncode == 0
     stopped = launch('stopped', rows)
     assert stopped.returncode and f'stopped by SIGTERM after step {step};' in stopped.stderr
-    assert checkpoints.states_of(RunFolder(tmp_path / 'stopped'))[-1].name == f'epoch-0001-step-{step:06d}'
+    assert checkpoints.states_of(Run(tmp_path / 'stopped'))[-1].name == f'epoch-0001-step-{step:06d}'
     assert launch('stopped', 0).returncode == 0
     assert KILLS.differences(tmp_path / 'whole', tmp_path / 'stopped') == []
 
@@ -208,7 +210,7 @@ def test_a_damaged_state_is_named_and_passed_over(
 ) -> None:
     run = tmp_path / 'run'
     shutil.copytree(whole, run)
-    before, newest = checkpoints.states_of(RunFolder(run))
+    before, newest = checkpoints.states_of(Run(run))
     damaged(newest, how)
     with pytest.raises(UserError, match=f'{newest}.*damaged'):
         checkpoints.find_resume(read([*WORDS, '--resume', str(newest)]))
@@ -218,8 +220,8 @@ def test_a_damaged_state_is_named_and_passed_over(
     assert checkpoints.find_resume(read([*WORDS, '--resume', str(run)])).state == before
     trainer.fit()
     assert KILLS.differences(whole, run) == []
-    assert [state.name for state in checkpoints.states_of(RunFolder(run))] == [before.name, newest.name]
-    for state in checkpoints.states_of(RunFolder(run)):
+    assert [state.name for state in checkpoints.states_of(Run(run))] == [before.name, newest.name]
+    for state in checkpoints.states_of(Run(run)):
         damaged(state, how)
     files = sorted(run.rglob('*'))
     for words in (['--resume', str(run)], ['--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']):
@@ -237,9 +239,9 @@ def on_a_small_disk(words: list[str], folder: Path, room: int) -> None:
 def test_no_room_for_a_state(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """One line, no half-written folder, the states before untouched, and the run goes on when there is room."""
     words = [*WORDS, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--checkpoint-steps', '0']
-    run = RunFolder(tmp_path / 'run')
+    run = Run(tmp_path / 'run')
     # In the temporal stage a state holds the largest file, as momentum is there for the new projectors.
-    sizes = [file.stat().st_size for state in checkpoints.states_of(RunFolder(whole)) for file in state.iterdir()]
+    sizes = [file.stat().st_size for state in checkpoints.states_of(Run(whole)) for file in state.iterdir()]
     assert apart(signalled, words, 'refresh', '__iter__', 1) == -signal.SIGKILL
     kept = {file: file.read_bytes() for state in checkpoints.states_of(run) for file in state.iterdir()}
     capfd.readouterr()
@@ -254,7 +256,7 @@ def test_no_room_for_a_state(whole: Path, tmp_path: Path, capfd: pytest.CaptureF
 
 def test_only_what_is_whole_replaces_a_state(whole: Path, tmp_path: Path) -> None:
     """The oldest states go once the newest is read back; if that fails, none goes."""
-    run = RunFolder(tmp_path / 'run')
+    run = Run(tmp_path / 'run')
     shutil.copytree(whole, run.path)
     before, newest = checkpoints.states_of(run)
     damaged(newest, 'flipped')
@@ -267,7 +269,7 @@ def test_only_what_is_whole_replaces_a_state(whole: Path, tmp_path: Path) -> Non
 
 def test_errors_that_are_not_about_files_are_kept(whole: Path) -> None:
     accelerator: Any = SimpleNamespace(num_processes=1, is_main_process=True)
-    with pytest.raises(RuntimeError, match='of another kind'), checkpoints.together(accelerator, 'x'):
+    with pytest.raises(RuntimeError, match='of another kind'), checkpoints.raise_on_all_ranks(accelerator, 'x'):
         raise RuntimeError('of another kind')
-    with pytest.raises(RunError, match='x: No space left'), checkpoints.together(accelerator, 'x'):
+    with pytest.raises(RunError, match='x: No space left'), checkpoints.raise_on_all_ranks(accelerator, 'x'):
         raise OSError(28, 'No space left on device')

@@ -13,9 +13,9 @@ import torch
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
-from ctc_timm.errors import UserError
 from ctc_timm.training.optimization import create_optimizer, resolve_lr
 from ctc_timm.training.schedules import TwoStageSchedule
+from ctc_timm.utils.errors import UserError
 
 Flags = Callable[..., argparse.Namespace]
 GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'schedules.json').read_text())
@@ -88,7 +88,7 @@ def test_temporal_cosine_in_closed_form(flags: Flags) -> None:
 
 
 def test_on_updates_in_closed_form(flags: Flags) -> None:
-    """Every optimiser step is a point of the cosine, in both stages."""
+    """Every optimizer step is a point of the cosine, in both stages."""
     args = flags(*['--epochs', '5', '--temporal-start-epoch', '3', '--sched-on-updates'])
     schedule = TwoStageSchedule(sgd(0.5), args, 7)
     for epoch in range(5):
@@ -202,7 +202,7 @@ def test_a_temporal_stage_that_never_starts(flags: Flags, sched: str, cooldown: 
 
 
 def test_learning_rate_by_batch_size(flags: Flags) -> None:
-    """timm's rule: linear in the images a step, by their square root for adaptive optimisers."""
+    """timm's rule: linear in the images a step, by their square root for adaptive optimizers."""
     words = ['--lr-base', '0.1', '--lr-base-size', '256', '-b', '128', '--grad-accum-steps', '4']
     assert resolve_lr(flags(*words), 2) == pytest.approx(0.1 * 1024 / 256)
     assert resolve_lr(flags(*words, '--opt', 'adamw'), 2) == pytest.approx(0.1 * (1024 / 256) ** 0.5)

@@ -1,13 +1,13 @@
 """Every picture, drawn from the saved numbers."""
 
-from .style import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, PURPLE, STYLE, VERMILION
+from .style import BLUE, COLORS, GRAY, GREEN, MARKERS, ORANGE, PURPLE, STYLE, VERMILION
 from .training import plot_run, stage_change
 
 __all__ = [
     'BLUE',
-    'COLOURS',
+    'COLORS',
     'GREEN',
-    'GREY',
+    'GRAY',
     'MARKERS',
     'ORANGE',
     'PURPLE',

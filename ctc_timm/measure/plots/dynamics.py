@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .style import COLOURS, GREY, MARKERS, drawing, literal, save
+from .style import COLORS, GRAY, MARKERS, drawing, literal, save
 
 # isort: split
 from matplotlib import pyplot as plt
@@ -60,10 +60,10 @@ def plot_dynamics(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _looks(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each run."""
+    """Color and marker of each run."""
     names = [run['name'] for run in results['runs']]
     return {
-        name: {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
+        name: {'color': COLORS[i % len(COLORS)], 'marker': MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
     }
 
 
@@ -86,7 +86,7 @@ def _title(results: dict[str, Any], kind: str, dataset: str | None) -> str:
 
 
 def _mark_changes(ax: Axes, results: dict[str, Any]) -> None:
-    """A line in each run's colour where its temporal stage starts."""
+    """A line in each run's color where its temporal stage starts."""
     for run in results['runs']:
         if run['stage_change'] is not None:
             ax.axvline(run['stage_change'], color=_looks(results)[run['name']]['color'], linestyle='-.', linewidth=1)
@@ -95,7 +95,7 @@ def _mark_changes(ax: Axes, results: dict[str, Any]) -> None:
 def _legend(figure: Figure, ax: Axes, results: dict[str, Any]) -> None:
     handles, labels = ax.get_legend_handles_labels()
     if any(run['stage_change'] is not None for run in results['runs']):
-        (line,) = ax.plot([], [], color=GREY, linestyle='-.', linewidth=1)
+        (line,) = ax.plot([], [], color=GRAY, linestyle='-.', linewidth=1)
         handles, labels = [*handles, line], [*labels, 'temporal stage starts']
     figure.legend(handles, labels, loc='outside upper center', ncols=min(len(labels), 3))
 
@@ -138,10 +138,10 @@ def _path(results: dict[str, Any]) -> Figure:
         for run, rows in _of(results, 'target', target).items():
             x = [row['top1'] for row in source[run]]
             y = [row[probe] for row in rows]
-            colour = looks[run]['color']
+            color = looks[run]['color']
             ax.plot(x, y, **looks[run], markersize=4, linewidth=1.2, alpha=0.8, label=literal(run))
-            ax.plot(x[0], y[0], 'o', markersize=11, markerfacecolor='none', color=colour)
-            ax.plot(x[-1], y[-1], '*', markersize=15, color=colour, markeredgecolor='black')
+            ax.plot(x[0], y[0], 'o', markersize=11, markerfacecolor='none', color=color)
+            ax.plot(x[-1], y[-1], '*', markersize=15, color=color, markeredgecolor='black')
             if changes[run] is not None:
                 at = next(i for i, row in enumerate(rows) if row['epoch'] > changes[run])
                 ax.plot(x[at - 1 : at], y[at - 1 : at], 'x', markersize=11, markeredgewidth=2.5, color='black')
@@ -152,7 +152,7 @@ def _path(results: dict[str, Any]) -> Figure:
     for marker, label in (('o', 'first epoch'), ('x', 'end of instance stage'), ('*', 'last epoch')):
         if marker != 'x' or any(change is not None for change in changes.values()):
             hollow = {'markerfacecolor': 'none'} if marker == 'o' else {}
-            handles += panels[0, 0].plot([], [], marker, color=GREY, markersize=9, **hollow)
+            handles += panels[0, 0].plot([], [], marker, color=GRAY, markersize=9, **hollow)
             labels.append(label)
     figure.legend(handles, labels, loc='outside upper center', ncols=min(len(labels), 3))
     return figure

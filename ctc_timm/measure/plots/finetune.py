@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .style import BLUE, GREY, drawing, literal, save
+from .style import BLUE, GRAY, drawing, literal, save
 
 # isort: split
 from matplotlib import pyplot as plt
@@ -43,7 +43,7 @@ def plot_finetune(results: dict[str, Any], folder: Path) -> Path:
         )
         if several:
             runs = [(row['train_fraction'], row['top1']) for row in results['rows']]
-            ax.plot(*zip(*runs), color=GREY, marker='x', linestyle='none', label='a run')
+            ax.plot(*zip(*runs), color=GRAY, marker='x', linestyle='none', label='a run')
         low, high = ax.get_ylim()
         ax.set_ylim(max(low, 0), min(high, 101))  # the interval of two seeds can reach far beyond
         ax.set_xscale('log')

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .style import BLUE, COLOURS, MARKERS, drawing, literal, save
+from .style import BLUE, COLORS, MARKERS, drawing, literal, save
 
 # isort: split
 from matplotlib import pyplot as plt
@@ -58,7 +58,7 @@ def _by_shots(ax: Axes, rows: list[dict[str, Any]]) -> None:
             [row['shots'] * beside for row in mine],
             [row['top1'] for row in mine],
             yerr=[[_reach(row, 'low') for row in mine], [_reach(row, 'high') for row in mine]],
-            color=COLOURS[i % len(COLOURS)],
+            color=COLORS[i % len(COLORS)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=5,
             linewidth=1.2,

@@ -1,7 +1,7 @@
 """How every picture looks.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; lines differ in style and marker too, so
-that a print in grey still reads.
+Colors are Okabe and Ito's, which color-blind people can tell apart; lines differ in style and marker too, so
+that a print in gray still reads.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ...outside import shown
+from ...utils.text import sanitize
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#666666'
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, GRAY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#666666'
 STYLE: dict[Any, Any] = {
     'axes.grid': True,
     'axes.spines.right': False,
@@ -31,7 +31,7 @@ STYLE: dict[Any, Any] = {
     'legend.frameon': False,
     'lines.linewidth': 1.8,
 }
-COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, '#56B4E9', '#000000')
+COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, '#56B4E9', '#000000')
 MARKERS = 'osD^vPX'
 
 
@@ -42,7 +42,7 @@ def drawing() -> AbstractContextManager:
 
 def literal(name: str) -> str:
     """A name from outside as a label, in which two dollar signs begin no formula."""
-    return shown(name).replace('$', r'\$')
+    return sanitize(name).replace('$', r'\$')
 
 
 def save(figure: Figure, picture: str | os.PathLike) -> Path:

@@ -10,9 +10,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from ...errors import UserError
-from ...run_numbers import read_metrics, read_summary
-from .style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, drawing, literal, save
+from ...runs import read_metrics, read_summary
+from ...utils.errors import UserError
+from .style import BLUE, GRAY, GREEN, ORANGE, PURPLE, VERMILION, drawing, literal, save
 
 
 def plot_run(run: str | os.PathLike) -> list[Path]:
@@ -43,11 +43,11 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
         _learning_rate(axes[-1], rows)
         for ax in axes:
             if change is not None:
-                ax.axvline(change, color=GREY, linestyle='-.', linewidth=1.2)
+                ax.axvline(change, color=GRAY, linestyle='-.', linewidth=1.2)
         if change is not None:
             for text, side in (('instance stage  ', 'right'), ('  temporal stage', 'left')):
                 place = {'xy': (change, 1.0), 'xycoords': ('data', 'axes fraction')}
-                axes[0].annotate(text, **place, ha=side, va='bottom', color=GREY, annotation_clip=False)
+                axes[0].annotate(text, **place, ha=side, va='bottom', color=GRAY, annotation_clip=False)
         figure.suptitle(literal(run.name), fontsize=11)
         pictures = [save(figure, run / 'plots' / 'training.png')]
     if 'eval_monitor_ridge_top1' in rows[0]:
@@ -68,7 +68,7 @@ def _plot_monitor(run: Path, rows: list[dict[str, Any]], change: float | None) -
             ax.plot(*_series(rows, column), color=VERMILION, marker='o', markersize=4, label='target')
             ax.set_ylabel(label)
             if change is not None:
-                ax.axvline(change, color=GREY, linestyle='-.', linewidth=1.2)
+                ax.axvline(change, color=GRAY, linestyle='-.', linewidth=1.2)
         source = panels[0].twinx()
         source.grid(False)
         source.spines['right'].set_visible(True)

@@ -1,0 +1,286 @@
+"""timm models with stems for 32x32 images.
+
+The networks of the CTC paper's CIFAR experiments, put together from timm's own nets: each keeps its parent's
+blocks, head and interface, and only the way in is changed, so that a 32x32 image isn't shrunk to nothing.
+They are registered like timm's own: `timm.create_model('cifar_resnet18', num_classes=10)`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, TypeAlias
+
+import torch
+from timm.layers import create_classifier, create_conv2d, get_norm_act_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights
+from timm.models._features import feature_take_indices
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import ResNetV2
+from torch import nn
+from torchvision.models.shufflenetv2 import InvertedResidual
+
+from . import catalog as catalog
+
+__all__ = ['CifarResNet', 'CifarResNetV2', 'CifarMobileNetV2', 'CifarShuffleNetV2']
+
+Indices: TypeAlias = 'int | list[int] | None'
+
+
+def _stem(in_chs: int, out_chs: int, device: Any = None, dtype: Any = None, **_: Any) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the image's size, initialized as timm's ResNets initialize theirs."""
+    conv = nn.Conv2d(in_chs, out_chs, 3, padding=1, bias=False, device=device, dtype=dtype)
+    nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+    return conv
+
+
+class _FullResolution:
+    """What a timm ResNet has to be told when its stem keeps the image's size and its stages may be three."""
+
+    feature_info: list[dict[str, Any]]
+
+    def _tell_reductions(self) -> None:
+        """Take the factor 4 of the parent's stem out of the strides that the parent wrote down."""
+        for info in self.feature_info:
+            info['reduction'] = max(info['reduction'] // 4, 1)
+
+    def forward_intermediates(self, x: torch.Tensor, indices: Indices = None, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's, which takes five feature levels for granted."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().forward_intermediates(x, taken, *args, **kwargs)  # type: ignore[misc]
+
+    def prune_intermediate_layers(self, indices: Indices = 1, *args: Any, **kwargs: Any) -> list[int]:
+        """As the parent's, which takes five feature levels for granted."""
+        taken, _ = feature_take_indices(len(self.feature_info), indices)
+        return super().prune_intermediate_layers(taken, *args, **kwargs)  # type: ignore[misc]
+
+
+class CifarResNet(_FullResolution, ResNet):
+    """timm's ResNet with one 3x3 convolution of stride 1 as its stem, and three or four stages.
+
+    Args:
+        stem_chs: Channels of the stem.
+        in_chans: Channels of the images.
+        **kwargs: What timm's ResNet takes.
+    """
+
+    def __init__(self, stem_chs: int = 64, in_chans: int = 3, **kwargs: Any) -> None:
+        # The parent's width of a plain stem is fixed at 64; only its deep stem can be asked for another one.
+        super().__init__(in_chans=in_chans, stem_type='deep', stem_width=stem_chs // 2, **kwargs)
+        self.conv1 = _stem(in_chans, stem_chs, **kwargs)  # type: ignore[assignment]
+        self.maxpool = nn.Identity()  # type: ignore[assignment]
+        if not hasattr(self, 'layer4'):
+            self.layer4 = nn.Sequential()  # empty, not Identity: checkpointing iterates over it
+        self._tell_reductions()
+
+
+class CifarResNetV2(_FullResolution, ResNetV2):
+    """timm's pre-activation ResNet with one 3x3 convolution of stride 1 as its stem: a wide ResNet.
+
+    Args:
+        stem_chs: Channels of the stem.
+        in_chans: Channels of the images.
+        **kwargs: What timm's ResNetV2 takes.
+    """
+
+    def __init__(self, stem_chs: int = 16, in_chans: int = 3, **kwargs: Any) -> None:
+        super().__init__(in_chans=in_chans, stem_chs=stem_chs, **kwargs)
+        self.stem = nn.Sequential(OrderedDict(conv=_stem(in_chans, stem_chs, **kwargs)))
+        self._tell_reductions()
+
+
+class CifarMobileNetV2(EfficientNet):
+    """timm's EfficientNet told to list its stem among the feature levels.
+
+    The parent lists the last block before each stride; for 32x32 images the stem's output is wanted too.
+
+    Args:
+        **kwargs: What timm's EfficientNet takes.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        stem = dict(module='bn1', num_chs=self.conv_stem.out_channels, stage=0, reduction=2)
+        self.feature_info = [stem, *self.feature_info]
+        self.stage_ends = [0, *self.stage_ends]
+
+
+class CifarShuffleNetV2(EfficientNet):
+    """ShuffleNetV2 for 32x32 images: torchvision's blocks between EfficientNet's stem and head.
+
+    timm has no ShuffleNet, but an EfficientNet has the same skeleton (stem, stages of blocks, 1x1
+    convolution, pooled linear head), so all of its methods serve; only what they run over is built here.
+
+    Args:
+        layers: Blocks in each stage; the first of a stage halves the map.
+        channels: Channels of the stem and of each stage, one more than `layers`.
+        num_features: Channels of the 1x1 convolution before the head.
+        num_classes: Classes, 0 for no classifier.
+        in_chans: Channels of the images.
+        drop_rate: Dropout before the classifier.
+        global_pool: timm's pooling type.
+        device: Where the parameters are.
+        dtype: What the parameters are.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[int, ...] = (4, 8, 4),
+        channels: tuple[int, ...] = (24, 116, 232, 464),
+        num_features: int = 1024,
+        num_classes: int = 100,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        global_pool: str = 'avg',
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not the parent's: it would build EfficientNet's blocks
+        norm_act = get_norm_act_layer(nn.BatchNorm2d, nn.ReLU)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        self.conv_stem = create_conv2d(in_chans, channels[0], 1)
+        self.bn1 = norm_act(channels[0], inplace=True)
+        self.blocks = nn.Sequential()
+        self.feature_info = [dict(module='bn1', num_chs=channels[0], stage=0, reduction=1)]
+        for i, (depth, before, after) in enumerate(zip(layers, channels, channels[1:])):
+            first = InvertedResidual(before, after, stride=2)
+            rest = [InvertedResidual(after, after, stride=1) for _ in range(depth - 1)]
+            self.blocks.append(nn.Sequential(first, *rest))
+            self.feature_info.append(dict(module=f'blocks.{i}', num_chs=after, stage=i + 1, reduction=2 ** (i + 1)))
+        self.stage_ends = [info['stage'] for info in self.feature_info]
+
+        self.conv_head = create_conv2d(channels[-1], num_features, 1)
+        self.bn2 = norm_act(num_features, inplace=True)
+        self.num_features = num_features
+        self.global_pool, self.classifier = create_classifier(num_features, num_classes, global_pool)
+        self.head_hidden_size = num_features * self.global_pool.feat_mult()
+        efficientnet_init_weights(self)
+        self.to(device=device, dtype=dtype)  # torchvision's blocks don't take these two
+
+
+def _cfg(pool_size: int, first_conv: str, classifier: str) -> dict[str, Any]:
+    """What timm has to know about a model: CIFAR-100's numbers, and names of its first and last layer."""
+    return dict(
+        num_classes=100,
+        input_size=(3, 32, 32),
+        pool_size=(pool_size, pool_size),
+        crop_pct=1.0,
+        interpolation='bicubic',
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+        first_conv=first_conv,
+        classifier=classifier,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'cifar_resnet20': _cfg(8, 'conv1', 'fc'),
+        'cifar_resnet18': _cfg(4, 'conv1', 'fc'),
+        'cifar_resnet34': _cfg(4, 'conv1', 'fc'),
+        'cifar_wrn_16_2': _cfg(8, 'stem.conv', 'head.fc'),
+        'cifar_wrn_28_4': _cfg(8, 'stem.conv', 'head.fc'),
+        'cifar_resnext32_16x4d': _cfg(8, 'conv1', 'fc'),
+        'cifar_mobilenetv2_050': _cfg(2, 'conv_stem', 'classifier'),
+        'cifar_shufflenetv2': _cfg(4, 'conv_stem', 'classifier'),
+    }
+)
+# Weights to compare CTC with have tags of their own, so that an untagged name keeps the input size of CIFAR.
+for _entry in catalog.load(catalog.BASELINES).values():
+    default_cfgs[_entry.architecture].tags.append(_entry.tag)
+    default_cfgs[_entry.architecture].cfgs[_entry.tag] = _entry.pretrained_cfg()
+
+
+def _resnet(variant: str, pretrained: bool, num_levels: int, given: dict[str, Any], **own: Any) -> nn.Module:
+    """A post-activation ResNet; what the caller gave wins over the variant's own arguments."""
+    own = dict(own, zero_init_last=False)  # the plain start that ResNets for CIFAR are published with
+    feature_cfg = dict(out_indices=tuple(range(num_levels)))
+    return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given))
+
+
+def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, given: dict[str, Any]) -> nn.Module:
+    """A wide ResNet: three stages of (depth - 4) / 6 pre-activation blocks, `width` times as wide."""
+    own = dict(
+        layers=((depth - 4) // 6,) * 3,
+        channels=(16 * width, 32 * width, 64 * width),
+        basic=True,
+        bottle_ratio=1.0,
+        norm_layer=nn.BatchNorm2d,
+        conv_layer=create_conv2d,
+    )
+    feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
+    return build_model_with_cfg(CifarResNetV2, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given))
+
+
+@register_model
+def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-20 for 32x32 images: three stages of three basic blocks, 16 to 64 channels."""
+    own = dict(block=BasicBlock, layers=(3, 3, 3), channels=(16, 32, 64), stem_chs=16)
+    return _resnet('cifar_resnet20', pretrained, 4, kwargs, **own)
+
+
+@register_model
+def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-18 for 32x32 images."""
+    return _resnet('cifar_resnet18', pretrained, 5, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
+
+
+@register_model
+def cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-34 for 32x32 images."""
+    return _resnet('cifar_resnet34', pretrained, 5, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
+
+
+@register_model
+def cifar_wrn_16_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide ResNet of depth 16 and width 2 for 32x32 images."""
+    return _wide_resnet('cifar_wrn_16_2', pretrained, 16, 2, kwargs)
+
+
+@register_model
+def cifar_wrn_28_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide ResNet of depth 28 and width 4 for 32x32 images."""
+    return _wide_resnet('cifar_wrn_28_4', pretrained, 28, 4, kwargs)
+
+
+@register_model
+def cifar_resnext32_16x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNeXt of 16 groups for 32x32 images: three stages of five bottlenecks."""
+    own = dict(block=Bottleneck, layers=(5, 5, 5), channels=(32, 64, 128), stem_chs=32)
+    return _resnet('cifar_resnext32_16x4d', pretrained, 4, kwargs, cardinality=16, base_width=4, **own)
+
+
+@register_model
+def cifar_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """MobileNetV2 of half width for 32x32 images."""
+    blocks = [
+        ['ir_r1_k3_s1_e1_c16'],  # ir, not timm's ds: the published first block has its 1x1 expansion
+        ['ir_r2_k3_s1_e6_c24'],  # stride 1, not 2: the map is 16x16 already
+        ['ir_r3_k3_s2_e6_c32'],
+        ['ir_r4_k3_s2_e6_c64'],
+        ['ir_r3_k3_s1_e6_c96'],
+        ['ir_r3_k3_s2_e6_c160'],
+        ['ir_r1_k3_s1_e6_c320'],
+    ]
+    own = dict(block_args=decode_arch_def(blocks), num_features=1280, stem_size=32, round_chs_fn=_half)
+    feature_cfg = dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True)
+    return build_model_with_cfg(
+        CifarMobileNetV2, 'cifar_mobilenetv2_050', pretrained, feature_cfg=feature_cfg, **dict(own, **kwargs)
+    )
+
+
+def _half(channels: int) -> int:
+    """Half the channels as they are: timm's rounding to multiples of 8 would turn 12 into 16."""
+    return int(channels * 0.5)
+
+
+@register_model
+def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ShuffleNetV2 for 32x32 images."""
+    feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
+    return build_model_with_cfg(CifarShuffleNetV2, 'cifar_shufflenetv2', pretrained, feature_cfg=feature_cfg, **kwargs)

@@ -1,0 +1,58 @@
+"""Mistakes a user can make, told in one line.
+
+A script shows a `UserError` as that one line and exits with its code; everything else is a defect of ours and keeps
+its traceback. The codes: 2 for bad input, 1 for a run that can't go on although its input was fine (a full disk, a
+loss that is no number), 75 for a run that was told to stop and saved its state.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from .text import sanitize
+
+
+class UserError(ValueError):
+    """What was given can't be used. The message names the flag or file, the value, and what would be right.
+
+    Shown as one line, whatever names from outside it repeats, and without the tokens that may be among them.
+    """
+
+    exit_code = 2
+
+    def __str__(self) -> str:
+        return sanitize(super().__str__())
+
+
+class RunError(UserError):
+    """A run can't go on, for a reason that lies outside its flags. Its last good state is as it was."""
+
+    exit_code = 1
+
+
+class Stopped(UserError):
+    """A run was told to stop, and has saved its state; the code is that of a temporary failure in sysexits.h."""
+
+    exit_code = 75
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names closest to a mistyped one, as the tail of an error message.
+
+    Args:
+        name: What was typed.
+        known: What could have been typed.
+        count: How many suggestions at the most.
+
+    Returns:
+        ``'; nearest: a, b, c'``, or an empty string when nothing is close.
+    """
+    found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f'; nearest: {", ".join(found)}' if found else ''
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message as one line of at most 300 characters, or its type where it says nothing."""
+    text = ' '.join(sanitize(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + '...'

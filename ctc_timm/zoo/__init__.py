@@ -1,1 +1,0 @@
-"""Its weights and its architectures, as timm models."""

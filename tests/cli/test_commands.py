@@ -1,0 +1,289 @@
+"""The real scripts: launched as users launch them, their weights read by plain timm, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from ctc_timm.models.loading import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+Script = Callable[..., Any]
+LAUNCH = ['-m', 'accelerate.commands.launch', '--num_processes', '1', '--num_machines', '1', '--dynamo_backend', 'no']
+TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+MODEL = [
+    '--model',
+    'test_resnet',
+    '--train-split',
+    'train[:256]',
+    '--val-split',
+    'validation[:71]',
+    '--num-negatives',
+    '32',
+]
+
+PLAIN_TIMM = """
+import sys
+import numpy as np, timm, torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+run, pixels, out = sys.argv[1:]
+named = timm.create_model('local-dir:' + run, pretrained=True).eval()
+plain = timm.create_model('test_resnet', num_classes=10, checkpoint_path=run + '/best.safetensors').eval()
+transform = create_transform(**resolve_model_data_config(named))
+data = np.load(pixels)
+images = torch.stack([transform(Image.fromarray(x).convert('RGB')) for x in data['images']])
+with torch.no_grad():
+    logits = plain(images)
+    assert torch.equal(logits, named(images))
+hits = (logits.argmax(1).numpy() == data['labels']).mean()
+np.savez(out, images=images.numpy(), logits=logits.numpy(), top1=100 * hits)
+assert not any(name.startswith('ctc_timm') for name in sys.modules)
+"""
+
+
+def execute(*words: str, limit: int = 120) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+    environment['OMP_NUM_THREADS'] = '1'
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
+    )
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / 'summary.csv').open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run through `accelerate launch`: the default recipe, cut to two epochs and one of the temporal stage."""
+    output = tmp_path_factory.mktemp('runs')
+    words = f'--epochs 3 --output {output} --keep-every 1 --validation-batch-size 50'.split()
+    ended = execute(*LAUNCH, 'train.py', *words, *MODEL)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    (run,) = output.iterdir()
+    assert [row['epoch'] for row in rows(run)] == ['0', '1', '2']
+    stages = [json.loads(line).get('stage') for line in (run / 'metrics.jsonl').read_text().splitlines()]
+    assert [stage for stage in stages if stage] == ['instance', 'instance', 'temporal']
+    for hint in ('validate.py', 'local-dir:', 'best.safetensors', 'training.png'):
+        assert hint in ended.stdout
+    return run
+
+
+@pytest.fixture(scope='module')
+def validation_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The validation images, from scikit-learn and not from our reader."""
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    _, kept, _, labels = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    file = tmp_path_factory.mktemp('digits') / 'validation.npz'
+    np.savez(file, images=kept[:71], labels=labels[:71])
+    return file
+
+
+def test_plain_timm_loads_the_weights(trained: Path, validation_images: Path, tmp_path: Path) -> None:
+    """A process that never imports this package gets the same logits, and the accuracy in the summary."""
+    out = tmp_path / 'logits.npz'
+    ended = execute('-c', PLAIN_TIMM, str(trained), str(validation_images), str(out))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    theirs = np.load(out)
+    best = max(float(row['eval_top1']) for row in rows(trained))
+    assert float(theirs['top1']) == pytest.approx(best, abs=1e-6)
+    with torch.no_grad():
+        mine = load_model(str(trained)).model(torch.from_numpy(theirs['images']))
+    assert np.abs(mine.numpy() - theirs['logits']).max() < 1e-6
+
+
+def test_validate_agrees_with_the_summary(script: Script, trained: Path, tmp_path: Path) -> None:
+    """A run's folder, one epoch's weights, and the folder as a timm model, each with its own row's numbers."""
+    table = rows(trained)
+    best = max(table, key=lambda row: float(row['eval_top1']))
+    data_flags = ['--dataset', 'digits', '--val-split', 'validation[:71]']
+    for words, row in (
+        ([str(trained)], best),
+        ([str(trained / 'weights' / 'epoch-0000.safetensors')], table[0]),
+        (['--checkpoint', str(trained / 'last.safetensors')], table[-1]),
+        ([f'local-dir:{trained}', *data_flags], best),
+    ):
+        ended = script('validate.py', *words, '--output', str(tmp_path), '-b', '50')
+        assert ended.code == 0, ended.err
+        results = json.loads((tmp_path / 'results.json').read_text())
+        assert results['num_images'] == 71 and f'{results["top1"]:.3f} %' in ended.out
+        for key in ('top1', 'top5', 'loss'):
+            assert results[key] == pytest.approx(float(row[f'eval_{key}']), rel=1e-5)
+        by_class = [line['top1'] for line in results['per_class']]
+        assert results['mean_per_class'] == pytest.approx(sum(by_class) / len(by_class))
+
+
+def test_resume_goes_on_in_the_temporal_stage(script: Script, trained: Path) -> None:
+    """One epoch more, with no flag typed again; every epoch is in the summary once."""
+    before = rows(trained)
+    for words in (['--resume', str(trained)], ['--resume', 'auto', '--output', str(trained.parent), *MODEL]) * 2:
+        words += ['--epochs', str(len(before) + 1)]
+        ended = script('train.py', *words)
+        assert ended.code == 0, ended.err
+        assert f'at epoch {len(before)} of {len(before) + 1}' in ended.out and 'banks are filled' not in ended.out
+        after = rows(trained)
+        assert after[:-1] == before and after[-1]['epoch'] == str(len(before))
+        before = after
+    assert [path.name for path in trained.parent.iterdir()] == [trained.name]
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same run, an epoch in each stage, by two processes and by one with twice the batch."""
+    output = tmp_path_factory.mktemp('pair')
+    words = (
+        f'train.py --output {output} --model test_vit --train-split train[:160] --val-split validation[:71] '
+        f'--img-size 16 --mean 0.3 --std 0.4 --epochs 2 --temporal-start-epoch 1 --num-negatives 32 --lr 0.01 '
+        f'--negatives shared -j 0'
+    ).split()
+    ended = execute(*TWO, *words, '-b', '16')
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert '2 process(es)' in ended.stdout
+    (two,) = output.iterdir()
+    alone = execute(*words, '-b', '32', '--experiment', 'alone')
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    return [two, output / 'alone']
+
+
+def test_two_processes_train_as_one(pair: list[Path]) -> None:
+    """With gloo, a model without batch statistics and negatives that processes share: the same weights."""
+    two, one = (load_file(run / 'last.safetensors') for run in pair)
+    start = load_file(pair[1] / 'weights' / 'epoch-0000.safetensors')
+    for key in one:
+        assert torch.allclose(two[key], one[key], atol=1e-6), key
+    assert max(float((one[key] - start[key]).abs().max()) for key in one) > 1e-4
+    for mine, theirs in zip(rows(pair[0]), rows(pair[1]), strict=True):
+        for key in mine:
+            assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-5)
+    states = sorted(path.name for path in (pair[0] / 'state' / 'epoch-0001').iterdir())
+    assert {'random_states_0.pkl', 'random_states_1.pkl', 'information_bank.safetensors'} < set(states)
+
+
+def test_two_processes_count_every_image_once(pair: list[Path], tmp_path: Path) -> None:
+    """71 images do not divide by two: none is left out and none counted twice."""
+    ended = execute(*TWO, 'validate.py', str(pair[0]), '--output', str(tmp_path), '-b', '16')
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    results = json.loads((tmp_path / 'results.json').read_text())
+    last = rows(pair[1])[-1]
+    best = max(rows(pair[1]), key=lambda row: float(row['eval_top1']))
+    assert results['num_images'] == 71 and float(last['eval_top1']) <= float(best['eval_top1'])
+    for key in ('top1', 'top5', 'loss'):
+        assert results[key] == pytest.approx(float(best[f'eval_{key}']), rel=1e-5)
+    assert ended.stdout.count('top-1') == 1
+
+
+REFUSED = [
+    ('train.py --model resnt50', '--model resnt50: unknown to timm; nearest: resnet50'),
+    ('train.py --model qwen3_vit_88m_enc --img-size 32', '--model qwen3_vit_88m_enc: has no classification head'),
+    ('train.py --model-kwargs num_classes=0', '--model cifar_resnet20: has no classification head'),
+    ('train.py --model-kwargs depth=3', "unexpected keyword argument 'depth'"),
+    ('train.py --model resnet18_ctc --pretrained', '--model resnet18_ctc: no CTC weights are catalogd'),
+    ('train.py --model local-dir:{}/nowhere', '--model local-dir:{}/nowhere'),
+    ('train.py --model vit_tiny_patch16_224 --img-size 8', '--img-size: vit_tiny_patch16_224 cannot take 3x8x8'),
+    ('train.py --in-chans 1', '--mean 0.305 0.305 0.305: 3 values for 1 channel(s)'),
+    ('train.py -c {}/nowhere.yaml', '--config {}/nowhere.yaml: no such file'),
+    ('train.py -c {}/typo.yaml', "{}/typo.yaml: 'num-negative' is no flag; nearest: num_negatives"),
+    ('train.py -c {}/zero.yaml', '{}/zero.yaml: --num-negatives: must be at least 1, got 0'),
+    ('train.py --data-dir {}/nowhere', '--data-dir {}/nowhere: no such folder'),
+    ('train.py --data-dir {}/images/train --model test_resnet', "no split 'validation' in it"),
+    ('train.py --data-dir {}/one --model test_resnet -b 4', '--mode ctc: negatives come from other classes'),
+    ('train.py --num-classes 5', '--num-classes 5: label 9 of image 1'),
+    ('train.py --dataset hfids/{}/hub --model test_resnet', 'a streaming data set gives its images no stable index'),
+    ('train.py --num-negatives 0', '--num-negatives: must be at least 1, got 0'),
+    ('train.py --temporal-temperature 0.005', '--temporal-temperature 0.005: temperature must be at least'),
+    ('train.py --temporal-start-epoch 16', '--temporal-start-epoch 16 lies outside the run of --epochs 15'),
+    ('train.py -b 5000', '--batch-size 5000 times 1 process(es) is more than the 1437'),
+    ('train.py -b 33 --mixup 0.2', '--batch-size 33: must be even'),
+    ('train.py --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),
+    ('train.py --opt adamw --opt-betas 0.9', '--opt-betas [0.9]'),
+    ('train.py --aa foo', '--aa foo: Unknown AA policy foo'),
+    ('train.py --log-with foo', '--log-with foo: no such tracker'),
+    ('train.py --torchcompile foo', '--torchcompile foo: no such backend'),
+    ('train.py --resume {}/nowhere', '--resume {}/nowhere: no run with a saved state there'),
+    ('train.py --initial-checkpoint {}/nowhere.pth', '--initial-checkpoint {}/nowhere.pth: no such file'),
+    ('train.py --initial-checkpoint {}/garbage.safetensors', 'not weights of cifar_resnet20'),
+    ('train.py --initial-checkpoint {run}/best.safetensors', 'not weights of cifar_resnet20'),
+    ('train.py --resume {run} --mode vanilla', "was saved with mode 'ctc', this run has 'vanilla'"),
+    ('train.py --experiment ../up', '--experiment ../up: must be a name inside --output'),
+    ('validate.py', 'name a model'),
+    ('validate.py {run} --dataset digit', '--dataset digit: no such data set; nearest: digits'),
+    ('validate.py resnt18 --dataset digits', 'MODEL resnt18: no run folder, weights file or timm model of that name'),
+    ('validate.py {}/nowhere.safetensors --dataset digits', 'MODEL {}/nowhere.safetensors: no such file'),
+    ('validate.py {}/garbage.safetensors --dataset digits --model resnet18', 'not weights of resnet18'),
+    ('validate.py {}/images --dataset digits', 'is no run'),
+    ('validate.py {run} --num-clases 3', '--num-clases: no such flag; nearest: --num-classes'),
+    ('validate.py {run} --num-classes 3', 'not weights of test_resnet'),
+    ('validate.py {run} --data-dir {}/images --val-split dev', "no split 'dev' in it"),
+]
+
+
+@pytest.fixture
+def mistakes(image_folder: Path) -> Path:
+    """The files that the mistakes below are about."""
+    root = image_folder.parent
+    (root / 'typo.yaml').write_text('num-negative: 10\n')
+    (root / 'zero.yaml').write_text('dataset: digits\nnum-negatives: 0\n')
+    (root / 'garbage.safetensors').write_text('garbage')
+    for split in ('train', 'validation'):
+        (root / 'one' / split).mkdir(parents=True)
+        (root / 'one' / split / 'class0').symlink_to(image_folder / split / 'class0')
+    return root
+
+
+def check_refusal(ended: Any, code: int, message: str, output: Path) -> None:
+    lines = ended.err.splitlines() if hasattr(ended, 'err') else ended.stderr.splitlines()
+    assert code == 2, lines
+    assert len(lines) == 1 and message in lines[0], lines
+    assert not output.exists()
+
+
+@pytest.mark.parametrize('command, message', REFUSED, ids=[command for command, _ in REFUSED])
+def test_mistakes_are_one_line(
+    script: Script, mistakes: Path, trained: Path, tmp_path: Path, command: str, message: str
+) -> None:
+    """Exit code 2, one line that names what is wrong, and nothing written."""
+    words, message = (text.replace('{run}', str(trained)).replace('{}', str(mistakes)) for text in (command, message))
+    ended = script(*words.split(), '--output', str(tmp_path / 'runs'))
+    check_refusal(ended, ended.code, message, tmp_path / 'runs')
+
+
+@pytest.mark.parametrize('i', [0, 10])
+def test_mistakes_in_a_process_of_their_own(mistakes: Path, tmp_path: Path, i: int) -> None:
+    """As above, the way a user meets them."""
+    command, message = (text.replace('{}', str(mistakes)) for text in REFUSED[i])
+    ended = execute(*command.split(), '--output', str(tmp_path / 'runs'))
+    check_refusal(ended, ended.returncode, message, tmp_path / 'runs')
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_images_that_can_not_be_read(script: Script, image_folder: Path, tmp_path: Path, workers: str) -> None:
+    """One among others is skipped and counted; with none left the error is one line that names a file."""
+    words = f'--data-dir {image_folder} --model test_resnet --img-size 32 -b 12 -j {workers} --num-negatives 8'.split()
+    words += f'--epochs 2 --output {tmp_path / "runs"} --experiment'.split()
+    files = sorted((image_folder / 'train').rglob('*.png'))
+    files[4].write_bytes(b'no image')
+    ended = script('train.py', *words, 'some')
+    assert ended.code == 0, ended.err
+    assert [row['train_skipped'] for row in rows(tmp_path / 'runs' / 'some')] == ['1', '1']
+    for file in files:
+        file.write_bytes(b'no image')
+    ended = script('train.py', *words, 'none')
+    (error,) = (line for line in ended.err.splitlines() if 'error:' in line)
+    assert ended.code == 2 and 'Traceback' not in ended.err
+    assert any(str(file) in error for file in files) and 'unreadable' in error

@@ -1,0 +1,179 @@
+"""`features_and_logits` and `feature_dim` against plain timm, on one architecture of every timm module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from families import HEADLESS, on_meta, small_of_each_module
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ctc_timm
+from ctc_timm.models.backbones import feature_dim, features_and_logits, has_classification_head
+
+# A head with a BatchNorm before its classifier, one that averages two classifiers, one whose classifier is a
+# convolution, and some of what timm keeps for tests: small enough to compare real numbers.
+REAL = ['mobilenetv4_conv_small_035', 'deit_tiny_distilled_patch16_224', 'cifar_wrn_16_2']
+REAL += timm.list_models('test_*', exclude_filters='*_ctc')[::3]
+
+
+class Kernels(TorchDispatchMode):
+    """Writes down every kernel that runs, with the shape it gives: what a model computes, without the sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.ran.append((str(func), getattr(out, 'shape', None)))
+        return out
+
+
+def kernels(call: Callable[[], Any]) -> tuple[Any, list[tuple[str, Any]]]:
+    with torch.no_grad(), Kernels() as mode:
+        out = call()
+    return out, mode.ran
+
+
+def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
+    """A seeded model of 10 classes and a batch of images for it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    return model, torch.randn(2, *model.pretrained_cfg['input_size'])
+
+
+@pytest.mark.parametrize('name', small_of_each_module())
+def test_every_module_of_timm(name: str) -> None:
+    model = on_meta(name, num_classes=10).eval()
+    images = torch.zeros(2, *model.pretrained_cfg['input_size'], device='meta')
+    with torch.no_grad():
+        body = model.forward_features(images)
+    calls = []
+    # The body has been run; what is compared is everything after it, and how often it is asked for.
+    model.forward_features = lambda x, **_: calls.append(x) or body
+
+    plain, after_body = kernels(lambda: model(images))
+    assert len(calls) == 1, 'timm itself'
+    wanted, to_features = kernels(lambda: model.forward_head(body, pre_logits=True))
+    state = body._version if isinstance(body, torch.Tensor) else None
+
+    (features, logits), ran = kernels(lambda: features_and_logits(model, images))
+    assert len(calls) == 2
+    assert ran[: len(after_body)] == after_body, 'logits as model(images) computes them'
+    # flatten(1) of two dimensions runs no kernel
+    assert ran[len(after_body) :] == to_features, 'features as forward_head computes them'
+    assert logits.shape == plain.shape == (2, 10)
+    assert features.shape == wanted.shape == (2, feature_dim(model))
+    assert state is None or body._version == state, 'the head changed the body it was given'
+    assert has_classification_head(model)
+
+
+@pytest.mark.parametrize('name', REAL)
+def test_numbers(name: str) -> None:
+    """In eval mode the numbers of plain timm; in training also its dropout, and its state after the step."""
+    model, images = make(name, drop_rate=0.5)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        results = []
+        for call in (lambda: twin.train()(images), lambda: features_and_logits(model.train(), images)[1]):
+            torch.manual_seed(1)
+            results.append(call())
+        assert torch.equal(*results)
+        for (key, value), wanted in zip(model.named_buffers(), twin.buffers(), strict=True):
+            assert torch.equal(value, wanted), key
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert all(norm.track_running_stats for norm in norms)
+
+        features, logits = features_and_logits(model.eval(), images)
+        assert torch.equal(logits, twin.eval()(images))
+        assert torch.equal(features, twin.forward_head(twin.forward_features(images), pre_logits=True))
+        assert features.std() > 0 and logits.std() > 0
+
+
+def test_features_of_a_normalizing_head_are_those_of_the_batch() -> None:
+    """The second look normalizes by the batch, not by running statistics, and passes gradients."""
+    model, images = make('mobilenetv4_conv_small_035')
+    model.train()
+    features, _ = features_and_logits(model, images)
+    (twin, _), seen = make('mobilenetv4_conv_small_035'), []
+    twin.train().norm_head.register_forward_hook(lambda _, __, out: seen.append(out))
+    twin(images)
+    torch.testing.assert_close(features, twin.act2(seen[0]).flatten(1), rtol=0, atol=0)
+    features.square().sum().backward()
+    assert model.conv_stem.weight.grad.abs().sum() > 0
+    assert model.classifier.weight.grad is None
+
+
+class Tiny(nn.Module):
+    """The least that has timm's interface, a BatchNorm on either side of the pooling included."""
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head_norm = nn.BatchNorm1d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.head_norm(x.mean((2, 3)))
+        return x if pre_logits else self.fc(x)
+
+
+def test_compiles_into_one_graph() -> None:
+    torch.manual_seed(0)
+    model, images = Tiny().train(), torch.randn(4, 3, 8, 8)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(features_and_logits, backend='eager', fullgraph=True)
+    for _ in range(2):
+        for got, wanted in zip(compiled(model, images), features_and_logits(twin, images)):
+            torch.testing.assert_close(got, wanted)
+    for (key, value), wanted in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(value, wanted, msg=key)
+    assert model.head_norm.num_batches_tracked == model.body[1].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize('name', HEADLESS)
+def test_encoders_have_no_head(name: str) -> None:
+    model = on_meta(name)
+    assert not has_classification_head(model)
+    for call in (lambda: features_and_logits(model, torch.zeros(1)), lambda: feature_dim(model)):
+        with pytest.raises(ValueError, match=f"'{name}' has no classification head") as caught:
+            call()
+        assert isinstance(caught.value, ctc_timm.UserError) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('kwargs', [dict(num_classes=0), dict(features_only=True)])
+def test_models_made_without_a_head(kwargs: dict[str, Any]) -> None:
+    model = timm.create_model('cifar_resnet20', **kwargs)
+    assert not has_classification_head(model)
+    for call in (lambda: features_and_logits(model, torch.zeros(1, 3, 32, 32)), lambda: feature_dim(model)):
+        with pytest.raises(ValueError, match='has no classification head'):
+            call()
+    with pytest.raises(ValueError, match="'Linear' has no classification head"):
+        feature_dim(nn.Linear(2, 2))
+
+
+def test_dimension_of_a_model_that_states_none() -> None:
+    model, images = make('cifar_resnet20', global_pool='catavgmax')
+    assert feature_dim(model) == 128
+    model.train()
+    model.layer1.eval()
+    del model.head_hidden_size
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert feature_dim(model) == 128 == features_and_logits(model.eval(), images)[0].shape[1]
+    model.train()
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    assert feature_dim(model) == 128
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

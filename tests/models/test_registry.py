@@ -1,0 +1,232 @@
+"""`<arch>_ctc` names against plain timm: the same models, none of timm's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from families import on_meta, small_of_each_module
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg, get_arch_name, get_arch_pretrained_cfgs, model_entrypoint
+from timm.models._hub import save_for_hf
+from torch import nn
+
+import ctc_timm
+from ctc_timm.models import catalog as catalog
+from ctc_timm.models import registry
+
+SMALL = 'test_byobnet'  # the nets timm keeps for tests have a few hundred thousand parameters
+SHIPPED = catalog.load(catalog.SHIPPED)
+BASES = [n for n in timm.list_models() if not n.endswith('_ctc')]
+DATA_FACTS = {
+    *('input_size', 'test_input_size', 'min_input_size', 'fixed_input_size', 'interpolation', 'crop_pct'),
+    *('test_crop_pct', 'crop_mode', 'mean', 'std', 'num_classes', 'pool_size', 'test_pool_size'),
+    *('first_conv', 'classifier'),
+}
+
+
+def shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A model whose weights are nobody's, and the folder of its `model.safetensors`."""
+    torch.manual_seed(0)
+    model = timm.create_model(SMALL, num_classes=10)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-3, 3)
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    return model, tmp_path
+
+
+def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
+    for (key, value), (other, wanted) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(value, wanted), key
+
+
+def test_every_architecture_has_its_ctc_name() -> None:
+    of_timm = [n for n in BASES if model_entrypoint(n).__module__.startswith('timm.')]
+    assert len(of_timm) >= 1371  # as many as timm 1.0.31 lists
+    ours = set(BASES) - set(of_timm)
+    assert ours == set(timm.list_models(module='cifar'))
+    assert set(timm.list_models('*_ctc')) == {n + '_ctc' for n in [*of_timm, *ours]}
+    assert len(timm.list_models('*_ctc')) == len(of_timm) + len(ours)
+    assert not [n for n in timm.list_models() if n.endswith('_ctc_ctc')]
+
+
+def test_import_is_silent_and_registering_again_changes_nothing() -> None:
+    code = (
+        'import timm, ctc_timm; before = timm.list_models(); ctc_timm._registry.register_all(); '
+        'assert timm.list_models() == before and "resnet50_ctc" in before'
+    )
+    done = subprocess.run(
+        [sys.executable, '-W', 'error', '-W', 'ignore::ResourceWarning', '-c', code],
+        capture_output=True,
+        text=True,
+        cwd=Path(ctc_timm.__file__).parents[1],
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+def test_timm_knows_the_names() -> None:
+    assert timm.is_model('resnet50_ctc') and 'resnet50_ctc' in timm.list_models(module='registry')
+    assert get_arch_name('resnet50_ctc.some_tag') == 'resnet50_ctc'
+    assert timm.list_pretrained('*_ctc*') == sorted(SHIPPED)
+    with_weights = {name.partition('.')[0] for name in SHIPPED}
+    assert set(filter(timm.is_model_pretrained, timm.list_models('*_ctc'))) == with_weights
+    assert list(get_arch_pretrained_cfgs('resnet50_ctc')) == ['resnet50_ctc']
+
+
+def test_configs_keep_the_data_facts_and_nothing_else() -> None:
+    blank = PretrainedCfg()
+    for base in BASES:
+        if any(entry.architecture == base for entry in SHIPPED.values()):
+            continue
+        ours, theirs = timm.get_pretrained_cfg(base + '_ctc'), timm.get_pretrained_cfg(base)
+        for field in dataclasses.fields(PretrainedCfg):
+            source = theirs if field.name in DATA_FACTS else blank
+            if field.name != 'architecture':
+                assert getattr(ours, field.name) == getattr(source, field.name), (base, field.name)
+
+
+def test_entry_points_are_real_functions() -> None:
+    for name in timm.list_models('*_ctc'):
+        entry = model_entrypoint(name)
+        assert entry is getattr(registry, name) and entry.__name__ == name
+        assert name.removesuffix('_ctc') in (entry.__doc__ or '') and '\n' not in (entry.__doc__ or '')
+    assert len(registry.__all__) == len(set(registry.__all__)) == len(timm.list_models('*_ctc')) + 2
+    assert all(hasattr(registry, name) for name in registry.__all__)
+    assert pickle.loads(pickle.dumps(registry.resnet50_ctc)) is registry.resnet50_ctc
+
+
+@pytest.mark.parametrize('base', small_of_each_module())
+def test_the_model_is_the_base(base: str) -> None:
+    plain, ours = on_meta(base), on_meta(base + '_ctc')
+    assert type(ours) is type(plain)
+    assert shapes(ours) == shapes(plain)
+    for fact in DATA_FACTS:
+        assert ours.pretrained_cfg.get(fact) == plain.pretrained_cfg.get(fact), fact
+    assert set(ours.pretrained_cfg) <= DATA_FACTS | {'architecture', 'custom_load'}
+    assert ours.pretrained_cfg['architecture'] == base
+    assert not ours.pretrained_cfg['custom_load']
+
+
+def test_widths_that_timm_reads_off_a_tag() -> None:
+    plain, ours = on_meta('qwen3_vit_88m_merge'), on_meta('qwen3_vit_88m_merge_ctc')
+    assert shapes(ours) == shapes(plain)
+    assert 'tag' in plain.pretrained_cfg and 'tag' not in ours.pretrained_cfg
+    features = on_meta('qwen3_vit_88m_merge_ctc', features_only=True)
+    assert 'tag' not in features.pretrained_cfg and 'tag' not in features.model.pretrained_cfg
+
+
+def test_same_numbers_as_the_base() -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for name in (SMALL, SMALL + '_ctc'):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=10, drop_rate=0.5, drop_path_rate=0.1).train()
+        outputs.append(model(images))
+    assert outputs[0].shape == (2, 10)
+    assert torch.equal(*outputs)
+
+
+def test_arguments_of_the_base() -> None:
+    plain = on_meta('convnext_tiny', features_only=True, out_indices=(1, 2), in_chans=1, drop_path_rate=0.1)
+    ours = on_meta('convnext_tiny_ctc', features_only=True, out_indices=(1, 2), in_chans=1, drop_path_rate=0.1)
+    assert type(ours) is type(plain) and shapes(ours) == shapes(plain)
+    assert ours.feature_info.channels() == plain.feature_info.channels()
+    rates = [[m.drop_prob for m in model.modules() if hasattr(m, 'drop_prob')] for model in (plain, ours)]
+    assert rates[0] == rates[1] and max(rates[0]) > 0
+    with pytest.raises(TypeError):
+        on_meta('convnext_tiny_ctc', no_such_argument=1)
+    overlay = dict(mean=(0.1, 0.2, 0.3), num_classes=7)
+    model = on_meta(SMALL + '_ctc', pretrained_cfg_overlay=overlay)
+    assert model.num_classes == 7 and model.pretrained_cfg['mean'] == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize('base', ['resnet50', 'inception_v3', 'vit_base_patch14_dinov2', 'cifar_resnet18'])
+def test_pretrained_never_takes_the_weights_of_the_base(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*_: object, **__: object) -> None:
+        raise AssertionError('weights were looked for')
+
+    monkeypatch.setattr('timm.models._builder.load_pretrained', reached)
+    for kind in (RuntimeError, ctc_timm.UserError):
+        with pytest.raises(kind, match='no CTC weights are catalogd') as caught:
+            timm.create_model(base + '_ctc', pretrained=True)
+    message = str(caught.value)
+    assert f'{base}_ctc' in message and f'train.py --model {base} --mode ctc' in message
+    assert 'pretrained=False' in message and '\n' not in message
+
+
+@pytest.mark.parametrize('pretrained', [False, True])
+def test_tags_of_the_base_are_unknown(pretrained: bool) -> None:
+    assert timm.is_model_pretrained('resnet50.a1_in1k')
+    with pytest.raises(registry.NoPretrainedWeights, match=r"'resnet50_ctc\.a1_in1k'"):
+        timm.create_model('resnet50_ctc.a1_in1k', pretrained=pretrained)
+    with pytest.raises(RuntimeError):
+        timm.get_pretrained_cfg('resnet50_ctc.a1_in1k')
+
+
+def test_a_source_the_user_gives_is_used(trained: tuple[nn.Module, Path]) -> None:
+    expected, folder = trained
+    file = str(folder / 'model.safetensors')
+    sources = [
+        dict(pretrained_cfg_overlay=dict(file=file, num_classes=10)),
+        dict(pretrained_cfg_overlay=dict(state_dict=expected.state_dict(), num_classes=10)),
+        dict(pretrained_cfg=dict(file=file, num_classes=10)),
+        dict(pretrained_cfg=PretrainedCfg(file=file, num_classes=10)),
+    ]
+    for source in sources:
+        model = timm.create_model(SMALL + '_ctc', pretrained=True, **source)
+        assert_same_weights(model, expected)
+        assert model.pretrained_cfg['architecture'] == SMALL
+
+
+def test_a_source_serves_another_number_of_classes(trained: tuple[nn.Module, Path]) -> None:
+    expected, folder = trained
+    overlay = dict(file=str(folder / 'model.safetensors'), num_classes=10)
+    model = timm.create_model(SMALL + '_ctc', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    head = model.pretrained_cfg['classifier']
+    assert model.get_submodule(head).out_features == 3
+    body = {k: v for k, v in model.state_dict().items() if not k.startswith(head)}
+    assert body and all(torch.equal(v, expected.state_dict()[k]) for k, v in body.items())
+
+
+def test_local_dir_and_hub_configs_may_name_a_ctc_architecture(
+    trained: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, folder = trained
+    facts = dict(input_size=[3, 64, 64], classifier='head.fc', first_conv='stem.conv')
+    config = dict(architecture=SMALL + '_ctc', num_classes=10, pretrained_cfg=facts)
+    (folder / 'config.json').write_text(json.dumps(config))
+
+    def download(repo_id: str, filename: str, **_: object) -> str:
+        return str(folder / filename)  # stands for the Hub
+
+    monkeypatch.setattr('timm.models._hub.hf_hub_download', download)
+    for name in (f'local-dir:{folder}', 'hf-hub:someone/something'):
+        model = timm.create_model(name, pretrained=True)
+        assert_same_weights(model, expected)
+        assert model.pretrained_cfg['architecture'] == SMALL
+        assert tuple(model.pretrained_cfg['input_size']) == (3, 64, 64)
+
+
+def test_exported_models_load_in_plain_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(SMALL + '_ctc', num_classes=10)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['architecture'] == SMALL
+    assert '_ctc' not in json.dumps(config)
+    monkeypatch.setattr(registry, '_create', None)  # no entry point of ours may be needed
+    assert_same_weights(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), model)
