@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import ctc_timm  # noqa: F401  (registers the models)
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.cli.commands import repo_id
-from ctc_timm.cli.flags import Parser, parse, run_script
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.hub.publish import check_target, push
 from ctc_timm.training import checkpoints

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.measure.validation import add_arguments, validate
 from ctc_timm.models.loading import data_flags, run_arguments, run_of
 

@@ -21,7 +21,7 @@ from jobs import Task, stop_by_sigterm, work
 from tqdm import tqdm
 from tradeoff import METHODS, ROOT
 
-from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
+from ctc_timm.cli.arguments import Parser, parse, positive_int, run_script
 from ctc_timm.measure.results import write_json
 from ctc_timm.utils.errors import UserError
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
+from ctc_timm.cli.arguments import Parser, parse, positive_int, run_script
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.runs import Run, weights_metadata
 from ctc_timm.training.checkpoints import states_of

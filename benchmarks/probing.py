@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
-from ctc_timm.data.settings import data_config
+from ctc_timm.cli.arguments import Parser, parse, positive_int, run_script
+from ctc_timm.data.transforms import data_config
 from ctc_timm.measure.features import SplitImages, compute_features
 from ctc_timm.measure.probes import probe
 from ctc_timm.measure.sets import Labeled

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.hub.collect import entry_of_run
 from ctc_timm.models import catalog as catalog
 from ctc_timm.models.catalog import BASELINES, SHIPPED, SUFFIX, Entry

@@ -26,11 +26,11 @@ from timm.task import ClassificationTask
 from torchvision import transforms
 from tqdm import tqdm
 
-from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
+from ctc_timm.cli.arguments import Parser, parse, positive_int, run_script
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.data.datasets import open_split
-from ctc_timm.data.settings import data_config, worker_count
 from ctc_timm.data.training_loader import TrainLoader, cached
+from ctc_timm.data.transforms import data_config, worker_count
 from ctc_timm.training.trainer import Trainer
 
 CPU = torch.device('cpu')

@@ -22,7 +22,7 @@ import tradeoff_report
 from jobs import Task, processor_seconds, stop_by_sigterm, work
 from tqdm import tqdm
 
-from ctc_timm.cli.flags import Parser, parse, positive_int, run_script
+from ctc_timm.cli.arguments import Parser, parse, positive_int, run_script
 from ctc_timm.measure.results import write_json
 from ctc_timm.utils.errors import UserError, nearest
 from ctc_timm.utils.yaml_files import read_mapping

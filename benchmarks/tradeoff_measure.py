@@ -14,9 +14,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.data.datasets import open_split
-from ctc_timm.data.settings import data_config
+from ctc_timm.data.transforms import data_config
 from ctc_timm.measure.dynamics import add_arguments, kept_run
 from ctc_timm.measure.features import features_of
 from ctc_timm.measure.few_shot import few_shot

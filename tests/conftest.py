@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from runs import ROOT, TINY, Ended, forget_processes, write_folder
 
-from ctc_timm.cli.flags import Parser, parse
-from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.cli.flags import Parser, add_settings, read_flags
+from ctc_timm.training.settings import TrainSettings
+from ctc_timm.utils.settings import build
 
 pytest_plugins = ['hub_fixtures']
 settings.register_profile(
@@ -41,13 +42,13 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope='session')
-def flags() -> Callable[..., argparse.Namespace]:
-    """All flags of a training run, read from words or lines of words."""
+def flags() -> Callable[..., Any]:
+    """A command's settings, read from words or lines of words as its flags."""
 
-    def read(*words: str) -> argparse.Namespace:
+    def read(*words: str, cls: type = TrainSettings) -> Any:
         parser = Parser()
-        add_arguments(parser)
-        return parse(parser, ' '.join(words).split())
+        add_settings(parser, cls)
+        return build(cls, read_flags(parser, cls, ' '.join(words).split()))
 
     return read
 

@@ -15,7 +15,7 @@ import pytest
 from runs import ROOT
 from scipy import stats
 
-from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.arguments import Parser, parse
 from ctc_timm.cli.training_flags import add_arguments
 
 DOCS = ROOT / 'docs'

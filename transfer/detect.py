@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.dense.detection import detect
 from ctc_timm.dense.detection_flags import add_arguments
-from ctc_timm.dense.settings import presets
+from ctc_timm.dense.fitting_flags import presets
 
 DIGITS = Path(__file__).resolve().parents[1] / 'ctc_timm' / 'recipes' / 'detect_digits.yaml'
 

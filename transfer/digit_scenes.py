@@ -7,7 +7,7 @@ python transfer/digit_scenes.py SCENES --layouts ade --img-size 128 --train-imag
 
 from __future__ import annotations
 
-from ctc_timm.cli.flags import Parser, non_negative_int, parse, positive_int, run_script, whole_number
+from ctc_timm.cli.arguments import Parser, non_negative_int, parse, positive_int, run_script, whole_number
 from ctc_timm.dense import scenes
 
 

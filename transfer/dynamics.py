@@ -8,7 +8,7 @@ python transfer/dynamics.py runs/VANILLA runs/CTC --target hfds/REPO_OR_FOLDER d
 from __future__ import annotations
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.measure.dynamics import add_arguments, dynamics
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.cli.flags import Parser, load_recipe, parse, run_script
+from ctc_timm.cli.arguments import Parser, load_recipe, parse, run_script
 from ctc_timm.training.finetune import finetune
 from ctc_timm.training.finetune_flags import add_arguments
 

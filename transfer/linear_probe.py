@@ -9,7 +9,7 @@ python transfer/linear_probe.py runs/NAME/weights/epoch-0005.safetensors --probe
 from __future__ import annotations
 
 import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.measure.linear_probe import add_arguments, linear_probe
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from ..models import catalog as catalog
 from ..utils.errors import UserError
-from .flags import OneLineParser, run_script
+from .arguments import OneLineParser, run_script
 
 
 def repo_id(text: str) -> str:

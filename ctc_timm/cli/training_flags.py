@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..data import mixup as mixing
 from ..data import training_loader as loaders
-from ..data.settings import add_dataset_arguments
+from ..data.transforms import add_dataset_arguments
 from ..models import creation as models
 from ..training import checkpoints, monitor, optimization, schedules
 from ..training import step as steps
 from ..training import tasks as stages
 from ..utils.distributed import add_precision_arguments
-from .flags import Parser, non_negative_int, positive_int, probability
+from .arguments import Parser, non_negative_int, positive_int, probability
 
 
 def add_arguments(parser: Parser) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from . import workers
 from .decoding import NamingDataset
-from .settings import worker_count
+from .transforms import worker_count
 
 
 def create_eval_loader(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
-from ..cli.flags import non_negative_float, non_negative_int, probability
+from ..cli.arguments import non_negative_float, non_negative_int, probability
 from ..utils.errors import UserError
 
 

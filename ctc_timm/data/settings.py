@@ -1,99 +1,119 @@
-"""Where images come from and how they are sized and normalized, by timm's flags."""
+"""Settings of data: where images come from, how they are sized and normalized, loaded, augmented and mixed.
+
+Nothing here imports torch or timm, so that a help text is quick.
+"""
 
 from __future__ import annotations
 
-import argparse
-import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-from timm.data import resolve_data_config
-from torch import nn
-
-from ..cli.flags import any_text, number, positive_int, whole_number
-from ..utils.errors import UserError
+from ..utils.settings import setting
 
 LARGEST_SIDE = 16384  # pixels; a batch of larger images fits no memory
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+Interpolation = Literal['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos']
 
 
-def add_dataset_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
-    """Declare timm's flags for where images come from and how they are sized and normalized.
+@dataclass(frozen=True)
+class DataSettings:
+    """Which images, and the size and normalization they have at evaluation; by timm's names."""
 
-    Args:
-        parser: Gets the flags.
-        positional: Whether the folder may stand without a flag, as in timm's training script.
-    """
-    group = parser.add_argument_group('Data')
-    parser.set_defaults(data=None)
-    if positional:
-        group.add_argument('data', nargs='?', metavar='DIR', help='folder with the images, same as --data-dir')
-    group.add_argument('--data-dir', metavar='DIR', help='folder with the images')
-    group.add_argument(
-        '--dataset',
-        default='',
-        metavar='NAME',
-        help="any name that timm's create_dataset takes (hfds/..., torch/..., a folder or tar reader), or digits",
+    data_dir: str | None = setting(None, 'folder with the images', metavar='DIR')
+    dataset: str = setting(
+        '', "a name that timm's create_dataset takes (hfds/..., torch/..., a reader), or digits", metavar='NAME'
     )
-    group.add_argument(
-        '--train-split',
-        type=any_text,
-        default='train',
-        metavar='NAME',
-        help="training split; hfds and digits also take slices, 'train[:10000]'",
+    train_split: str = setting(
+        'train', "training split; hfds and digits also take slices, 'train[:10000]'", metavar='NAME', empty=True
     )
-    group.add_argument('--val-split', type=any_text, default='validation', metavar='NAME', help='validation split')
-    for split in ('train', 'val'):
-        group.add_argument(
-            f'--{split}-num-samples',
-            type=whole_number(1, 10**12),
-            metavar='N',
-            help='images in a streaming set that does not say how many it has',
-        )
-    group.add_argument('--dataset-download', action='store_true', help='let torch/, tfds/ and hfids/ datasets download')
-    group.add_argument('--class-map', default='', metavar='FILE', help='class to index mapping')
-    group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode images are converted to')
-    group.add_argument('--input-key', metavar='KEY', help='column of the images')
-    group.add_argument('--target-key', metavar='KEY', help='column of the labels')
-    group.add_argument('--img-size', type=whole_number(1, LARGEST_SIDE), metavar='N', help='image size, square')
-    group.add_argument('--in-chans', type=whole_number(1, 4096), metavar='N', help='image channels')
-    group.add_argument(
-        '--input-size',
-        type=whole_number(1, LARGEST_SIDE),
-        nargs=3,
-        metavar=('C', 'H', 'W'),
-        help='image channels, height and width',
+    val_split: str = setting('validation', 'validation split', metavar='NAME', empty=True)
+    train_num_samples: int | None = setting(
+        None, 'images in a streaming set that does not say how many it has', low=1, high=10**12, metavar='N'
     )
-    group.add_argument('--crop-pct', type=number(0.05, 2), metavar='F', help='center crop share at evaluation')
-    group.add_argument('--crop-mode', choices=('squash', 'border', 'center'), help='crop at evaluation')
-    group.add_argument('--mean', type=number(-1e6, 1e6), nargs='+', metavar='M', help='channel means, of 1')
-    group.add_argument('--std', type=number(1e-6, 1e6), nargs='+', metavar='S', help='channel standard deviations')
-    group.add_argument('--interpolation', choices=INTERPOLATIONS, help='resize interpolation at evaluation')
-    group.add_argument('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='of each process')
-    group.add_argument(
-        '-vb', '--validation-batch-size', type=positive_int, metavar='N', help='--batch-size when not given'
+    val_num_samples: int | None = setting(None, 'the same of the validation split', low=1, high=10**12, metavar='N')
+    dataset_download: bool = setting(False, 'let torch/, tfds/ and hfids/ data sets download')
+    class_map: str = setting('', 'file that maps classes to indices', metavar='FILE')
+    input_img_mode: str | None = setting(None, 'PIL mode that images are converted to', metavar='MODE')
+    input_key: str | None = setting(None, 'column of the images', metavar='KEY')
+    target_key: str | None = setting(None, 'column of the labels', metavar='KEY')
+    img_size: int | None = setting(None, 'image size, square', low=1, high=LARGEST_SIDE, metavar='N')
+    in_chans: int | None = setting(None, 'image channels', low=1, high=4096, metavar='N')
+    input_size: tuple[int, int, int] | None = setting(
+        None, 'image channels, height and width', low=1, high=LARGEST_SIDE, metavar=('C', 'H', 'W')
     )
-    group.add_argument(
-        '-j', '--workers', type=whole_number(0, 4096), default=4, metavar='N', help='data loading processes'
+    crop_pct: float | None = setting(None, 'center crop share at evaluation', low=0.05, high=2, metavar='F')
+    crop_mode: Literal['squash', 'border', 'center'] | None = setting(None, 'crop at evaluation')
+    mean: tuple[float, ...] | None = setting(None, 'channel means, of 1', low=-1e6, high=1e6, metavar='M')
+    std: tuple[float, ...] | None = setting(None, 'channel standard deviations', low=1e-6, high=1e6, metavar='S')
+    interpolation: Interpolation | None = setting(None, 'resize interpolation at evaluation')
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How images are read into batches."""
+
+    batch_size: int = setting(128, 'images of each process', low=1, short='-b', metavar='N')
+    validation_batch_size: int | None = setting(None, 'the same at evaluation', low=1, short='-vb', metavar='N')
+    workers: int = setting(4, 'data loading processes', low=0, high=4096, short='-j', metavar='N')
+    cache_dataset: bool = setting(False, 'decode images once and keep them in memory')
+    pin_mem: bool = setting(False, 'pin memory for faster transfer to a GPU')
+
+
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """timm's augmentation of training images."""
+
+    no_aug: bool = setting(False, 'none at all')
+    train_crop_mode: Literal['rrc', 'rkrc', 'rkrr'] | None = setting(None, 'random crop')
+    scale: tuple[float, float] | None = setting(None, 'random resize, area range', above=0, metavar='F')
+    ratio: tuple[float, float] | None = setting(None, 'random resize, aspect range', above=0, metavar='F')
+    crop_padding: int = setting(
+        0,
+        'pad by this and crop back to the image size at random, as is usual for 32x32 images',
+        low=0,
+        high=LARGEST_SIDE,
+        metavar='PIXELS',
     )
-    group.add_argument('--cache-dataset', action='store_true', help='decode images once and keep them in memory')
-    group.add_argument('--pin-mem', action='store_true', help='pin memory for faster transfer to a GPU')
+    hflip: float = setting(0.5, 'probability of a horizontal flip', low=0, high=1, metavar='P')
+    vflip: float = setting(0.0, 'probability of a vertical flip', low=0, high=1, metavar='P')
+    color_jitter: float = setting(0.4, 'color jitter factor', low=0, high=100, metavar='F')
+    color_jitter_prob: float | None = setting(None, 'probability of color jitter', low=0, high=1, metavar='P')
+    grayscale_prob: float = setting(0.0, 'probability of grayscale', low=0, high=1, metavar='P')
+    gaussian_blur_prob: float = setting(0.0, 'probability of blur', low=0, high=1, metavar='P')
+    aa: str | None = setting(None, "timm's auto-augment string, such as rand-m9-mstd0.5", metavar='POLICY')
+    reprob: float = setting(0.0, 'probability of random erasing', low=0, high=1, metavar='P')
+    remode: Literal['const', 'rand', 'pixel'] = setting('pixel', 'random erasing fill')
+    recount: int = setting(1, 'random erasing regions', low=1, high=1000, metavar='N')
+    train_interpolation: Literal['random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'] = setting(
+        'random', 'resize interpolation'
+    )
 
 
-def data_config(args: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """Input size, normalization and interpolation: the flags over the model's own, by timm's rules.
+@dataclass(frozen=True)
+class MixupSettings:
+    """timm's Mixup and CutMix."""
 
-    Raises:
-        UserError: As many means or deviations as there are neither channels nor one.
-    """
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    for flag, values in (('--mean', args.mean), ('--std', args.std)):
-        if values is not None and len(values) not in (1, channels):
-            words = ' '.join(map(str, values))
-            raise UserError(f'{flag} {words}: {len(values)} values for {channels} channel(s); give {channels}')
-    return resolve_data_config(vars(args), model=model)
+    mixup: float = setting(0.0, 'mixup alpha; mixes above 0', low=0, metavar='ALPHA')
+    cutmix: float = setting(0.0, 'cutmix alpha; mixes above 0', low=0, metavar='ALPHA')
+    cutmix_minmax: tuple[float, float] | None = setting(
+        None, 'box size range, overrides alpha and turns cutmix on', low=0, high=1, metavar=('MIN', 'MAX')
+    )
+    mixup_prob: float = setting(1.0, 'probability of mixing at all', low=0, high=1, metavar='P')
+    mixup_switch_prob: float = setting(0.5, 'probability of cutmix when both are on', low=0, high=1, metavar='P')
+    mixup_mode: Literal['batch', 'pair', 'elem'] = setting('batch', 'how lambda varies')
+    mixup_off_epoch: int = setting(0, 'stop mixing at this epoch, 0: never', low=0, metavar='N')
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
 
-def worker_count(args: argparse.Namespace) -> int:
-    """`--workers`, but no more than there are processors to run them on."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(args.workers, usable)
+@dataclass(frozen=True)
+class TargetSettings:
+    """Which sets features are transferred to."""
+
+    target: tuple[str, ...] | None = setting(
+        None, 'data sets or folders to transfer to; the data set or folder given, else digits', metavar='NAME'
+    )
+    max_train: int | None = setting(None, 'draw this many training images of a target', low=1, metavar='N')
+    max_test: int | None = setting(None, 'draw this many test images of a target', low=1, metavar='N')

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from ..cli.flags import number, positive_float, probability, whole_number
+from ..cli.arguments import number, positive_float, probability, whole_number
 from ..utils.errors import UserError
 from . import workers
 from .cached import CachedDataset, cache_images
@@ -26,7 +26,7 @@ from .datasets import DatasetSplit
 from .erasing import erase
 from .indexed import EpochBatches, IndexedDataset
 from .loaders import create_eval_loader
-from .settings import INTERPOLATIONS, LARGEST_SIDE, worker_count
+from .transforms import INTERPOLATIONS, LARGEST_SIDE, worker_count
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:

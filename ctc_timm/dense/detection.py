@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ..data import workers
-from ..data.settings import worker_count
+from ..data.transforms import worker_count
 from ..measure.results import table, write_json
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
-from . import coco_metrics
-from . import settings as fitting_flags
+from . import coco_metrics, fitting_flags
 from .augment import FitCanvas, collate, train_transform
 from .coco import CocoDataset, CocoSplit, decode_mask, open_coco, require_objects, same_categories
 from .detectors import create_detector, extra_levels

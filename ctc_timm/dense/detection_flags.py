@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..cli.flags import KeyValues, Parser, positive_float, positive_int, whole_number
-from . import settings as fitting_flags
+from ..cli.arguments import KeyValues, Parser, positive_float, positive_int, whole_number
+from . import fitting_flags
 from .detectors import DETECTORS
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from ..data import workers
 from ..data.indexed import EpochBatches, random_state_kept, seed_transforms
-from ..data.settings import worker_count
 from ..data.training_loader import steps_per_epoch
+from ..data.transforms import worker_count
 from ..models import creation as models
 from ..runs import Run, keep_interval, refuse_overwriting, run_name
 from ..training import checkpoints, optimization, report, schedules

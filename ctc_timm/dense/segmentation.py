@@ -17,12 +17,11 @@ from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Subset
 
 from ..data import workers
-from ..data.settings import worker_count
+from ..data.transforms import worker_count
 from ..measure.results import table, write_json
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
-from . import mask_metrics
-from . import settings as fitting_flags
+from . import fitting_flags, mask_metrics
 from .augment import FitCanvas, collate
 from .fitting import Fitting
 from .mask_drawing import draw_masks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..cli.flags import Parser, brief, non_negative_int, positive_int, whole_number
-from . import settings as fitting_flags
+from ..cli.arguments import Parser, brief, non_negative_int, positive_int, whole_number
+from . import fitting_flags
 from .masks import LAYOUTS, MOST_CLASSES
 from .segmenters import HEADS
 

@@ -16,7 +16,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from ..models.loading import named_source
 from ..utils.errors import UserError
-from . import settings as fitting_flags
+from . import fitting_flags
 from .pyramid import Pyramid
 
 HEADS = ('fpn', 'deeplabv3')

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..cli.flags import Parser, non_negative_int, positive_int
+from ..cli.arguments import Parser, non_negative_int, positive_int
 from ..data.datasets import open_split
-from ..data.settings import data_config
+from ..data.transforms import data_config
 from ..models.loading import data_flags, load_model, run_arguments
 from ..utils.distributed import add_precision_arguments, create_accelerator
 from ..utils.errors import UserError, nearest

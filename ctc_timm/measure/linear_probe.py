@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..cli.flags import KeyValues, Parser, non_negative_int, positive_int
-from ..data.settings import data_config
+from ..cli.arguments import KeyValues, Parser, non_negative_int, positive_int
+from ..data.transforms import data_config
 from ..models.loading import LoadedModel, add_source_arguments, load_model, named_source
 from ..utils.distributed import add_precision_arguments, create_accelerator
 from ..utils.progress import outer_bar

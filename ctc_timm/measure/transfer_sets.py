@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..cli.flags import positive_int
+from ..cli.arguments import positive_int
 from ..data import digits
 from ..data.datasets import READERS, DatasetSplit, check_classes, open_split
-from ..data.settings import add_dataset_arguments
+from ..data.transforms import add_dataset_arguments
 from ..utils.errors import UserError, nearest
 from ..utils.text import file_name
 from .features import SplitImages

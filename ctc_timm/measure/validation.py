@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cli.flags import KeyValues, Parser, positive_int
+from ..cli.arguments import KeyValues, Parser, positive_int
 from ..data.datasets import DatasetSplit, check_labels, open_split
 from ..data.loaders import create_eval_loader
-from ..data.settings import add_dataset_arguments, data_config
+from ..data.transforms import add_dataset_arguments, data_config
 from ..models.backbones import check_input
 from ..models.loading import LoadedModel, add_source_arguments, load_model, named_source
 from ..utils.distributed import add_precision_arguments, create_accelerator

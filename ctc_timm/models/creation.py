@@ -11,7 +11,7 @@ import torch
 from timm.models import get_arch_name, resolve_model_input_args
 from torch import nn
 
-from ..cli.flags import KeyValues, positive_float, probability, whole_number
+from ..cli.arguments import KeyValues, positive_float, probability, whole_number
 from ..runs import check_hash
 from ..training.sync_bn import synchronize
 from ..utils.errors import UserError, nearest, one_line

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from ..data import digits
 from ..data import mixup as mixing
 from ..data.datasets import DatasetSplit, is_streaming, open_split
-from ..data.settings import data_config
 from ..data.subsets import draw, part_of
+from ..data.transforms import data_config
 from ..measure.features import SplitImages, weights_hash
 from ..measure.probes import score_columns
 from ..measure.results import write_json

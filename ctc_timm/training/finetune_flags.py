@@ -6,8 +6,8 @@ import argparse
 import math
 
 from ..cli import training_flags as flags
-from ..cli.flags import Parser, brief, non_negative_int, positive_int
-from ..data.settings import add_dataset_arguments
+from ..cli.arguments import Parser, brief, non_negative_int, positive_int
+from ..data.transforms import add_dataset_arguments
 from ..models import creation as models
 from ..models.loading import add_source_arguments
 from . import freezing

@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..cli.flags import positive_int
+from ..cli.arguments import positive_int
 from ..measure.features import compute_features
 from ..measure.geometry import class_spread, effective_rank
 from ..measure.probes import ridge_scores

@@ -13,7 +13,7 @@ from timm.task import TrainingTask
 from timm.utils import adaptive_clip_grad
 from torch import nn
 
-from ..cli.flags import KeyValues, momentum, non_negative_float, positive_float
+from ..cli.arguments import KeyValues, momentum, non_negative_float, positive_float
 from ..utils.errors import UserError, nearest
 
 

@@ -13,7 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch.optim import Optimizer
 
-from ..cli.flags import (
+from ..cli.arguments import (
     non_negative_float,
     non_negative_int,
     number,

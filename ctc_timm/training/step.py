@@ -16,7 +16,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..cli.flags import non_negative_int, positive_int
+from ..cli.arguments import non_negative_int, positive_int
 from ..contrast.task import CTCTask
 from ..data import mixup as mixing
 from . import optimization

@@ -10,7 +10,7 @@ import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
-from ..cli.flags import below_one, momentum, non_negative_float, positive_float, probability, whole_number
+from ..cli.arguments import below_one, momentum, non_negative_float, positive_float, probability, whole_number
 from ..contrast.negatives import MODES, POSITIVES
 from ..contrast.task import PAST_FEATURES, CTCTask
 from ..data import mixup as mixing

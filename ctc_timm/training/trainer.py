@@ -21,7 +21,7 @@ from ..data import training_loader as loaders
 from ..data.datasets import DatasetSplit, check_classes, check_labels, is_streaming, open_split
 from ..data.decoding import NamingDataset
 from ..data.loaders import create_eval_loader, keep_batches
-from ..data.settings import data_config
+from ..data.transforms import data_config
 from ..measure.evaluation import evaluate
 from ..models import creation as models
 from ..models.backbones import architecture, check_input

@@ -19,9 +19,9 @@ from ctc_timm.data import cached
 from ctc_timm.data.arrays import CropAndFlip
 from ctc_timm.data.cached import cache_images
 from ctc_timm.data.datasets import open_split
-from ctc_timm.data.settings import data_config
 from ctc_timm.data.training_loader import TrainLoader
 from ctc_timm.data.training_loader import cached as cached_split
+from ctc_timm.data.transforms import data_config
 from ctc_timm.training.trainer import Trainer
 from ctc_timm.utils.errors import UserError
 

@@ -19,8 +19,8 @@ from timm.data import create_transform
 
 from ctc_timm.data.datasets import check_labels, is_streaming, open_split
 from ctc_timm.data.digits import DigitsReader
-from ctc_timm.data.settings import data_config
 from ctc_timm.data.training_loader import RefreshLoader, TrainLoader
+from ctc_timm.data.transforms import data_config
 from ctc_timm.utils.errors import UserError
 
 Flags = Callable[..., argparse.Namespace]

@@ -22,11 +22,11 @@ from runs import ROOT, Ended, forget_processes
 from safetensors.torch import load_file
 from stops import stop_and_go_on
 
-from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.arguments import Parser, parse
 from ctc_timm.dense import coco_metrics, detection
 from ctc_timm.dense.detection_flags import add_arguments
 from ctc_timm.dense.detectors import create_detector, extra_levels
-from ctc_timm.dense.settings import open_pyramid, presets
+from ctc_timm.dense.fitting_flags import open_pyramid, presets
 from ctc_timm.training.trainer import Trainer
 
 Script = Callable[..., Ended]
@@ -128,7 +128,7 @@ def test_processes_share_the_measuring(data: Path, tmp_path: Path, monkeypatch: 
     forget_processes()
     args = read(data, '--output', str(tmp_path), '--experiment', 'alone')
     train, val = detection.open_splits(args)
-    from ctc_timm.dense.settings import open_accelerator
+    from ctc_timm.dense.fitting_flags import open_accelerator
 
     alone = detection.Detection(args, train, val, open_accelerator(args))
     alone.model.load_state_dict(load_file(tmp_path / 'two' / 'last.safetensors'))

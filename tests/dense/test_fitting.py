@@ -19,8 +19,8 @@ from runs import forget_processes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ctc_timm.cli.flags import Parser, parse
-from ctc_timm.dense import settings as fitting_flags
+from ctc_timm.cli.arguments import Parser, parse
+from ctc_timm.dense import fitting_flags
 from ctc_timm.dense.fitting import Fitting
 from ctc_timm.dense.pyramid import Pyramid
 from ctc_timm.utils.errors import Stopped, UserError

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from stops import stop_and_go_on
 
-from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.arguments import Parser, parse
 from ctc_timm.dense import segmentation
+from ctc_timm.dense.fitting_flags import open_accelerator
 from ctc_timm.dense.segmentation_flags import add_arguments
-from ctc_timm.dense.settings import open_accelerator
 from ctc_timm.training.trainer import Trainer
 
 Script = Callable[..., Ended]

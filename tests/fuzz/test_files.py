@@ -24,10 +24,10 @@ from runs import forget_processes
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ctc_timm.cli.flags import Parser
+from ctc_timm.cli.arguments import Parser
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.data.datasets import open_split
-from ctc_timm.data.settings import data_config
+from ctc_timm.data.transforms import data_config
 from ctc_timm.hub.collect import add
 from ctc_timm.measure.features import Features, SplitImages, features_of
 from ctc_timm.measure.plots.training import plot_run, stage_change

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.scheduler import create_scheduler_v2
 
-from ctc_timm.cli.flags import KeyValues, Parser, any_text, parse
+from ctc_timm.cli.arguments import KeyValues, Parser, any_text, parse
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.training.schedules import TwoStageSchedule
 

@@ -13,8 +13,8 @@ import yaml
 from runs import Ended
 from test_flags import NOT_TEXT, SCRIPTS, commands
 
+from ctc_timm.cli.arguments import KeyValues, any_text, load_recipe
 from ctc_timm.cli.commands import repo_id
-from ctc_timm.cli.flags import KeyValues, any_text, load_recipe
 
 Script = Callable[..., Ended]
 

@@ -17,7 +17,7 @@ from torch import nn
 from ctc_timm.data.datasets import open_split
 from ctc_timm.data.digits import DigitsReader
 from ctc_timm.data.loaders import create_eval_loader
-from ctc_timm.data.settings import data_config
+from ctc_timm.data.transforms import data_config
 from ctc_timm.measure.evaluation import PerClassEvaluator, evaluate
 
 

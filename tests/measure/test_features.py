@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from processes import run_processes
 from torchvision.transforms import functional
 
-from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.arguments import Parser, parse
 from ctc_timm.data.datasets import open_split
 from ctc_timm.data.digits import DigitsReader
-from ctc_timm.data.settings import add_dataset_arguments, data_config
+from ctc_timm.data.transforms import add_dataset_arguments, data_config
 from ctc_timm.measure.features import SplitImages, compute_features, features_of, weights_hash
 from ctc_timm.models.backbones import features_and_logits
 from ctc_timm.models.loading import LoadedModel

@@ -22,7 +22,7 @@ from hub_client import Client
 from hub_server import Blob, Hub
 from safetensors.torch import load_file, save_file
 
-from ctc_timm.cli.flags import load_recipe
+from ctc_timm.cli.arguments import load_recipe
 from ctc_timm.data.datasets import open_split
 from ctc_timm.hub.publish import push
 from ctc_timm.measure.features import SplitImages, features_of

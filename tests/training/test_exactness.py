@@ -15,7 +15,7 @@ from runs import TINY, forget_processes
 from safetensors.torch import load_file
 
 from ctc_timm import CTCTask
-from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.arguments import Parser, parse
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.training.trainer import Trainer
 

@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_model_data_config
 
-from ctc_timm.cli.flags import Parser, parse
+from ctc_timm.cli.arguments import Parser, parse
 from ctc_timm.training.finetune import FineTuning
 from ctc_timm.training.finetune_flags import add_arguments
 from ctc_timm.training.trainer import Trainer

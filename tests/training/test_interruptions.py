@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ctc_timm.cli.flags import Parser, parse, run_script
+from ctc_timm.cli.arguments import Parser, parse, run_script
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.data import training_loader as loaders
 from ctc_timm.runs import Run

@@ -1,0 +1,123 @@
+"""Settings of the commands that measure. Nothing here imports torch or timm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..data.settings import DataSettings, LoaderSettings, TargetSettings
+from ..models.settings import SourceSettings
+from ..utils.precision import PrecisionSettings
+from ..utils.settings import group, setting
+
+Probe = Literal['ridge', 'logistic', 'knn', 'sgd']
+
+
+@dataclass(frozen=True)
+class MeasuredModelSettings:
+    """How a model is built and run to be measured."""
+
+    model_kwargs: dict[str, Any] = setting({}, 'more for the model', metavar='KEY=VALUE')
+    channels_last: bool = setting(False, 'channels-last memory layout')
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What is validated, and where the numbers go."""
+
+    num_classes: int | None = setting(None, "outputs; the weights' own when not given", low=1, metavar='N')
+    split: str = setting('', 'same as the validation split', metavar='NAME')
+    output: str = setting(
+        '', "where the results go; the run's validation/ or results/NAME when not given", metavar='DIR'
+    )
+
+
+@dataclass(frozen=True)
+class ValidateSettings:
+    """All settings of `ctc_timm.validate`."""
+
+    source: SourceSettings = group('Model', SourceSettings)
+    built: MeasuredModelSettings = group('Model, built', MeasuredModelSettings)
+    data: DataSettings = group('Data', DataSettings)
+    loader: LoaderSettings = group('Loading', LoaderSettings)
+    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
+    validation: ValidationSettings = group('Validation', ValidationSettings)
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Which probes are fitted to frozen features."""
+
+    probes: tuple[Probe, ...] = setting(('ridge', 'logistic', 'knn', 'sgd'), 'which ones', metavar='METHOD')
+    shots: tuple[int, ...] = setting((), 'few-shot: images a class', low=1, metavar='N')
+    seeds: int = setting(5, 'draws of the few shots', low=1, metavar='N')
+    seed: int = setting(0, 'of everything random', low=0, metavar='S')
+    no_cache: bool = setting(False, 'keep no features on disk')
+    output: str = setting('', "where results go; the run's linear_probe/ or results/NAME", metavar='DIR')
+
+
+@dataclass(frozen=True)
+class LinearProbeSettings:
+    """All settings of `ctc_timm.linear_probe`."""
+
+    source: SourceSettings = group('Model', SourceSettings)
+    built: MeasuredModelSettings = group('Model, built', MeasuredModelSettings)
+    probe: ProbeSettings = group('Probes', ProbeSettings)
+    target: TargetSettings = group('Target', TargetSettings)
+    data: DataSettings = group('Data', DataSettings)
+    loader: LoaderSettings = group('Loading', LoaderSettings)
+    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured of each kept epoch."""
+
+    runs: tuple[str, ...] = setting((), 'folders of runs, with kept epochs in weights/', positional='+', metavar='RUN')
+    probes: tuple[Probe, ...] = setting(('ridge',), 'which ones', metavar='METHOD')
+    information: Literal['mine', 'infonce', 'smile', 'renyi', 'mine-published', 'none'] = setting(
+        'renyi', 'estimator of I(X;T) and I(T;Y)'
+    )
+    information_images: int = setting(2000, 'test images it is given', low=1, metavar='N')
+    seed: int = setting(0, 'of everything random', low=0, metavar='S')
+    every: int = setting(1, 'take each N-th kept epoch', low=1, metavar='N')
+    no_cache: bool = setting(False, 'keep no features on disk')
+    output: str = setting('', "where results go; the run's dynamics/, or results/dynamics for several", metavar='DIR')
+    detection_epochs: int = setting(
+        3, 'for target coco:FOLDER: epochs of training heads on each frozen body', low=1, metavar='N'
+    )
+    detection_images: int = setting(
+        500, 'for target coco:FOLDER: images drawn of the training images', low=1, metavar='N'
+    )
+
+
+@dataclass(frozen=True)
+class DynamicsSettings:
+    """All settings of `ctc_timm.dynamics`."""
+
+    measures: MeasureSettings = group('Measures', MeasureSettings)
+    target: TargetSettings = group('Target', TargetSettings)
+    data: DataSettings = group('Data', DataSettings)
+    loader: LoaderSettings = group('Loading', LoaderSettings)
+    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """What is embedded, and the file that it goes to."""
+
+    output: str = setting('features.parquet', 'file to write: .parquet, .npz or .csv', metavar='FILE')
+    split: str = setting('', 'which split; the whole folder or data set when not given', metavar='NAME')
+    logits: bool = setting(False, 'write the class scores too')
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """All settings of `ctc_timm.embed`."""
+
+    source: SourceSettings = group('Model', SourceSettings)
+    built: MeasuredModelSettings = group('Model, built', MeasuredModelSettings)
+    embedding: EmbeddingSettings = group('Features', EmbeddingSettings)
+    data: DataSettings = group('Data', DataSettings)
+    loader: LoaderSettings = group('Loading', LoaderSettings)
+    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)

@@ -1,0 +1,67 @@
+"""Settings of models: which one, how it is built, and how it runs. Nothing here imports torch or timm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..utils.settings import setting
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """A model with its weights, to measure or to start from."""
+
+    source: str | None = setting(
+        None, 'run folder, weights file, timm name, hf-hub: or local-dir:', positional='?', metavar='MODEL'
+    )
+    model: str = setting('', 'timm name, hf-hub: or local-dir:; architecture of a weights file', metavar='NAME')
+    checkpoint: str = setting('', 'weights file or run folder', metavar='FILE')
+    pretrained: bool = setting(False, 'always meant for a name; taken for timm users')
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The model to train."""
+
+    model: str = setting('resnet50', 'any timm name, hf-hub:REPO or local-dir:FOLDER', metavar='NAME')
+    pretrained: bool = setting(False, "start from the name's pretrained weights")
+    initial_checkpoint: str = setting('', 'start from these weights', metavar='FILE')
+    num_classes: int | None = setting(
+        None, "outputs; the data set's classes when not given", low=1, high=10**6, metavar='N'
+    )
+
+
+@dataclass(frozen=True)
+class ArchitectureSettings:
+    """How timm builds a model."""
+
+    gp: str | None = setting(None, 'global pooling type', metavar='POOL')
+    drop: float = setting(0.0, 'dropout before the classifier', low=0, high=1, metavar='P')
+    drop_path: float | None = setting(None, 'stochastic depth', low=0, high=1, metavar='P')
+    drop_block: float | None = setting(None, 'drop block', low=0, high=1, metavar='P')
+    bn_momentum: float | None = setting(None, 'batch norm momentum', low=0, high=1, metavar='M')
+    bn_eps: float | None = setting(None, 'batch norm epsilon', above=0, metavar='EPS')
+    model_kwargs: dict[str, Any] = setting({}, 'more for the model', metavar='KEY=VALUE')
+
+
+@dataclass(frozen=True)
+class ExecutionSettings:
+    """How a model runs while it trains."""
+
+    channels_last: bool = setting(False, 'channels-last memory layout')
+    grad_checkpointing: bool = setting(False, 'trade time for memory')
+    torchcompile: str | None = setting(None, 'compile the model', const='inductor', metavar='BACKEND')
+    torchcompile_mode: Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] | None = (
+        setting(None, "torch.compile's mode")
+    )
+
+
+@dataclass(frozen=True)
+class BatchNormSettings:
+    """Batch norm with several processes."""
+
+    sync_bn: bool = setting(False, 'batch norm over all processes')
+    dist_bn: Literal['reduce', 'broadcast', ''] = setting(
+        'reduce', 'how processes share batch norm statistics after an epoch'
+    )
