@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..utils.errors import UserError, nearest
 from ..utils.settings import Setting, check_value, settings_of, shorten
-from ..utils.yaml_files import read_mapping, read_values
+from ..utils.yaml_files import read_values
 
-RECIPES = Path(__file__).resolve().parents[1] / 'recipes'
 # A setting in a library's message, `batch_size` or `resume='auto'`.
 _NAMED = re.compile(r"`([a-z][a-z0-9_]*)(?:=('?)([^`']*)\2)?`")
 
@@ -48,13 +45,16 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
 
-def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_settings(parser: argparse.ArgumentParser, cls: type, folder: bool = False) -> None:
     """Declare a flag for every setting of a command, and `-c/--config`.
 
     Args:
         parser: Gets the flags. What is not typed is not in its result.
         cls: The command's settings.
+        folder: Take the data folder without a flag too, as timm's training script does.
     """
+    if folder:
+        parser.add_argument('data_dir', nargs='?', metavar='DIR', help='same as --data-dir')
     parser.add_argument('-c', '--config', metavar='RECIPE', help='a shipped recipe by name, or a YAML file')
     groups: dict[str, Any] = {}
     for setting in settings_of(cls).values():
@@ -140,28 +140,6 @@ def read_flags(parser: argparse.ArgumentParser, cls: type, words: Sequence[str] 
             except ValueError as error:
                 raise UserError(f'`{name}`: {error}') from None
     return given
-
-
-def read_recipe(name: str | os.PathLike) -> tuple[dict[str, Any], str]:
-    """A recipe by the name of a shipped one or by path.
-
-    Returns:
-        Its values, and its path for messages.
-
-    Raises:
-        UserError: No such file, or not a YAML mapping.
-    """
-    file = Path(name)
-    shipped = RECIPES / f'{file.name.removesuffix(".yaml")}.yaml'
-    if not file.exists() and file.parent == Path() and shipped.is_file():
-        file = shipped
-    if file.is_dir():
-        raise UserError(f'`config` {name}: is a folder; name a file in it')
-    if not file.is_file():
-        known = {path.stem for path in RECIPES.glob('*.yaml')}
-        known |= {path.name for path in file.parent.glob('*.yaml')} if file.parent.is_dir() else set()
-        raise UserError(f'`config` {name}: no such recipe or file{nearest(file.name, known)}')
-    return read_mapping(file, f'`config` {name}'), str(name)
 
 
 def as_flags(message: str) -> str:

@@ -1,54 +1,46 @@
-"""The processes that run together, and their precision, through Accelerate."""
+"""The processes that train or measure together, and their precision, through Accelerate."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from .errors import UserError
+from .errors import UserError, one_line
+from .precision import PrecisionSettings
 
 
-def add_precision_arguments(group: Any) -> None:
-    """Declare timm's flags of mixed precision."""
-    group.add_argument('--amp', action='store_true', help='mixed precision')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='its type')
+def create_accelerator(precision: PrecisionSettings, **options: Any) -> Accelerator:
+    """Make Accelerate's object by the launcher's environment and the settings of mixed precision.
 
-
-def create_accelerator(args: argparse.Namespace, **options: Any) -> Accelerator:
-    """Accelerate as the launcher's environment and the precision flags say.
-
-    Accelerate takes several processes on a machine without a device for as many single ones unless it is told
-    that the CPU is meant; they would all write to the same folder.
+    Several processes on a machine without a GPU would each run alone, and all write to the same folder, unless
+    Accelerate is told that the CPU is meant.
 
     Args:
-        args: With `amp` and `amp_dtype`.
+        precision: Mixed precision.
         **options: More for `Accelerator`.
 
     Raises:
         UserError: A precision that the device does not have, processes that do not find each other, or a launcher
-            that is to share out the model itself.
+            that shards the model.
     """
     for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
         if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() == 'true':
             raise UserError(
-                f'--config_file of accelerate launch: {name} shares out the model, of which the information bank is '
-                f'a whole copy; use distributed_type MULTI_GPU, with --split-banks or --grad-checkpointing for room'
+                f"accelerate launch's config file: {name} shards the model, of which the information bank is a whole "
+                f'copy; use distributed_type MULTI_GPU, with `split_banks=True` or `grad_checkpointing=True` to save '
+                f'memory'
             )
     launched = int(os.environ.get('WORLD_SIZE', '1'))
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    without_device = found is None or found.type == 'mps'
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    without_gpu = device is None or device.type == 'mps'
+    mixed = {'float16': 'fp16', 'bfloat16': 'bf16'}[precision.amp_dtype] if precision.amp else None
     try:
-        accelerator = Accelerator(
-            cpu=launched > 1 and without_device,
-            mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None,
-            **options,
-        )
+        accelerator = Accelerator(cpu=launched > 1 and without_gpu, mixed_precision=mixed, **options)
     except (ValueError, ImportError) as error:
-        raise UserError(f'--amp, --amp-dtype {args.amp_dtype}: {" ".join(str(error).split())}') from None
+        raise UserError(f'`amp`, `amp_dtype` {precision.amp_dtype}: {one_line(error)}') from None
     if accelerator.num_processes != launched and launched > 1:
         raise UserError(f'{launched} processes were launched, but Accelerate sees {accelerator.num_processes}')
     return accelerator

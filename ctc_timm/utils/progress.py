@@ -1,7 +1,8 @@
-"""Progress that a person can read, in a terminal or in a log file."""
+"""Progress that a person can read, in a terminal or in a log file: bars, and log lines above them."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -9,42 +10,62 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 
-def progress_bar(batches: Any, description: str, accelerator: Accelerator, done: int = 0) -> tqdm:
-    """A bar over batches, with ETA, from the main process; a log file gets a line now and then instead.
+class _AboveBars(logging.Handler):
+    """Writes log lines to standard output without breaking a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def show_log() -> None:
+    """Show the package's log lines on standard output, unless the program has set up its logger already."""
+    logger = logging.getLogger('ctc_timm')
+    if not logger.handlers:
+        logger.addHandler(_AboveBars())
+        logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+
+
+def progress_bar(
+    batches: Any,
+    description: str,
+    accelerator: Accelerator,
+    done: int = 0,
+    total: int | None = None,
+    leave: bool = False,
+) -> tqdm:
+    """Make a bar with the time left, shown by the main process; a log file gets a line a minute instead.
 
     Args:
-        batches: To go through.
-        description: What this is.
+        batches: To iterate over; None for a bar that the caller updates.
+        description: What goes on.
         accelerator: Tells the main process.
-        done: Batches of the whole that were gone through before.
+        done: How many of the whole are done already.
+        total: How many there are, where `batches` does not say.
+        leave: Keep the bar when it is full.
     """
-    interval = 0.2 if sys.stderr.isatty() else 60
+    terminal = sys.stderr.isatty()
     return tqdm(
         batches,
         description,
-        leave=False,
+        total=total,
+        leave=leave,
         initial=done,
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
-        mininterval=interval,
-        delay=0 if sys.stderr.isatty() else interval,
+        mininterval=0.2 if terminal else 60,
+        delay=0 if terminal or leave else 60,
     )
 
 
 def outer_bar(total: int, description: str, accelerator: Accelerator) -> tqdm:
-    """A bar over the parts of a long measurement, with ETA, that the caller updates; others come and go below it."""
-    return tqdm(
-        total=total,
-        desc=description,
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 60,
-        smoothing=0.1,
-    )
+    """Make a bar over the parts of a long measurement that the caller updates; others come and go below it."""
+    return progress_bar(None, description, accelerator, total=total, leave=True)
 
 
 def clock(seconds: float) -> str:
-    """A duration as a person would say it."""
+    """Format a duration for people."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}h {minutes:02d}m' if hours else f'{minutes}m {seconds:02d}s' if minutes else f'{seconds}s'

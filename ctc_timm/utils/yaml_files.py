@@ -1,26 +1,28 @@
-"""YAML files, which may be of other people: plain values and nothing else, every key once, no larger than they look."""
+"""YAML files, which may be a stranger's: plain values only, each key once, no larger than they look."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import UserError, one_line
+from .errors import UserError, nearest, one_line
 
-LARGEST = 1 << 16  # characters; all flags of a run take a twentieth of that
-# What PyYAML lets through of its conversions: no such month, a number too long, a word that is no boolean, too deep.
-_ODD = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+RECIPES = Path(__file__).resolve().parents[1] / 'recipes'
+LARGEST = 1 << 16  # characters; all settings of a run take a twentieth of that
+# What PyYAML's conversions raise: no such month, a number too long, a word that is no boolean, nesting too deep.
+_CONVERSION_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load's, without aliases, by which a few lines can stand for gigabytes, and with each key once."""
+    """yaml.safe_load's loader without aliases, by which a few lines can stand for gigabytes, and with unique keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, 'aliases (*name) are not taken', mark)
+            raise yaml.composer.ComposerError(None, None, 'aliases (*name) are not allowed', mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -34,7 +36,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_values(text: str) -> Any:
-    """What a YAML text holds, by the rules of `yaml.safe_load`, without aliases and without a key that stands twice.
+    """Parse a YAML text by the rules of `yaml.safe_load`, without aliases and with unique keys.
 
     Raises:
         ValueError: Not YAML, more than plain values, or longer than `LARGEST`.
@@ -49,31 +51,50 @@ def read_values(text: str) -> Any:
             loader.dispose()
     except RecursionError:
         raise ValueError('nested too deeply') from None
-    except (yaml.YAMLError, *_ODD) as error:
+    except (yaml.YAMLError, *_CONVERSION_ERRORS) as error:
         raise ValueError(one_line(error)) from None
 
 
 def read_mapping(file: Path, what: str = '') -> dict[str, Any]:
-    """A recipe or an args.yaml: flags by name, none in an empty file.
+    """Read a recipe or an args.yaml: values by name, none in an empty file.
 
     Args:
         file: To be read.
         what: What to call it in error messages; its path when empty.
 
     Raises:
-        UserError: It can't be read, or is no mapping of flags to plain values.
+        UserError: It can't be read, or is no mapping of names to plain values.
     """
     what = what or str(file)
     try:
         if file.stat().st_size > 4 * LARGEST:  # before it is in memory
             raise ValueError(f'longer than {LARGEST} characters')
-        found = read_values(file.read_text(encoding='utf-8'))
+        values = read_values(file.read_text(encoding='utf-8'))
     except OSError as error:
         raise UserError(f'{what}: cannot be read: {error.strerror or one_line(error)}') from None
     except ValueError as error:
         raise UserError(f'{what}: not valid YAML: {one_line(error)}') from None
-    if found is None:
+    if values is None:
         return {}
-    if not isinstance(found, dict):
-        raise UserError(f'{what}: must be a mapping of flags to values, got a {type(found).__name__}')
-    return found
+    if not isinstance(values, dict):
+        raise UserError(f'{what}: must be a mapping of names to values, got a {type(values).__name__}')
+    return values
+
+
+def read_recipe(name: str | os.PathLike) -> dict[str, Any]:
+    """Read a recipe, a shipped one by name or any file by path.
+
+    Raises:
+        UserError: No such file, or no mapping of names to plain values.
+    """
+    file = Path(name)
+    shipped = RECIPES / f'{file.name.removesuffix(".yaml")}.yaml'
+    if not file.exists() and file.parent == Path() and shipped.is_file():
+        file = shipped
+    if file.is_dir():
+        raise UserError(f'`config` {name}: is a folder; name a file in it')
+    if not file.is_file():
+        known = {path.stem for path in RECIPES.glob('*.yaml')}
+        known |= {path.name for path in file.parent.glob('*.yaml')} if file.parent.is_dir() else set()
+        raise UserError(f'`config` {name}: no such recipe or file{nearest(file.name, known)}')
+    return read_mapping(file, f'`config` {name}')

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ctc_timm.cli.commands import flags as arguments
 
 from ctc_timm.cli.arguments import Parser, load_recipe, parse, run_script
-from ctc_timm.cli.commands import flags as arguments
 from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.utils.errors import UserError
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ctc_timm.cli.commands import commands as cli
+from ctc_timm.cli.commands import flags as arguments
 from runs import ROOT, Ended
 
 from ctc_timm.cli.arguments import KeyValues, OneLineParser, any_text, run_script
-from ctc_timm.cli.commands import commands as cli
-from ctc_timm.cli.commands import flags as arguments
 from ctc_timm.utils.errors import UserError
 
 SCRIPTS = (

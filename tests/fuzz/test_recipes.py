@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ctc_timm.cli.commands import repo_id
 from runs import Ended
 from test_flags import NOT_TEXT, SCRIPTS, commands
 
 from ctc_timm.cli.arguments import KeyValues, any_text, load_recipe
-from ctc_timm.cli.commands import repo_id
 
 Script = Callable[..., Ended]
 

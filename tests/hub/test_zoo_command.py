@@ -12,11 +12,11 @@ import pytest
 import timm
 import torch
 import yaml
+from ctc_timm.cli.commands import build_parser
 from hub_client import Client
 from hub_server import Blob, Hub, Repo
 from safetensors.torch import save_file
 
-from ctc_timm.cli.commands import build_parser
 from ctc_timm.hub.collect import add
 from ctc_timm.models import catalog as catalog
 from ctc_timm.utils.errors import UserError

@@ -1,0 +1,200 @@
+"""The command line: `ctc-timm COMMAND`, `python -m ctc_timm COMMAND` and the scripts of a clone.
+
+A command reads its flags, calls the function of the same name in `ctc_timm.api` with them as keyword arguments, and
+says what to do next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from .. import __version__
+from ..utils.errors import Stopped, UserError, nearest
+from ..utils.settings import shorten
+from ..utils.text import sanitize
+from . import hints, zoo
+from .flags import Parser, add_settings, as_flags, read_flags
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        summary: A line for the list of commands.
+        settings: Module and name of its settings.
+        run: Called with what was typed.
+        examples: For its help.
+    """
+
+    summary: str
+    settings: str
+    run: Callable[..., Any]
+    examples: str = ''
+
+
+def _api(name: str) -> Callable[..., Any]:
+    def call(**given: Any) -> Any:
+        return getattr(import_module('ctc_timm.api'), name)(**given)
+
+    return call
+
+
+COMMANDS = {
+    'train': Command(
+        'train any timm model',
+        'training.settings:TrainSettings',
+        hints.after_training(_api('train')),
+        'train\ntrain -c cifar100_small --dataset hfds/FOLDER\ntrain IMAGES --model resnet50 --epochs 100\n'
+        'train --resume runs/NAME',
+    ),
+    'validate': Command(
+        "measure a model's accuracy",
+        'measure.settings:ValidateSettings',
+        _api('validate'),
+        'validate runs/NAME\nvalidate resnet50 --data-dir IMAGES --split validation',
+    ),
+    'linear-probe': Command(
+        'measure frozen features on other data sets',
+        'measure.settings:LinearProbeSettings',
+        _api('linear_probe'),
+        'linear-probe runs/NAME --target hfds/REPO_OR_FOLDER digits --shots 1 5 10',
+    ),
+    'finetune': Command(
+        'fine-tune a model on another data set',
+        'training.settings:FinetuneSettings',
+        _api('finetune'),
+        'finetune resnet50 --data-dir IMAGES --train-fraction 0.1 1.0 --seeds 5',
+    ),
+    'dynamics': Command(
+        'measure every kept epoch of runs',
+        'measure.settings:DynamicsSettings',
+        lambda runs, **given: _api('dynamics')(runs=runs, **given),
+        'dynamics runs/SUPERVISED runs/CTC --target hfds/REPO_OR_FOLDER digits',
+    ),
+    'detect': Command(
+        "train a detector on a model's backbone",
+        'dense.settings:DetectSettings',
+        _api('detect'),
+        'detect\ndetect runs/NAME --data-dir COCO --detector maskrcnn --freeze-stages 2 --freeze-bn',
+    ),
+    'segment': Command(
+        "train a segmenter on a model's backbone",
+        'dense.settings:SegmentSettings',
+        _api('segment'),
+        'segment\nsegment resnet50 --data-dir ADE --layout ade --reduce-zero-label',
+    ),
+    'digit-scenes': Command(
+        'write scenes of digits in the layouts of COCO, VOC and ADE',
+        'dense.settings:ScenesSettings',
+        hints.write_scenes,
+        'digit-scenes SCENES --layouts ade --img-size 128',
+    ),
+    'embed': Command(
+        'write the features of a folder or a data set to a file',
+        'measure.settings:EmbedSettings',
+        _api('embed'),
+        'embed runs/NAME --data-dir IMAGES --output features.parquet --logits',
+    ),
+    'publish': Command(
+        'publish a run on the Hub',
+        'hub.settings:PublishSettings',
+        zoo.publish,
+        'publish runs/NAME --repo-id USER/resnet50_ctc',
+    ),
+    'zoo list': Command('show the catalogs of weights', 'hub.settings:ZooListSettings', zoo.show),
+    'zoo add': Command("catalog a run's folder or a repo of the Hub", 'hub.settings:ZooAddSettings', zoo.add),
+    'zoo sync': Command(
+        'catalog every repo of a namespace that is tagged ctc', 'hub.settings:ZooSyncSettings', zoo.sync
+    ),
+}
+
+
+def main(command: str = '', words: Sequence[str] | None = None) -> NoReturn:
+    """Run a command, and exit with its code.
+
+    Exit codes: 0; 1 for a run that cannot go on; 2 for bad input, told in one line; 75 for a run that was told to stop
+    and saved its state; 130 after Ctrl-C.
+
+    Args:
+        command: Its name; the first word of the command line when empty.
+        words: The command line; that of the process when None.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    program = Path(sys.argv[0]).name if command else 'ctc-timm'
+    try:
+        if not command:
+            command, words = _choose(words)
+            program = f'ctc-timm {command}'
+        _run(program, COMMANDS[command], words)
+    except UserError as error:
+        if os.environ.get('RANK', '0') == '0' or getattr(error, 'of_one_rank', False):
+            _print_error(program, as_flags(str(error)), '' if isinstance(error, Stopped) else 'error: ')
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_THE_MACHINE:
+            raise
+        _print_error(program, f'{os.fsdecode(error.filename)}: {error.strerror}')
+        sys.exit(1 if error.errno in _OUT_OF_ROOM else 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _choose(words: list[str]) -> tuple[str, list[str]]:
+    """The command that a command line begins with, and its other words."""
+    parser = argparse.ArgumentParser(
+        prog='ctc-timm',
+        description='Contrastive temporal coding (CTC) for every timm backbone.',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='commands:\n'
+        + '\n'.join(f'  {name:<13} {command.summary}' for name, command in COMMANDS.items())
+        + "\n\n'ctc-timm COMMAND --help' lists the flags of a command.",
+        usage='ctc-timm COMMAND ...',
+    )
+    parser.add_argument('--version', action='version', version=f'ctc-timm {__version__}')
+    if not words or words[0].startswith('-'):
+        parser.parse_args(words or ['--help'])
+    name = ' '.join(words[:2]) if words[0] == 'zoo' else words[0]
+    if name not in COMMANDS:
+        raise UserError(
+            f'{shorten(name)} is not a command{nearest(name, COMMANDS)}; the commands are {", ".join(COMMANDS)}'
+        )
+    return name, words[len(name.split()) :]
+
+
+def _run(program: str, command: Command, words: list[str]) -> None:
+    module, _, name = command.settings.partition(':')
+    settings = getattr(import_module(f'ctc_timm.{module}'), name)
+    examples = ''.join(f'  ctc-timm {line}\n' for line in command.examples.splitlines())
+    parser = Parser(
+        prog=program,
+        description=f'{command.summary[0].upper()}{command.summary[1:]}.',
+        epilog=f'examples:\n{examples}' if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_settings(parser, settings, folder=name == 'TrainSettings')
+    given = read_flags(parser, settings, words)
+
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # a Hub out of reach is reported once, not at each retry
+    command.run(**given)
+
+
+# What a file system may refuse although the command is right.
+_OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+_OF_THE_MACHINE = _OUT_OF_ROOM | {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+}
+
+
+def _print_error(program: str, message: str, what: str = 'error: ') -> None:
+    """Print an error as one line of what a terminal can show: what was typed may hold anything."""
+    print(f'{program}: {what}{sanitize(" ".join(message.split()))}', file=sys.stderr)

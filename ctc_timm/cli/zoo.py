@@ -1,0 +1,82 @@
+"""`ctc-timm publish` and `ctc-timm zoo`: weights on the Hub, and catalogs of them."""
+
+from __future__ import annotations
+
+import json as json_format
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..utils.errors import UserError
+
+
+def publish(run: str, repo_id: str = '', private: bool = False, **given: Any) -> None:
+    """Publish a run, and say where it is and how to load it."""
+    from ..hub.publish import push
+
+    given.pop('config', None)
+    if not repo_id:
+        raise UserError('`repo_id`: name the repo of the Hub, USER/NAME')
+    print(push(run, repo_id, private=private or None, **given).report())
+
+
+def show(pattern: str = '*', json: bool = False, **given: Any) -> None:
+    """List what is cataloged."""
+    from ..models import catalog
+
+    entries, problems = catalog.load_all()
+    if problems:
+        raise UserError(f'{catalog.ENVIRONMENT}: {problems[0]}')
+    chosen = [entry for name, entry in sorted(entries.items()) if fnmatch(name, pattern)]
+    if json:
+        print(json_format.dumps({entry.name: entry.to_json() for entry in chosen}, indent=2))
+        return
+    if not chosen:
+        print(f'nothing is cataloged{"" if pattern == "*" else f" as {pattern}"}; see `ctc-timm zoo add --help`')
+    for entry in chosen:
+        size = 'x'.join(map(str, entry.config['input_size']))
+        best = next((f'{row["value"]:.2f} {row["metric"]} on {row["dataset"]}' for row in entry.results), '')
+        where = f'hf-hub:{entry.hub_id}@{entry.revision[:12]}' if entry.hub_id else entry.path
+        print('  '.join(filter(None, [entry.name, f'{entry.config["num_classes"]} classes', size, best, where])))
+
+
+def add(source: str, name: str = '', tag: str = '', replace: bool = False, zoo: str = '', **given: Any) -> None:
+    """Catalog a run or a repo."""
+    from ..hub import collect
+
+    file = _catalog_file(zoo)
+    _print_entries(file, [collect.add(source, file, name, tag, replace)])
+
+
+def sync(namespace: str, zoo: str = '', **given: Any) -> None:
+    """Catalog a namespace of the Hub."""
+    from ..hub import collect
+    from ..models import catalog
+
+    if not catalog.is_word(namespace):
+        raise UserError(f'NAMESPACE {namespace!r}: must be the name of a user or an organization')
+    file = _catalog_file(zoo)
+    _print_entries(file, collect.sync(namespace, file, print))
+
+
+def _catalog_file(zoo: str) -> Path:
+    from ..models import catalog
+
+    named = catalog.named_files()
+    return Path(zoo).expanduser() if zoo else named[0] if named else Path('zoo.json')
+
+
+def _print_entries(file: Path, entries: list[Any]) -> None:
+    from ..models import catalog
+
+    for entry in entries:
+        print(f'{entry.name}: {entry.sha256[:12]} in {file}')
+    if not entries:
+        print(f'nothing found; {file} is unchanged')
+        return
+    if file.absolute() not in [known.absolute() for known in catalog.named_files()]:
+        before = os.environ.get(catalog.ENVIRONMENT, '')
+        print(f'export {catalog.ENVIRONMENT}={f"{before}{os.pathsep}" if before else ""}{file.absolute()}')
+    load = f"import timm, ctc_timm; model = timm.create_model('{entries[0].name}', pretrained=True)"
+    print(f'python -c "{load}"')
