@@ -44,3 +44,9 @@ def create_accelerator(precision: PrecisionSettings, **options: Any) -> Accelera
     if accelerator.num_processes != launched and launched > 1:
         raise UserError(f'{launched} processes were launched, but Accelerate sees {accelerator.num_processes}')
     return accelerator
+
+
+def add_precision_arguments(group: Any) -> None:  # until no module declares flags
+    """Declare the flags of mixed precision."""
+    group.add_argument('--amp', action='store_true')
+    group.add_argument('--amp-dtype', default='float16')
