@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -332,11 +332,11 @@ class NegativeSampler:
         """Random integers below 2^31."""
         return torch.randint(2**31, tuple(shape), generator=self.generator, device=self.device)
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Tensor]:
         """The generator's state."""
         return {'generator': self.generator.get_state()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:
         """Continue the draws of the sampler whose `get_state` this is."""
         self.generator.set_state(state['generator'].cpu())
 

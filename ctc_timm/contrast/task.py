@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.task import TrainingTask
 from timm.task.classification import resolve_classification_loss
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor
 
 from ..models.backbones import feature_dim
+from ..utils.errors import UserError
+from ..utils.tasks import StateReader, TrainerTask
 from .losses import InstanceDiscriminationLoss, TemporalContrastLoss
 from .modules import Backbone, CTCModule
 from .negatives import NegativeSampler
@@ -29,7 +30,7 @@ STAGES = ('instance', 'temporal')
 PAST_FEATURES = ('model', 'bank')
 
 
-class CTCTask(TrainingTask):
+class CTCTask(TrainerTask):
     """Contrastive temporal coding (arXiv 2203.03871) around any timm model with a classification head.
 
     The instance stage adds instance discrimination to the task's loss. `start_temporal_stage` freezes a copy of
@@ -231,19 +232,19 @@ class CTCTask(TrainingTask):
         """
         if self.stage == 'temporal':
             raise RuntimeError('the temporal stage has started already')
-        self._freeze()
-        assert self.information_bank is not None
+        bank = self._freeze()
         for images, _, index in loader:
-            features_BD, _ = self.information_bank(images.to(self.device))
+            features_BD, _ = bank(images.to(self.device))
             self.temporal.refresh(features_BD, index.to(self.device))
         self.stage = 'temporal'
 
-    def _freeze(self) -> None:
+    def _freeze(self) -> Backbone:
         # Compiled or not is a property of the module that deepcopy would carry along; the copy is made plain.
         bank = Backbone(deepcopy(self.model)).requires_grad_(False).eval()
         if self._compile_kwargs is not None:
             bank.compile(**self._compile_kwargs)
         self.information_bank = bank
+        return bank
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> CTCTask:
         """Wrap what has gradients in DistributedDataParallel.
@@ -359,11 +360,77 @@ class CTCTask(TrainingTask):
         if self.split is not None and 'banks' in state:
             for name, rows_RE in state['banks'].items():
                 self.load_rows(name, rows_RE, self.split)
-        if 'information_bank' in state:
-            self._freeze()
-            assert self.information_bank is not None
-            self.information_bank.model.load_state_dict(state['information_bank'], strict=strict)
-            self.information_bank.to(self.device)
-        else:
-            self.information_bank = None
+        self._load_information_bank(state.get('information_bank'), strict)
         self.stage = state['stage']
+
+    def _load_information_bank(self, tensors: dict[str, Tensor] | None, strict: bool = True) -> None:
+        if tensors is None:
+            self.information_bank = None
+            return
+        bank = self._freeze()
+        bank.model.load_state_dict(tensors, strict=strict)
+        bank.to(self.device)
+
+    # What follows are the trainer's hooks, see `TrainerTask`.
+
+    def run_batch(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Images, targets, index and lam, which may be None, through `forward`."""
+        images, targets, index, lam = batch
+        return self(images, targets, index, lam)
+
+    def start_training(self) -> None:
+        """Have the banks wait for the optimizer's steps."""
+        self.defer_updates()
+
+    def prepare_epoch(self, stage: str, training_images: Callable[[], Iterable[Any]]) -> bool:
+        """Start the temporal stage with its first epoch."""
+        if stage != 'temporal' or self.stage == 'temporal':
+            return False
+        self.start_temporal_stage(training_images())
+        return True
+
+    def step_taken(self, step: int) -> None:
+        """Update the banks, then the moving average."""
+        self.apply_updates()
+        super().step_taken(step)
+
+    def step_discarded(self) -> None:
+        """Leave the banks as they were before the step."""
+        self.discard_updates()
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """The sampler's generator."""
+        return self.sampler.get_state()
+
+    def state_files(self, is_main_process: bool) -> dict[str, dict[str, Tensor]]:
+        """The information bank, and with sharded banks the rows of this rank."""
+        files: dict[str, dict[str, Tensor]] = {}
+        if is_main_process and self.information_bank is not None:
+            files['information_bank'] = {  # cloned, as tied weights share their memory
+                name: tensor.cpu().contiguous().clone()
+                for name, tensor in self.information_bank.model.state_dict().items()
+            }
+        if self.split is not None:
+            files[f'banks_{self.split.rank:05d}'] = {name: bank.cpu() for name, bank in self.banks().items()}
+        return files
+
+    def load_state_files(self, stage: str, rank_state: dict[str, Tensor], files: StateReader) -> None:
+        """Continue from a state; sharded banks may have been saved by another number of ranks.
+
+        Raises:
+            UserError: The state has sharded banks and the task whole ones, or the other way round.
+        """
+        shards = sorted(name for name in files.names if name.startswith('banks_'))
+        if bool(shards) != (self.split is not None):
+            raise UserError(f'was saved {"with" if shards else "without"} `split_banks=True`; continue in the same way')
+        if 'generator' in rank_state:
+            self.sampler.load_state(rank_state)
+        self._load_information_bank(files.read('information_bank') if stage == 'temporal' else None)
+        for rank, name in enumerate(shards):
+            held = BankShard(self.sampler.num_instances, rank, len(shards))
+            assert self.split is not None
+            if self.split.world == held.world and self.split.rank != rank:
+                continue
+            for bank, rows_RE in files.read(name).items():
+                self.load_rows(bank, rows_RE, held)
+        self.stage = stage
