@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import huggingface_hub
 
-from ..data import workers
+from ..data import decoding as workers
 from ..data.decoding import UnreadableError
 from ..utils.errors import Stopped, UserError, nearest
 from ..utils.text import holds_token, sanitize, without_tokens

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from ..data import mixup as mixing
-from ..data import training_loader as loaders
-from ..data.transforms import add_dataset_arguments
 from ..models import creation as models
 from ..training import checkpoints, monitor, optimization, schedules
 from ..training import step as steps
@@ -15,7 +12,6 @@ from .arguments import Parser, non_negative_int, positive_int, probability
 
 def add_arguments(parser: Parser) -> None:
     """Declare every flag of `train.py`."""
-    add_dataset_arguments(parser)
     models.add_arguments(parser)
     stages.add_arguments(parser)
     schedules.add_stage_arguments(parser)
@@ -28,8 +24,6 @@ def add_common_arguments(parser: Parser) -> None:
     stages.add_loss_arguments(parser)
     schedules.add_arguments(parser)
     optimization.add_arguments(parser)
-    loaders.add_augmentation_arguments(parser)
-    mixing.add_arguments(parser)
     models.add_execution_arguments(parser)
     checkpoints.add_saving_arguments(parser)
     monitor.add_arguments(parser)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-import pickle
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from ..utils.errors import UserError, nearest, one_line
 from . import digits
+from .settings import DataSettings
 
 STREAMING = ('hfids', 'tfds', 'wds')
 READERS = ('hfds', 'torch', *STREAMING)
@@ -34,9 +33,9 @@ class DatasetSplit:
 
     Attributes:
         dataset: timm's dataset.
-        labels_N: Class of each image, [N]; None for streaming sets.
+        labels_N: Class of each image, [N]; None for streams.
         num_classes: Classes that the set declares, or that its labels show.
-        name: As it was asked for.
+        name: Of the data set or folder.
         class_names: Name of each class where the set gives one, by class.
     """
 
@@ -49,75 +48,73 @@ class DatasetSplit:
 
 def is_streaming(name: str) -> bool:
     """Whether a data set's name asks for one of timm's streaming readers."""
-    return name.lower().startswith(tuple(f'{reader}/' for reader in STREAMING))
+    reader, slash, _ = name.lower().partition('/')
+    return bool(slash) and reader in STREAMING
 
 
-def image_mode(args: argparse.Namespace) -> str:
-    """The PIL mode that images are converted to: `--input-img-mode`, or by the number of channels.
+def image_mode(data: DataSettings) -> str:
+    """The PIL mode that images are converted to: `input_img_mode`, or by the number of channels.
 
     Raises:
         UserError: An unknown mode, or one with another number of channels than the model's input.
     """
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    mode = args.input_img_mode or ('L' if channels == 1 else 'RGB')
+    channels = data.input_size[0] if data.input_size else data.in_chans or 3
+    mode = data.input_img_mode or ('L' if channels == 1 else 'RGB')
     try:
         bands = len(ImageMode.getmode(mode).bands)
     except KeyError:
-        raise UserError(f'--input-img-mode {mode}: unknown to PIL; use RGB, L, RGBA, CMYK, ...') from None
+        raise UserError(f'`input_img_mode` {mode}: unknown to PIL; use RGB, L, RGBA, CMYK, ...') from None
     if bands != channels:
         raise UserError(
-            f'--in-chans {channels}: images are converted to {mode}, which has {bands} channels; '
-            f'name a mode of {channels} with --input-img-mode'
+            f'`in_chans` {channels}: images are converted to {mode}, which has {bands} channels; '
+            f'name a mode of {channels} with `input_img_mode`'
         )
     return mode
 
 
 def open_split(
-    args: argparse.Namespace, split: str, is_training: bool = False, batch_size: int = 1, unsplit: bool = True
+    data: DataSettings, split: str, *, is_training: bool = False, batch_size: int = 1, unsplit: bool = True
 ) -> DatasetSplit:
-    """Open a split as the flags say, and read its labels without decoding images.
+    """Open a split, and read its labels without decoding images.
 
     Args:
-        args: The data flags.
+        data: Where images come from.
         split: Name of the split.
-        is_training: For streaming sets, whether to shuffle.
-        batch_size: A hint for streaming sets.
+        is_training: For streams, whether to shuffle.
+        batch_size: A hint for streams.
         unsplit: Whether a folder or tar file that holds no splits at all may be taken for this one.
 
     Raises:
         UserError: Nothing there, an empty class folder, a split that does not exist, labels missing.
     """
-    root = args.data_dir or args.data
-    name = args.dataset
-    if not name and not root:
-        raise UserError('name the data: --dataset NAME (digits, hfds/..., torch/...) or --data-dir FOLDER')
-    mode = image_mode(args)
+    name, mode = data.dataset, image_mode(data)
     if name == digits.NAME:
         try:
-            dataset: Any = digits.create_digits(split, mode)
+            return _checked(digits.create_digits(split, mode), f'`dataset` {name}', name)
         except UserError as error:
-            raise UserError(f'--dataset {name}: {error}') from None
-        return _checked(dataset, '--dataset digits', name, None)
-    what = f'--dataset {name}' if '/' in name else f'--data-dir {root}'
-    _check_name(args, root)
-    options: dict[str, Any] = {}
-    inside = None
-    if '/' in name:
+            raise UserError(f'`dataset` {name}: {error}') from None
+    _check_name(data)
+    inside, root = None, data.data_dir
+    options: dict[str, Any] = {'class_map': data.class_map}
+    from_reader = '/' in name
+    if from_reader:
+        what = f'`dataset` {name}'
         split = _available_split(name, split)
-        options = {'input_key': args.input_key, 'target_key': args.target_key}
+        options |= {'input_key': data.input_key, 'target_key': data.target_key}
         if is_streaming(name):
-            options['num_samples'] = args.train_num_samples if is_training else args.val_num_samples
+            options['num_samples'] = data.train_num_samples if is_training else data.val_num_samples
     else:
-        root, inside = _root_of_split(root, split, unsplit)
+        what = f'`data_dir` {root}'
+        root, inside = _root_of_split(str(root), split, unsplit)
+    what = f'{what}, split {split!r}'
     try:
         dataset = create_dataset(
-            name if '/' in name else '',
+            name if from_reader else '',
             root=root,
             split=split,
-            search_split='/' in name,
+            search_split=from_reader,
             is_training=is_training,
-            class_map=args.class_map,
-            download=args.dataset_download,
+            download=data.dataset_download,
             batch_size=batch_size,
             input_img_mode=mode,
             **options,
@@ -126,14 +123,11 @@ def open_split(
         raise UserError(
             f"{what}: needs a package that is not installed ({error}); pip install 'ctc-timm[data]'"
         ) from None
-    except (
-        *(OSError, RuntimeError, ValueError, KeyError, AssertionError, TypeError),
-        *(tarfile.TarError, pickle.PickleError),
-    ) as error:
-        hint = '; with --train-num-samples and --val-num-samples' if 'num_samples' in str(error) else ''
-        raise UserError(f'{what}, split {split!r}: {one_line(error)}{hint}') from None
-    shown_name = name if '/' in name else str(args.data_dir or args.data)
-    return _checked(dataset, f'{what}, split {split!r}', shown_name, inside, args.class_map)
+    except Exception as error:  # readers, and the packages behind them, raise anything where data are not as expected
+        unknown_length = is_streaming(name) and options['num_samples'] is None
+        hint = '; where its length is unknown, give `train_num_samples` and `val_num_samples`' * unknown_length
+        raise UserError(f'{what}: {one_line(error)}{hint}') from None
+    return _checked(dataset, what, name if from_reader else str(data.data_dir), inside, data.class_map)
 
 
 def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
@@ -142,38 +136,56 @@ def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
     Raises:
         UserError: Naming the first such image.
     """
-    if source.labels_N is None:
-        return
-    outside = (source.labels_N >= num_classes).nonzero()
-    if len(outside):
+    if source.labels_N is not None and len(outside := (source.labels_N >= num_classes).nonzero()):
         i = int(outside[0])
         raise UserError(
-            f'--num-classes {num_classes}: label {int(source.labels_N[i])} of image {i} of split {split!r} lies '
-            f'outside; {source.name} needs at least {int(source.labels_N.max()) + 1}'
+            f'`num_classes` {num_classes}: label {int(source.labels_N[i])} of image {i} of split {split!r} is too '
+            f'large; {source.name} needs at least {int(source.labels_N.max()) + 1}'
         )
 
 
-def _check_name(args: argparse.Namespace, root: str | None) -> None:
-    name = args.dataset
+def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
+    """Refuse a validation split whose classes have other numbers than those of the training split.
+
+    timm numbers class folders split by split, so a folder that one of them lacks moves all that follow.
+
+    Raises:
+        UserError: Naming the first class that differs.
+    """
+    for index, name in sorted(val.class_names.items()):
+        known = train.class_names.get(index)
+        if train.class_names and known != name:
+            there = f'is {known!r}' if known is not None else 'is missing'
+            raise UserError(
+                f'{val.name}: class {index} of the validation split, {name!r}, {there} in the training split; '
+                f'both must have the same classes, or name their order with `class_map`'
+            )
+
+
+def _check_name(data: DataSettings) -> None:
+    name, root = data.dataset, data.data_dir
     reader, slash, rest = name.partition('/')
+    what = f'`dataset` {name}'
+    if not name and not root:
+        raise UserError('name the data: `dataset` (digits, hfds/..., torch/...) or `data_dir`')
     if slash and reader.lower() not in READERS:
         near = nearest(reader, READERS)
-        raise UserError(f'--dataset {name}: timm has no reader {reader!r}{near}; it has {", ".join(READERS)}')
+        raise UserError(f'{what}: timm has no reader {reader!r}{near}; it has {", ".join(READERS)}')
     if slash and not rest.strip('/ '):
-        raise UserError(f'--dataset {name}: names no data set of {reader}; use {reader}/NAME')
+        raise UserError(f'{what}: names no data set of {reader}; use {reader}/NAME')
     if not slash and name.lower() not in FOLDER_NAMES:
         raise UserError(
-            f'--dataset {name}: no such data set{nearest(name, (digits.NAME, *READERS))}; use digits, '
-            f'{"/NAME, ".join(READERS)}/NAME, or a folder given by --data-dir'
+            f'{what}: no such data set{nearest(name, (digits.NAME, *READERS))}; use digits, '
+            f'{"/NAME, ".join(READERS)}/NAME, or a folder given by `data_dir`'
         )
-    if reader.lower() == 'torch' and any('[' in text for text in (args.train_split, args.val_split)):
-        raise UserError(f'--dataset {name}: only hfds/NAME and digits have slices of splits; name whole splits')
+    if reader.lower() == 'torch' and any('[' in text for text in (data.train_split, data.val_split)):
+        raise UserError(f'{what}: only hfds/NAME and digits have slices of splits; name whole splits')
     if reader.lower() == 'torch' and not root:
-        raise UserError(f'--dataset {name}: name the folder that it is in, or is to be in, with --data-dir')
+        raise UserError(f'{what}: name the folder that it is in, or is to be in, with `data_dir`')
     if not slash and not root:
-        raise UserError(f'--dataset {name}: name the folder or tar file with --data-dir')
+        raise UserError(f'{what}: name the folder or tar file with `data_dir`')
     if not slash and not Path(str(root)).exists():
-        raise UserError(f'--data-dir {root}: no such folder or file')
+        raise UserError(f'`data_dir` {root}: no such folder or file')
 
 
 def _synonyms(split: str) -> tuple[str, ...]:
@@ -183,25 +195,25 @@ def _synonyms(split: str) -> tuple[str, ...]:
 
 
 def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | None]:
-    """Where a split of a folder of images, or of a tar file, lies.
+    """Find a split of a folder of images, or of a tar file.
 
     timm takes the whole folder when it finds no split in it, and so would validate on the training images.
 
     Returns:
         The folder or tar file, and for a tar file with splits in it, the split's folder there.
     """
+    what, path = f'`data_dir` {root}', Path(root)
     if '[' in split:
-        raise UserError(f'--data-dir {root}: split {split!r} is sliced, which only hfds/NAME and digits can be')
-    path = Path(root)
+        raise UserError(f'{what}: split {split!r} is sliced, which only hfds/NAME and digits can be')
     inside = set()
     if path.is_file():
         try:
             with tarfile.open(path) as tar:
                 inside = {member.name.removeprefix('./').split('/')[0] for member in tar if member.isfile()}
         except (tarfile.TarError, OSError) as error:
-            raise UserError(f'--data-dir {root}: neither a folder nor a tar file ({one_line(error)})') from None
+            raise UserError(f'{what}: neither a folder nor a tar file ({one_line(error)})') from None
         if path.suffix.lower() != '.tar':
-            raise UserError(f'--data-dir {root}: must end in .tar to be read as a tar file')
+            raise UserError(f'{what}: must end in .tar to be read as a tar file')
     if not split:
         return root, None
     for name in _synonyms(split):
@@ -216,9 +228,9 @@ def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | Non
     if unsplit and not there and split in words:
         return root, None
     raise UserError(
-        f'--data-dir {root}: no split {split!r} in it'
+        f'{what}: no split {split!r} in it'
         + (f', only {", ".join(there)}' if there else '')
-        + f"; put its class folders into {split}/ there, or name another with --train-split or --val-split ('' for "
+        + f"; put its class folders into {split}/ there, or name another with `train_split` or `val_split` ('' for "
         f'all images)'
     )
 
@@ -230,15 +242,15 @@ def _available_split(name: str, split: str) -> str:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"--dataset {name}: needs the package datasets; pip install 'ctc-timm[data]'") from None
+        raise UserError(f"`dataset` {name}: needs the package datasets; pip install 'ctc-timm[data]'") from None
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     wanted, bracket, rest = split.partition('[')
     try:
         known = datasets.get_dataset_split_names(name.split('/', 1)[1])
     except (ConnectionError, FileNotFoundError) as error:
-        raise UserError(f'--dataset {name}: {one_line(error)}') from None
-    except Exception:  # whatever is wrong with the data set, opening it says it better
+        raise UserError(f'`dataset` {name}: {one_line(error)}') from None
+    except Exception:  # the error of opening the data set says better what is wrong with it
         return split
     if wanted in known:
         return split
@@ -246,10 +258,10 @@ def _available_split(name: str, split: str) -> str:
         for other in _synonyms(wanted):
             if other in known:
                 return other + bracket + rest
-    raise UserError(f'--dataset {name} has no split {wanted!r}; it has {", ".join(known)}')
+    raise UserError(f'`dataset` {name} has no split {wanted!r}; it has {", ".join(known)}')
 
 
-def _checked(dataset: Any, what: str, name: str, inside: str | None, class_map: str = '') -> DatasetSplit:
+def _checked(dataset: Any, what: str, name: str, inside: str | None = None, class_map: str = '') -> DatasetSplit:
     """A dataset with its labels and classes."""
     reader = getattr(dataset, 'reader', dataset)
     classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
@@ -257,8 +269,9 @@ def _checked(dataset: Any, what: str, name: str, inside: str | None, class_map: 
     if isinstance(dataset, IterableImageDataset):
         return DatasetSplit(dataset, None, len(names) or None, name, names)
     _check_columns(reader, what)
-    if inside:
-        _keep_folder(reader, inside)
+    if inside:  # of a tar file's images keep those in one of its folders
+        keep = [sample[0].path.removeprefix('./').startswith(f'{inside}/') for sample in reader.samples]
+        reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
     _check_class_folders(reader, what, class_map)
     labels_N = _labels(dataset, what)
     return DatasetSplit(dataset, labels_N, max(int(labels_N.max()), max(names, default=-1)) + 1, name, names)
@@ -271,19 +284,12 @@ def _check_columns(reader: Any, what: str) -> None:
     columns = set(reader.dataset.column_names)
     if not isinstance(reader.dataset[0].get(reader.image_key), dict):
         columns -= {reader.image_key}
-    for flag, column in (('--input-key', reader.image_key), ('--target-key', reader.label_key)):
+    for name, column in (('input_key', reader.image_key), ('target_key', reader.label_key)):
         if not columns & {column, *column.split(','), column.split('.')[0]}:
             raise UserError(
-                f'{what}: no such column as {flag} {column}{nearest(column, columns)}; '
+                f'{what}: no such column as `{name}` {column}{nearest(column, columns)}; '
                 f'the columns are {", ".join(sorted(columns))}'
             )
-
-
-def _keep_folder(reader: Any, folder: str) -> None:
-    """Of a tar file's images keep those in one of its folders."""
-    paths = (sample[0].path.removeprefix('./') for sample in reader.samples)
-    keep = [path.startswith(f'{folder}/') for path in paths]
-    reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
 
 
 def _check_class_folders(reader: Any, what: str, class_map: str) -> None:
@@ -314,22 +320,20 @@ def _check_class_folders(reader: Any, what: str, class_map: str) -> None:
 
 def _labels(dataset: Any, what: str) -> Tensor:
     """The labels in order, [N]."""
-    reader = getattr(dataset, 'reader', None)
+    reader = getattr(dataset, 'reader', dataset)
     try:
-        if reader is not None and hasattr(reader, 'iter_targets'):
+        if hasattr(reader, 'iter_targets'):
             labels = list(reader.iter_targets())
-        elif reader is not None and hasattr(reader, 'targets'):
-            labels = list(reader.targets)  # tar files
-        elif reader is not None and hasattr(reader, 'samples'):
+        elif hasattr(reader, 'targets'):  # tar files and torchvision's data sets
+            labels = list(reader.targets)
+        elif hasattr(reader, 'samples'):
             labels = [sample[1] for sample in reader.samples]
-        elif hasattr(dataset, 'targets'):
-            labels = list(dataset.targets)
         else:
             labels = [dataset[i][1] for i in range(len(dataset))]
     except KeyError as error:
         if getattr(reader, 'remap_class', False):
-            raise UserError(f'{what}: --class-map has no class for the label {error}') from None
-        raise UserError(f'{what}: no column {error} of labels; name it with --target-key') from None
+            raise UserError(f'{what}: `class_map` has no class for the label {error}') from None
+        raise UserError(f'{what}: no column {error} of labels; name it with `target_key`') from None
     if not labels:
         raise UserError(f'{what}: no images')
     labels = [label.item() if isinstance(label, Tensor) and label.ndim == 0 else label for label in labels]
@@ -344,21 +348,3 @@ def _labels(dataset: Any, what: str) -> Tensor:
         return torch.as_tensor([int(label) for label in labels])
     except (TypeError, ValueError):
         raise UserError(f'{what}: labels must be class numbers, one an image') from None
-
-
-def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
-    """Refuse a validation split whose classes have other numbers than those of the training split.
-
-    timm numbers class folders split by split, so a folder that one of them lacks moves all that follow.
-
-    Raises:
-        UserError: Naming the first class that differs.
-    """
-    for index, name in sorted(val.class_names.items()):
-        known = train.class_names.get(index)
-        if train.class_names and known != name:
-            there = f'is {known!r}' if known is not None else 'is missing'
-            raise UserError(
-                f'{val.name}: class {index} of the validation split, {name!r}, {there} in the training split; '
-                f'both must have the same classes, or name their order with --class-map'
-            )

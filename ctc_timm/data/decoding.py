@@ -1,53 +1,63 @@
-"""Images as they are read: what timm's dataset does, and an account of those that can't be read.
+"""Decoding of images: unreadable ones are replaced by the next and named, and workers' errors become one line.
 
-As in timm the next image stands in for one that can't be read. timm lets pass no more than the system's own errors;
-here whatever a damaged file raises counts, a decompression bomb too. Which ones they were is kept in memory that
-loader processes share, so that the program can name each file once, whoever read it.
+As in timm the next image replaces an unreadable one. timm replaces only after the system's own errors; here whatever
+a damaged file raises counts, a decompression bomb too.
 """
 
 from __future__ import annotations
 
 import errno
-import sys
+import logging
+import multiprocessing
+import re
+import time
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageMode, UnidentifiedImageError
 from timm.data import ImageDataset
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..utils.errors import RunError, UserError, one_line
 from ..utils.text import sanitize
-from .workers import is_death
 
-_LONGEST = 1000  # times the shorter side; sized to 224 pixels such an image has 150 MB
-_NAMED = 5
-_FOUND, _TOLD = 1, 2
+logger = logging.getLogger(__name__)  # not Accelerate's: every process names the images that it read
+
+T = TypeVar('T')
+
+_LARGEST_ASPECT = 1000  # sized to 224 pixels such an image has 150 MB
+_NAMED = 5  # unreadable images named in a log line
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine; no fault of the image
-_DAMAGE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises first of all
+_DAMAGE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL itself raises first
+_FOUND, _LOGGED = 1, 2
 
 
 class UnreadableError(UserError):
     """Too many images in a row can't be read."""
 
 
+class WorkerError(RunError):
+    """A process that loads data died or failed."""
+
+
 class ReadError(OSError):
-    """An image that can't be read, and why."""
+    """An image can't be read. The message says why."""
 
 
 def read_image(file: IO[bytes], mode: str | None) -> Image.Image:
-    """Decode an image whole.
+    """Decode an image completely, and close the file.
 
-    As PIL and so timm do: the first frame of an animation, the palette's colors without their transparency, no
-    turning by Exif. Other than there, 16-bit gray keeps its contrast when it becomes 8-bit, by its high byte; PIL
-    would make all but its darkest values white.
+    As in PIL and timm, the first frame of an animation counts, a palette's transparency is dropped, and Exif does not
+    turn the image. Unlike there, 16-bit gray keeps its contrast when it becomes 8-bit: its high byte is taken, where
+    PIL would clip nearly everything to white.
 
     Args:
-        file: Closed afterwards.
+        file: Open file.
         mode: PIL mode to convert to; None for the file's own.
 
     Raises:
@@ -58,38 +68,34 @@ def read_image(file: IO[bytes], mode: str | None) -> Image.Image:
             warnings.simplefilter('ignore')  # PIL's, about transparency, metadata and sizes it still reads
             image: Image.Image = Image.open(file)
             short, long = sorted(image.size)
-            if long > _LONGEST * short:
-                raise ReadError(f'{image.width}x{image.height} pixels, one side is over {_LONGEST} times the other')
+            if long > _LARGEST_ASPECT * short:
+                raise ReadError(
+                    f'{image.width}x{image.height} pixels, one side is over {_LARGEST_ASPECT} times the other'
+                )
             image.load()
-            if mode and ImageMode.getmode(mode).typestr == '|u1':
-                image = _in_eight_bits(image)
+            deep = image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG')  # by version of PIL
+            if deep and mode and ImageMode.getmode(mode).typestr == '|u1':
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             return image.convert(mode) if mode else image
     except Exception as error:
-        raise _unreadable(error) from error
+        raise _as_read_error(error) from error
 
 
-def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray by its high byte, as PIL itself reads 16-bit colors."""
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):  # by version of PIL
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image
-
-
-def _unreadable(error: Exception) -> Exception:
-    """The error as one about the file, unless it is one about the machine or already told."""
-    if isinstance(error, (ReadError, MemoryError, UserError)) or is_death(error):
+def _as_read_error(error: Exception) -> Exception:
+    """Make a `ReadError` of an error, unless it is about the machine or is for the user already."""
+    if isinstance(error, (ReadError, MemoryError, UserError)) or _is_death(error):
         return error
     if isinstance(error, OSError) and error.errno in _SHORTAGE:
-        return RunError(f'{error.strerror} while an image was opened; try fewer --workers')
+        return RunError(f'{error.strerror} while an image was opened; try fewer `workers`')
     if isinstance(error, UnidentifiedImageError):
         return ReadError('no image that PIL knows')
     return ReadError(getattr(error, 'strerror', None) or one_line(error))
 
 
-class NamingDataset(Dataset):
-    """A map-style image dataset that goes on after an unreadable image, and can say which those were.
+class ReplacingDataset(Dataset):
+    """A map-style image dataset that replaces an unreadable image by the next, and names those it replaced.
 
-    Create it before the loader processes are.
+    Which ones they were is kept in memory that loader processes share, so create it before they start.
 
     Args:
         dataset: timm's `ImageDataset`, or any map-style dataset of (image, target) with a `transform`.
@@ -97,7 +103,7 @@ class NamingDataset(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._unread_N = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
+        self._unreadable_N = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     @property
     def transform(self) -> Any:
@@ -115,13 +121,13 @@ class NamingDataset(Dataset):
         return self.read(index)[:2]
 
     def read(self, index: int) -> tuple[Any, Any, int]:
-        """The image, or the next that can be read.
+        """Read an image, or the next that can be read.
 
         Returns:
-            Image, target, and which image it is.
+            Image, target, and the index of the image delivered.
 
         Raises:
-            UnreadableError: As many in a row as timm gives up after.
+            UnreadableError: As many in a row can't be read as timm gives up after.
             UserError: The transforms fail on the image.
         """
         tries = getattr(self.dataset, '_max_retries', 10)
@@ -129,29 +135,30 @@ class NamingDataset(Dataset):
         for place in range(index, index + tries):
             delivered = place % len(self.dataset)
             try:
-                image, target, *rest = self._decoded(delivered)
+                image, target = self.decode(delivered)
             except _DAMAGE as error:
                 reasons.append(one_line(error))
-                self._note(delivered)
+                self._unreadable_N[delivered].clamp_(min=_FOUND)
                 continue
-            return self._transformed(image, delivered), target, rest[0] if rest else delivered
+            return self._transformed(image, delivered), target, delivered
         raise UnreadableError(
             f'{self.name(index)}: unreadable ({reasons[0]}), and so are those that follow, {tries} consecutive images'
         )
 
-    def _decoded(self, index: int) -> tuple[Any, ...]:
-        """Image and target, and which image it is where the dataset itself knows."""
+    def decode(self, index: int) -> tuple[Any, Any]:
+        """Read image and target; the image of an `ImageDataset` without its transform.
+
+        Raises:
+            ReadError: The image can't be read.
+        """
         dataset = self.dataset
         if not isinstance(dataset, ImageDataset):
             return dataset[index]
         try:
             file, target, *_ = dataset.reader[index]
         except Exception as error:
-            raise _unreadable(error) from error
-        image = read_image(file, dataset.input_img_mode)
-        if target is not None and dataset.target_transform is not None:
-            target = dataset.target_transform(target)
-        return image, -1 if target is None else target
+            raise _as_read_error(error) from error
+        return read_image(file, dataset.input_img_mode), -1 if target is None else target
 
     def _transformed(self, image: Any, index: int) -> Any:
         if not isinstance(self.dataset, ImageDataset) or self.dataset.transform is None:
@@ -161,17 +168,13 @@ class NamingDataset(Dataset):
         except (UserError, MemoryError):
             raise
         except Exception as error:
-            if is_death(error):
+            if _is_death(error):
                 raise
-            what = f'its transforms fail with {type(error).__name__}: {one_line(error)}'
-            raise UserError(f'{self.name(index)}: {what}') from error
-
-    def _note(self, index: int) -> None:
-        if not self._unread_N[index]:
-            self._unread_N[index] = _FOUND
+            reason = f'its transforms fail with {type(error).__name__}: {one_line(error)}'
+            raise UserError(f'{self.name(index)}: {reason}') from error
 
     def name(self, index: int) -> str:
-        """An image's file, or its number where it has none."""
+        """The image's file, or its number where it has none."""
         reader = getattr(self.dataset, 'reader', self.dataset)
         try:
             name = reader.filename(index) if hasattr(reader, 'filename') else reader.samples[index][0]
@@ -182,31 +185,84 @@ class NamingDataset(Dataset):
 
     def reason(self, index: int) -> str:
         """What is wrong with an image, found by reading it once more."""
-        known = getattr(self.dataset, 'reasons', {}).get(index)  # of decoded images
-        if known is not None:
-            return known
         try:
-            self._decoded(index)
+            self.decode(index)
         except _DAMAGE as error:
             return one_line(error)
         return 'only at times'
 
-    def unread(self) -> list[int]:
-        """The images found unreadable so far, by this process and its workers."""
-        return self._unread_N.nonzero().flatten().tolist()
+    def unreadable(self) -> list[int]:
+        """Indices of the images found unreadable so far, by this process and its workers."""
+        return self._unreadable_N.nonzero().flatten().tolist()
 
-    def tell_unread(self) -> list[str]:
-        """Print a line about the unreadable images that were not told of yet.
+    def log_unreadable(self) -> list[str]:
+        """Log a line about the unreadable images that were not logged yet.
 
         Returns:
-            The names of all of them.
+            The names of all of these.
         """
-        index = (self._unread_N == _FOUND).nonzero().flatten().tolist()
-        self._unread_N[index] = _TOLD
+        index = (self._unreadable_N == _FOUND).nonzero().flatten().tolist()
+        self._unreadable_N[index] = _LOGGED
         if index:
             named = ', '.join(f'{self.name(i)} ({self.reason(i)})' for i in index[:_NAMED])
             more = f' and {len(index) - _NAMED:,} more' if len(index) > _NAMED else ''
-            images = '1 image' if len(index) == 1 else f'{len(index):,} images'
-            line = f"{images} can't be read, the next one stands in: {named}{more}"
-            tqdm.write(sanitize(line), file=sys.stderr)
+            images = '1 image is' if len(index) == 1 else f'{len(index):,} images are'
+            logger.warning('%s', sanitize(f'{images} unreadable and replaced by the next: {named}{more}'))
         return [self.name(i) for i in index]
+
+
+def fetch_batches(loader: Iterable[T]) -> Iterator[T]:
+    """Iterate over PyTorch's loader.
+
+    Raises:
+        WorkerError: A worker died, or raised what is no `UserError`.
+        UserError: A worker's own, without its traceback.
+    """
+    with translate_errors():
+        try:
+            yield from loader
+        except (OSError, EOFError) as error:
+            # Fetching from a dying worker fails before PyTorch hears of the death, which it then raises out of sleep.
+            if not _is_from_worker(error):
+                time.sleep(2)
+                raise WorkerError(f'batches could not be fetched: {one_line(error)}') from error
+            raise
+
+
+@contextmanager
+def translate_errors() -> Iterator[None]:
+    """Turn PyTorch's errors about its workers into errors of one line.
+
+    PyTorch raises a worker's death wherever the program happens to be, so it can come out of code that loads nothing.
+
+    Raises:
+        WorkerError: A worker died, or raised what is no `UserError`.
+        UserError: A worker's own, without its traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _is_death(error):
+            multiprocessing.active_children()  # joins the dead, which PyTorch would otherwise report again
+            first: BaseException = error
+            while (link := first.__cause__ or first.__context__) is not None and _is_death(link):
+                first = link  # which knows the signal
+            raise WorkerError(f'{one_line(first)}; if memory ran out, try fewer `workers`') from error
+        if not _is_from_worker(error):
+            raise
+        last_line = str(error.args[0]).strip().splitlines()[-1]
+        if isinstance(error, UserError):
+            raise type(error)(last_line.partition(': ')[2]) from None
+        raise WorkerError(f'a data loading process failed with {last_line}') from error
+
+
+# PyTorch has no types for these two: a death is a RuntimeError, and a worker's error comes as one of the same type
+# whose message holds the traceback.
+def _is_death(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith('DataLoader worker (pid')
+
+
+def _is_from_worker(error: BaseException) -> bool:
+    return (
+        bool(error.args) and re.match(r'Caught \w+ in (DataLoader worker|pin memory)', str(error.args[0])) is not None
+    )

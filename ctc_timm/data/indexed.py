@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler, get_worker_info
 
-from .decoding import NamingDataset
-from .decoding import UnreadableError as UnreadableError
+from .decoding import ReplacingDataset
 
 
-class IndexedDataset(NamingDataset):
+class IndexedDataset(ReplacingDataset):
     """A map-style image dataset whose targets are [target, index delivered, index asked for].
 
     timm's collate and prefetch carry such a target through unchanged, as one [B, 3] tensor.
@@ -35,8 +34,6 @@ class IndexedDataset(NamingDataset):
     def __init__(self, dataset: Any, seed: int | None = None) -> None:
         super().__init__(dataset)
         self.seed = seed
-        if hasattr(dataset, 'with_index'):  # decoded images
-            dataset.with_index = True
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, Tensor]:
         return self.__getitems__([key])[0]
@@ -50,8 +47,6 @@ class IndexedDataset(NamingDataset):
         if self.seed is not None:
             seed_transforms(self.seed, epoch, index)
         image, target, delivered = self.read(index)
-        if delivered != index:
-            self._note(index)
         return image, torch.tensor([int(target), delivered, index])
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from ..data import workers
+from ..data import decoding as workers
 from ..data.transforms import worker_count
 from ..measure.results import table, write_json
 from ..utils.errors import UserError

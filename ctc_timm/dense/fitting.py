@@ -7,6 +7,7 @@ that ends at the same bits, plots/. It has no config.json, as its weights are a 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data import workers
+from ..data import decoding as workers
 from ..data.indexed import EpochBatches, random_state_kept, seed_transforms
-from ..data.training_loader import steps_per_epoch
 from ..data.transforms import worker_count
 from ..models import creation as models
 from ..runs import Run, keep_interval, refuse_overwriting, run_name
@@ -139,7 +139,7 @@ class Fitting:
         )
         args.lr = optimization.resolve_lr(args, world)
         optimizer = optimization.create_optimizer(args, self.module)
-        self.steps_per_epoch = steps_per_epoch(len(self.batches), args.grad_accum_steps)
+        self.steps_per_epoch = math.ceil(len(self.batches) / args.grad_accum_steps)
         self.schedule = schedules.TwoStageSchedule(optimizer, args, self.steps_per_epoch, two_stages=False)
         self.task.trainable_module = accelerator.prepare_model(self.module)
         self.optimizer = accelerator.prepare_optimizer(optimizer)

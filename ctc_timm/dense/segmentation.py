@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, Subset
 
-from ..data import workers
+from ..data import decoding as workers
 from ..data.transforms import worker_count
 from ..measure.results import table, write_json
 from ..utils.errors import UserError

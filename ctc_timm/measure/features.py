@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from ..data.datasets import DatasetSplit
-from ..data.loaders import create_eval_loader, keep_batches
+from ..data.loaders import create_eval_loader
 from ..data.subsets import draw, part_of
 from ..models.backbones import check_input, features_and_logits
 from ..models.loading import LoadedModel
@@ -85,9 +85,8 @@ class SplitImages:
         self.count = len(source.labels_N) if source.labels_N is not None else None
         transform = {key: config[key] for key in sorted(config)}
         self.facts = {'data': source.name, 'identity': _identity(source), 'most': most, 'transform': transform}
-        self._loader = create_eval_loader(source.dataset, args, config, accelerator.device, distributed=several)
-        if self.count is not None and self.count * torch.Size(self.input_size).numel() <= KEPT_BYTES:
-            keep_batches(self._loader)
+        keep = self.count is not None and self.count * torch.Size(self.input_size).numel() <= KEPT_BYTES
+        self._loader = create_eval_loader(source.dataset, args, config, accelerator.device, several, keep)
 
     def batches(self, description: str) -> Any:
         """Batches of (images, targets) on the device, behind a progress bar."""

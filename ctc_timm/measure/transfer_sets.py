@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from ..cli.arguments import positive_int
 from ..data import digits
 from ..data.datasets import READERS, DatasetSplit, check_classes, open_split
-from ..data.transforms import add_dataset_arguments
 from ..utils.errors import UserError, nearest
 from ..utils.text import file_name
 from .features import SplitImages
@@ -35,7 +34,6 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--max-train', type=positive_int, metavar='N', help='draw so many training images of a target')
     group.add_argument('--max-test', type=positive_int, metavar='N', help='draw so many test images of a target')
-    add_dataset_arguments(parser, positional=False)
 
 
 def target_names(args: argparse.Namespace) -> list[str]:

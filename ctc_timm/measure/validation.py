@@ -11,7 +11,7 @@ from typing import Any
 from ..cli.arguments import KeyValues, Parser, positive_int
 from ..data.datasets import DatasetSplit, check_labels, open_split
 from ..data.loaders import create_eval_loader
-from ..data.transforms import add_dataset_arguments, data_config
+from ..data.transforms import data_config
 from ..models.backbones import check_input
 from ..models.loading import LoadedModel, add_source_arguments, load_model, named_source
 from ..utils.distributed import add_precision_arguments, create_accelerator
@@ -28,7 +28,6 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
     add_precision_arguments(group)
-    add_dataset_arguments(parser, positional=False)
     group = parser.add_argument_group('Validation')
     group.add_argument('--split', default='', metavar='NAME', help='same as --val-split')
     group.add_argument(

@@ -7,7 +7,6 @@ import math
 
 from ..cli import training_flags as flags
 from ..cli.arguments import Parser, brief, non_negative_int, positive_int
-from ..data.transforms import add_dataset_arguments
 from ..models import creation as models
 from ..models.loading import add_source_arguments
 from . import freezing
@@ -84,6 +83,5 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         '--output', default='', metavar='DIR', help="where the runs go; the run's finetune/ or results/NAME"
     )
-    add_dataset_arguments(parser, positional=False)
     flags.add_common_arguments(parser)
     parser.set_defaults(**DEFAULTS, **TWO_STAGES)

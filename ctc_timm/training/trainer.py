@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -17,10 +18,11 @@ from tqdm import tqdm
 
 from ..contrast.task import CTCTask
 from ..data import mixup as mixing
-from ..data import training_loader as loaders
+from ..data import loaders
+from ..data.cached import cache_split
 from ..data.datasets import DatasetSplit, check_classes, check_labels, is_streaming, open_split
-from ..data.decoding import NamingDataset
-from ..data.loaders import create_eval_loader, keep_batches
+from ..data.decoding import ReplacingDataset
+from ..data.loaders import create_eval_loader
 from ..data.transforms import data_config
 from ..measure.evaluation import evaluate
 from ..models import creation as models
@@ -73,9 +75,9 @@ class Trainer:
             raise stages.refused_stream(args)
         with self.accelerator.main_process_first():
             train, val = data or _open_splits(args)
-        self._image_name = NamingDataset(train.dataset).name
+        self._image_name = ReplacingDataset(train.dataset).name
         if args.cache_dataset:
-            train = loaders.cached(args, train, quiet=rank > 0)
+            train = cache_split(train, quiet=rank > 0)
         self.num_instances = 0 if train.labels_N is None else len(train.labels_N)
         self.model = models.create_model(args, args.num_classes or train.num_classes) if model is None else model
         self.num_classes: int = self.model.num_classes
@@ -88,17 +90,19 @@ class Trainer:
         self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank, frozen)
         resumed = self.run if found.state else None
         self.monitor = create_monitor(args, self.config, self.accelerator, self.num_instances, resumed)
-        self.mixup = mixing.create_mixup(args, self.num_classes)
+        self.mixup = mixing.create_mixup(args.mixup, self.num_classes, args.loss.smoothing)
         if self.mixup is not None and args.batch_size % 2:
             raise UserError(f'--batch-size {args.batch_size}: must be even with --mixup or --cutmix')
         self.loader: loaders.TrainLoader | loaders.StreamLoader
         if train.labels_N is None:
-            self.loader = loaders.StreamLoader(train.dataset, args, self.config, self.device)
+            self.loader = loaders.StreamLoader(train.dataset, args.loader, args.augmentation, self.config, self.device)
         else:
-            self.loader = loaders.TrainLoader(train.dataset, args, self.config, self.device, rank, world_size)
-        self.eval_loader = create_eval_loader(val.dataset, args, self.config, self.device, world_size > 1)
-        if args.cache_dataset:
-            keep_batches(self.eval_loader)
+            self.loader = loaders.TrainLoader(
+                train.dataset, args.loader, args.augmentation, self.config, self.device, args.seed, rank, world_size
+            )
+        self.eval_loader = create_eval_loader(
+            val.dataset, args.loader, self.config, self.device, world_size > 1, keep=args.loader.cache_dataset
+        )
 
         if args.torchcompile:
             models.check_compiler(args.torchcompile)
@@ -113,7 +117,7 @@ class Trainer:
         module = self.task.get_trainable_module()
         assert module is not None
         optimizer = optimization.create_optimizer(args, module)
-        self.steps_per_epoch = loaders.steps_per_epoch(len(self.loader), args.grad_accum_steps)
+        self.steps_per_epoch = math.ceil(len(self.loader) / args.grad_accum_steps)
         self.schedule = schedules.TwoStageSchedule(optimizer, args, self.steps_per_epoch, args.mode == 'ctc')
         if args.mode == 'ctc':  # kept with the run, so that a resume for more epochs does not move it
             args.temporal_start_epoch = schedules.temporal_start(args)
@@ -232,7 +236,9 @@ class Trainer:
     def _start_temporal_stage(self) -> None:
         assert isinstance(self.task, CTCTask)
         source = open_split(self.args, self.args.train_split)
-        loader = loaders.RefreshLoader(source, self.args, self.config, self.device, self.accelerator.num_processes > 1)
+        loader = loaders.RefreshLoader(
+            source, self.args.loader, self.config, self.device, self.accelerator.num_processes > 1
+        )
         bar = progress_bar(loader, 'fill the banks', self.accelerator)
         with self.accelerator.autocast():
             self.task.start_temporal_stage(bar)
