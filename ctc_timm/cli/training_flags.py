@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..models import creation as models
 from ..training import checkpoints, monitor, optimization, schedules
 from ..training import step as steps
 from ..training import tasks as stages
 from ..utils.distributed import add_precision_arguments
+from . import model_flags as models
 from .arguments import Parser, non_negative_int, positive_int, probability
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from ..cli import model_flags as models
 from ..cli.arguments import (
     Parser,
     load_recipe,
@@ -21,9 +22,9 @@ from ..cli.arguments import (
     probability,
     whole_number,
 )
+from ..cli.model_flags import add_source_arguments
 from ..data.settings import LARGEST_SIDE
-from ..models import creation as models
-from ..models.loading import add_source_arguments, named_source
+from ..models.loading import named_source
 from ..training import checkpoints, optimization, report, schedules
 from ..training import step as steps
 from ..utils.distributed import add_precision_arguments, create_accelerator

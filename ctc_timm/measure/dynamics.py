@@ -109,7 +109,7 @@ def dynamics(args: argparse.Namespace) -> dict[str, Any]:
     """
     accelerator = create_accelerator(args)
     runs = [kept_run(path, name, args, accelerator) for path, name in _named(args.runs).items()]
-    first = load_model(str(next(iter(runs[0].epochs.values()))), flag='RUN')
+    first = load_model(str(next(iter(runs[0].epochs.values()))), setting='runs')
     channels = data_config(args, first.model)['input_size'][0]
     names = target_names(args)
     folders = coco_folders(names)

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ..cli.arguments import KeyValues, Parser, non_negative_int, positive_int
+from ..cli.model_flags import add_source_arguments
 from ..data.transforms import data_config
-from ..models.loading import LoadedModel, add_source_arguments, load_model, named_source
+from ..models.loading import LoadedModel, load_model, named_source
 from ..utils.distributed import add_precision_arguments, create_accelerator
 from ..utils.progress import outer_bar
 from .features import features_of

@@ -53,7 +53,7 @@ class Weights:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model."""
-        return load_model(str(self.file), flag='RUN')
+        return load_model(str(self.file), setting='runs')
 
 
 class CheckpointEvaluation:
@@ -191,7 +191,7 @@ class DetectionEvaluation:
         facts = {'part': 'detection', 'weights': self.weights.hash, 'precision': precision, **self.detection.facts()}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if key not in store.rows:
-            loaded = load_model(str(self.weights.file), flag='RUN')  # it is cut down
+            loaded = load_model(str(self.weights.file), setting='runs')  # it is cut down
             row = self.detection.measure(loaded, self.accelerator)
             store.add(key, row, write=self.accelerator.is_main_process)
         return {'weights': str(self.weights.file), **store.rows[key]}

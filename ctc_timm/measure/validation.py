@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.arguments import KeyValues, Parser, positive_int
+from ..cli.model_flags import add_source_arguments
 from ..data.datasets import DatasetSplit, check_labels, open_split
 from ..data.loaders import create_eval_loader
 from ..data.transforms import data_config
 from ..models.backbones import check_input
-from ..models.loading import LoadedModel, add_source_arguments, load_model, named_source
+from ..models.loading import LoadedModel, load_model, named_source
 from ..utils.distributed import add_precision_arguments, create_accelerator
 from ..utils.text import sanitize
 from .evaluation import evaluate

@@ -104,7 +104,7 @@ def check_input(model: nn.Module, input_size: Sequence[int]) -> None:
             model.eval()(torch.zeros(1, *input_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         size = 'x'.join(map(str, input_size))
-        raise UserError(f'--img-size: {architecture(model)} cannot take {size} images: {one_line(error)}') from None
+        raise UserError(f'`img_size`: {architecture(model)} cannot take {size} images: {one_line(error)}') from None
     finally:
         model.train(training)
 

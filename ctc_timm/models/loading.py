@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
 from ..utils.yaml_files import read_mapping
 from .pretrained_cfg import check_model_args, known_facts
+from .settings import SourceSettings
 
 DATA_FLAGS = (
     'dataset',
@@ -54,68 +55,58 @@ class LoadedModel:
     run_args: dict[str, Any]
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Declare how a model with its weights is named, for scripts that measure or go on from one.
+def named_source(settings: SourceSettings) -> tuple[str, str, str]:
+    """Read which model is meant, as the arguments of `load_model`.
 
     Returns:
-        The group, for more about the model.
-    """
-    parser.add_argument(
-        'source', nargs='?', metavar='MODEL', help='run folder, weights file, timm name, hf-hub: or local-dir:'
-    )
-    group = parser.add_argument_group('Model')
-    group.add_argument('--model', default='', metavar='NAME', help='timm name, hf-hub: or local-dir:')
-    group.add_argument('--checkpoint', default='', metavar='FILE', help='weights file or run folder')
-    group.add_argument('--pretrained', action='store_true', help='always meant for a name; taken for timm users')
-    return group
-
-
-def named_source(args: argparse.Namespace) -> tuple[str, str, str]:
-    """What the flags name: a source, the architecture of a weights file, and the flag for messages.
+        The source, the architecture of a weights file, and the setting that names the source.
 
     Raises:
-        UserError: Nothing is named.
+        UserError: None is named.
     """
-    source = args.source or args.checkpoint or args.model
+    source = settings.source or settings.checkpoint or settings.model
     if not source:
         raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
-    flag = '--model' if source == args.model else '--checkpoint' if source == args.checkpoint else 'MODEL'
-    return source, args.model if source != args.model else '', flag
+    setting = next(name for name in ('model', 'checkpoint', 'source') if getattr(settings, name) == source)
+    return source, settings.model if source != settings.model else '', setting
 
 
-def load_model(source: str, architecture: str = '', flag: str = '--model', **options: Any) -> LoadedModel:
+def load_model(
+    source: str | os.PathLike, architecture: str = '', setting: str = 'source', **options: Any
+) -> LoadedModel:
     """Load a model.
 
     Args:
         source: A run's folder (its best.safetensors), a weights file, any timm name (its pretrained weights),
             `hf-hub:REPO` or `local-dir:FOLDER`.
         architecture: For a weights file that does not say what it is, and lies in no run.
-        flag: What to call the source in error messages.
+        setting: That names the source, for messages.
         **options: For `timm.create_model`: num_classes, in_chans, ... None leaves the weights' own.
 
     Raises:
         UserError: Nothing there, or nothing that fits.
     """
     options = {k: v for k, v in options.items() if v is not None}
+    source = os.fspath(source)
     path = Path(source)
     if path.is_dir():
         weights = path / 'best.safetensors'
         if not weights.is_file():
             weights = path / 'last.safetensors'
         if not weights.is_file():
-            raise UserError(f'{flag} {source}: a folder without best.safetensors or last.safetensors is no run')
-        return _from_file(weights, source, architecture, flag, options)
+            raise UserError(f'`{setting}` {source}: a folder without best.safetensors or last.safetensors is no run')
+        return _from_file(weights, source, architecture, setting, options)
     if path.is_file():
-        return _from_file(path, source, architecture, flag, options)
+        return _from_file(path, source, architecture, setting, options)
     if path.suffix in ('.safetensors', '.pth', '.pt', '.bin', '.tar'):
-        raise UserError(f'{flag} {source}: no such file')
+        raise UserError(f'`{setting}` {source}: no such file')
     if ':' not in source and not timm.is_model(source):
         near = nearest(get_arch_name(source), timm.list_models())
-        raise UserError(f'{flag} {source}: no run folder, weights file or timm model of that name{near}')
+        raise UserError(f'`{setting}` {source}: no run folder, weights file or timm model of that name{near}')
     try:
         model = timm.create_model(source, pretrained=True, **options)
     except Exception as error:
-        raise UserError(f'{flag} {source}: {one_line(error)}') from None
+        raise UserError(f'`{setting}` {source}: {one_line(error)}') from None
     return LoadedModel(model.eval(), file_name(source), source, None, {})
 
 
@@ -147,16 +138,15 @@ def data_flags(run_args: dict[str, Any]) -> dict[str, Any]:
     found = {key: run_args[key] for key in DATA_FLAGS if run_args.get(key) is not None}
     for key, value in found.items():
         if type(value) is not (int if key == 'workers' else str):
-            raise UserError(f'args.yaml: --{key.replace("_", "-")} cannot be {value!r}')
+            raise UserError(f'args.yaml: `{key}` cannot be {value!r}')
         if found.get('dataset', '').lower().startswith('wds/') and _COMMAND.search(str(value)):
-            flag = f'--{key.replace("_", "-")}'
-            raise UserError(f'args.yaml: {flag} {value!r} would run a command; if you trust it, give {flag} yourself')
+            raise UserError(f'args.yaml: `{key}` {value!r} would run a command; if you trust it, give `{key}` yourself')
     if 'data' in found:
         found['data_dir'] = found.pop('data')
     return found
 
 
-def _from_file(weights: Path, source: str, architecture: str, flag: str, options: dict[str, Any]) -> LoadedModel:
+def _from_file(weights: Path, source: str, architecture: str, setting: str, options: dict[str, Any]) -> LoadedModel:
     run = run_of(weights)
     arguments: dict[str, Any] = {}
     if run is not None and not architecture:
@@ -169,17 +159,17 @@ def _from_file(weights: Path, source: str, architecture: str, flag: str, options
             arguments = {'num_classes': int(facts['num_classes'])}
         if not architecture:
             raise UserError(
-                f'{flag} {source}: the file does not say which architecture it is for; name it with --model'
+                f'`{setting}` {source}: the file does not say which architecture it is for; name it with `model`'
             )
     if not timm.is_model(architecture):
-        raise UserError(f'{flag} {source}: is for {architecture!r}, which timm does not know')
+        raise UserError(f'`{setting}` {source}: is for {architecture!r}, which timm does not know')
     try:
         if weights.suffix == '.safetensors':
             check_hash(weights)
         model = timm.create_model(architecture, **{**arguments, **options})
         timm.models.load_checkpoint(model, str(weights), weights_only=True)
     except Exception as error:
-        raise UserError(f'{flag} {source}: not weights of {architecture}: {one_line(error)}') from None
+        raise UserError(f'`{setting}` {source}: not weights of {architecture}: {one_line(error)}') from None
     name = file_name(f'{run.name}-{weights.stem}' if run is not None else weights.stem)
     return LoadedModel(model.eval(), name, str(weights), run, run_arguments(run))
 

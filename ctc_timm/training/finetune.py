@@ -121,7 +121,7 @@ class FineTuning:
     def _load(self) -> LoadedModel:
         args = self.args
         source, architecture, flag = named_source(args)
-        loaded = load_model(source, architecture, flag, **models.model_options(args))
+        loaded = load_model(source, architecture, flag, **models.model_options(args, args))
         size = args.input_size[1:] if args.input_size else [args.img_size] * 2 if args.img_size else None
         if size and hasattr(loaded.model, 'set_input_size'):
             try:

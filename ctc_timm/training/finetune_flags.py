@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 
+from ..cli import model_flags as models
 from ..cli import training_flags as flags
 from ..cli.arguments import Parser, brief, non_negative_int, positive_int
-from ..models import creation as models
-from ..models.loading import add_source_arguments
+from ..cli.model_flags import add_source_arguments
 from . import freezing
 
 DEFAULTS = dict(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..contrast.task import CTCTask
-from ..data import mixup as mixing
 from ..data import loaders
+from ..data import mixup as mixing
 from ..data.cached import cache_split
 from ..data.datasets import DatasetSplit, check_classes, check_labels, is_streaming, open_split
 from ..data.decoding import ReplacingDataset
@@ -79,13 +79,15 @@ class Trainer:
         if args.cache_dataset:
             train = cache_split(train, quiet=rank > 0)
         self.num_instances = 0 if train.labels_N is None else len(train.labels_N)
-        self.model = models.create_model(args, args.num_classes or train.num_classes) if model is None else model
+        self.model = (
+            models.create_model(args, args, args, args.num_classes or train.num_classes) if model is None else model
+        )
         self.num_classes: int = self.model.num_classes
         check_labels(train, self.num_classes, args.train_split)
         check_labels(val, self.num_classes, args.val_split)
         self.config = data_config(args, self.model)
         check_input(self.model, self.config['input_size'])
-        self.model = models.prepare_model(self.model, args, self.device, world_size)
+        self.model = models.prepare_model(self.model, args, args, self.device, world_size)
 
         self.task = stages.create_task(args, self.model, train.labels_N, self.device, rank, frozen)
         resumed = self.run if found.state else None
