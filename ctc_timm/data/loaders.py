@@ -205,7 +205,7 @@ class StreamLoader:
         device: Where batches go.
     """
 
-    skipped = 0
+    skipped = None  # not counted
     unreadable: list[str] = []
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ..data.settings import LARGEST_SIDE, LoaderSettings
 from ..models.settings import BatchNormSettings, SourceSettings
@@ -83,6 +83,7 @@ _RUN: dict[str, Any] = dict(seed=0, keep_every=0, checkpoint_hist=1)
 class DetectSettings:
     """All settings of `ctc_timm.detect`."""
 
+    mode: ClassVar[str] = 'detect'
     source: SourceSettings = group('Model', SourceSettings)
     body: BodySettings = group('Backbone', BodySettings)
     detector: DetectorSettings = group('Detector', DetectorSettings)
@@ -100,6 +101,7 @@ class DetectSettings:
 class SegmentSettings:
     """All settings of `ctc_timm.segment`."""
 
+    mode: ClassVar[str] = 'segment'
     source: SourceSettings = group('Model', SourceSettings)
     body: BodySettings = group('Backbone', BodySettings)
     segmenter: SegmenterSettings = group('Segmenter', SegmenterSettings)

@@ -1,14 +1,14 @@
 """Cheap measurements of transfer while training: a ridge probe and two signs of over-compression.
 
-A few images of a target are decoded once and kept; every so many epochs they pass through the model, a ridge
-probe is fitted to the features of one part and scored on the other, whose effective rank and within/between
-spread are taken. The exact accuracies are for `transfer/`; these show while there is time to act that source
-accuracy rises and transfer falls.
+A few images of a target are decoded once and kept. Every few epochs they pass through the model, a ridge probe is
+fitted to the features of one part and scored on the other, and the other's effective rank and within/between spread
+are taken. They show while there is time to act that source accuracy rises and transfer falls; `linear_probe` gives
+the exact accuracies.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import math
 import time
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..cli.arguments import positive_int
+from ..data.settings import DataSettings, LoaderSettings
 from ..measure.features import compute_features
 from ..measure.geometry import class_spread, effective_rank
 from ..measure.probes import ridge_scores
@@ -24,69 +24,76 @@ from ..measure.sets import Labeled
 from ..measure.transfer_sets import TransferSet
 from ..runs import Run
 from ..utils.errors import UserError
+from .settings import MonitorSettings
 
 FITTED = 2 / 3  # of the images; the rest is measured
 COST = 0.02  # of the training time, that the default interval aims at
 COLUMNS = ('monitor_ridge_top1', 'monitor_effective_rank', 'monitor_spread')
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of the monitor."""
-    group = parser.add_argument_group('Monitor')
-    group.add_argument(
-        '--monitor-target', default='', metavar='DATASET', help='watch transfer to this data set or folder'
-    )
-    group.add_argument(
-        '--monitor-every',
-        type=positive_int,
-        metavar='N',
-        help='epochs between measurements; about 20 over the run, or fewer to stay cheap, when not given',
-    )
-    group.add_argument(
-        '--monitor-images', type=positive_int, default=1500, metavar='N', help='images, two thirds to fit the probe'
-    )
-
-
-def monitor_interval(args: argparse.Namespace, num_instances: int) -> int:
+def monitor_interval(monitor: MonitorSettings, epochs: int, num_instances: int) -> int:
     """Epochs between measurements.
 
-    Without `--monitor-every`, such that a training image's forward and backward taken as three forward passes,
+    Without `monitor_every`, such that a training image's forward and backward taken as three forward passes,
     measuring costs at most 2%.
 
     Args:
-        args: The flags above, and the run's epochs.
+        monitor: Settings.
+        epochs: Length of the run.
         num_instances: Training images; 0 when that is not known.
     """
-    if args.monitor_every is not None:
-        return args.monitor_every
-    cheap = math.ceil(args.monitor_images / (3 * COST * num_instances)) if num_instances else 1
-    return min(max(round(args.epochs / 20), cheap, 1), args.epochs)
+    if monitor.monitor_every is not None:
+        return monitor.monitor_every
+    cheap = math.ceil(monitor.monitor_images / (3 * COST * num_instances)) if num_instances else 1
+    return min(max(round(epochs / 20), cheap, 1), epochs)
 
 
 class Monitor:
     """Watches one target.
 
     Args:
-        args: Data and monitor flags of the run.
+        monitor: Settings.
+        data: Of the run.
+        loader: Of the run.
         config: The model's image transform.
         accelerator: Device, precision and processes.
         every: Epochs between measurements.
 
     Attributes:
+        columns: Names of the numbers: percent, a number of dimensions, a ratio.
         seconds: Spent on measuring so far, without opening the data.
 
     Raises:
-        UserError: A target that cannot be had or measured.
+        UserError: A target that can't be opened or measured.
     """
 
-    def __init__(self, args: argparse.Namespace, config: dict[str, Any], accelerator: Accelerator, every: int) -> None:
-        own = argparse.Namespace(**vars(args))
-        own.train_split, own.val_split = 'train', 'validation'
-        own.class_map, own.input_key, own.target_key = '', None, None
-        own.max_train = max(1, round(args.monitor_images * FITTED))
-        own.max_test = max(1, args.monitor_images - own.max_train)
+    columns: tuple[str, ...] = COLUMNS
+
+    def __init__(
+        self,
+        monitor: MonitorSettings,
+        data: DataSettings,
+        loader: LoaderSettings,
+        config: dict[str, Any],
+        accelerator: Accelerator,
+        every: int,
+    ) -> None:
+        default = DataSettings()
+        data = dataclasses.replace(
+            data,
+            train_split=default.train_split,
+            val_split=default.val_split,
+            class_map=default.class_map,
+            input_key=default.input_key,
+            target_key=default.target_key,
+        )
+        fitted = max(1, round(monitor.monitor_images * FITTED))
         self.target = TransferSet(
-            args.monitor_target, own, config['input_size'][0], accelerator, flag='--monitor-target'
+            monitor.monitor_target,
+            _namespace(data, loader, max_train=fitted, max_test=max(1, monitor.monitor_images - fitted)),
+            config['input_size'][0],
+            accelerator,
+            flag='`monitor_target`',
         )
         self._splits = self.target.train.images(config), self.target.test.images(config)
         self._accelerator = accelerator
@@ -98,10 +105,13 @@ class Monitor:
         return last or (epoch + 1) % self._every == 0
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """The values of `COLUMNS`: percent, a number of dimensions, a ratio.
+        """Measure the model's features of the target.
 
         Args:
             model: Left in evaluation mode.
+
+        Returns:
+            The values of `columns`.
 
         Raises:
             UserError: Features that are not finite.
@@ -119,30 +129,23 @@ class Monitor:
         return dict(zip(COLUMNS, values))
 
 
-def create_monitor(
-    args: argparse.Namespace,
-    config: dict[str, Any],
-    accelerator: Accelerator,
-    num_instances: int,
-    resumed: Run | None,
-) -> Monitor | None:
-    """The monitor that the flags ask for, if any.
+def _namespace(*groups: Any, **more: Any) -> Any:
+    from types import SimpleNamespace
 
-    Args:
-        args: The flags above and the data flags.
-        config: Of `data_config`.
-        accelerator: Of the run.
-        num_instances: N.
-        resumed: The run that goes on.
+    values: dict[str, Any] = {'data': None}
+    for group in groups:
+        values |= dataclasses.asdict(group)
+    return SimpleNamespace(**values, **more)
+
+
+def check_monitored(monitor: MonitorSettings, resumed: Run) -> None:
+    """Refuse to add the monitor's columns to a run that was started without them.
 
     Raises:
-        UserError: That run was started without it.
+        UserError: Its summary.csv has no columns for it.
     """
-    if not args.monitor_target:
-        return None
-    if resumed and not all(f'eval_{column}' in row for row in resumed.rows() for column in COLUMNS):
+    if monitor.monitor_target and not all(f'eval_{column}' in row for row in resumed.rows() for column in COLUMNS):
         raise UserError(
-            f'--monitor-target {args.monitor_target}: {resumed.path} was started without it, and its summary.csv '
-            f'has no columns for it; leave the flag out to go on'
+            f'`monitor_target` {monitor.monitor_target}: {resumed} was started without it, and its summary.csv has '
+            f'no columns for it; leave it out to go on'
         )
-    return Monitor(args, config, accelerator, monitor_interval(args, num_instances))

@@ -1,28 +1,20 @@
-"""What a run tells, and to whom: a line at the start, a line an epoch, how it ended; the trackers there are."""
+"""Lines about a run: one at the start, one an epoch, how it ended; and Accelerate's trackers."""
 
 from __future__ import annotations
 
-import argparse
 import errno
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import LoggerType, ProjectConfiguration
 
-from ..models.backbones import architecture
-from ..runs import Run
+from ..runs import Run, format_metrics
 from ..utils.errors import RunError, Stopped, UserError, nearest
-from ..utils.progress import clock
-from .checkpoints import states_of
-from .position import TrainState
+from .checkpoints import TrainState, describe
 from .signals import Interrupted, StopSignal
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 
 def check_tracker(name: str) -> None:
@@ -34,129 +26,109 @@ def check_tracker(name: str) -> None:
     known = [str(tracker.value) for tracker in LoggerType]
     installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())]
     if name not in known:
-        raise UserError(f'--log-with {name}: no such tracker{nearest(name, known)}; Accelerate has {", ".join(known)}')
+        raise UserError(f'`log_with` {name}: no such tracker{nearest(name, known)}; Accelerate has {", ".join(known)}')
     if name not in installed:
-        raise UserError(f'--log-with {name}: its package is not installed; installed: {", ".join(installed[1:])}')
+        raise UserError(f'`log_with` {name}: its package is not installed; installed: {", ".join(installed[1:])}')
 
 
-def start_trackers(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Have Accelerate's trackers begin a run, with its flags."""
-    plain = {name: value for name, value in vars(args).items() if isinstance(value, (bool, int, float, str))}
+def start_trackers(accelerator: Accelerator, run: Run, values: Mapping[str, Any]) -> None:
+    """Have Accelerate's trackers begin a run.
+
+    Args:
+        accelerator: Made with the trackers.
+        run: Where trackers put their files.
+        values: Settings by name.
+    """
+    accelerator.project_configuration = ProjectConfiguration(project_dir=str(run), logging_dir=str(run))
+    plain = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
     accelerator.init_trackers('ctc-timm', plain)
 
 
-def announcement(trainer: Trainer) -> str:
-    """What is about to be trained, on what, and where to."""
-    args, model = trainer.args, trainer.model
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    images = f'{trainer.num_instances:,} images' if trainer.num_instances else 'a stream of images'
-    return (
-        f'{args.mode}: {architecture(model)} ({parameters:.2f}M parameters, {trainer.num_classes} '
-        f'classes) on {images} of {args.dataset or args.data_dir or args.data or "digits"}, '
-        f'{trainer.schedule.num_epochs} epochs, batch {args.batch_size} on {trainer.accelerator.num_processes} '
-        f'process(es), {trainer.device}, to {trainer.run.path}'
-    )
-
-
-def epoch_line(epoch: int, stage: str, train: dict[str, float], metrics: dict[str, Any], lr: float) -> str:
+def epoch_line(
+    epoch: int, stage: str, train: Mapping[str, float], metrics: Mapping[str, float], lr: float, rate: float
+) -> str:
     """An epoch's numbers in one line.
 
     Args:
         epoch: Counted from 0.
-        stage: 'instance', 'temporal' or 'vanilla'.
+        stage: 'instance', 'temporal', or the name of a task of one stage.
         train: Mean losses, and how many images could not be read.
         metrics: Of the validation split; empty where it was not evaluated.
         lr: Learning rate at the epoch's end.
+        rate: Training images a second.
     """
     parts = [f'epoch {epoch:>3}', f'{stage:<8}', f'loss {train["loss"]:.4f}']
     if 'ctc_loss' in train:
         parts.append(f'(task {train["task_loss"]:.4f}, ctc {train["ctc_loss"]:.4f})')
-    if 'top1' in metrics:
-        parts.append(f'val loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f}%, top-5 {metrics["top5"]:.2f}%')
-    if 'monitor_ridge_top1' in metrics:
-        parts.append(f'target {metrics["monitor_ridge_top1"]:.2f}%')
-    parts.append(f'lr {lr:.3g}')
+    if metrics:
+        parts.append(format_metrics(metrics))
+    parts += [f'lr {lr:.3g}', f'{rate:.0f} images/s' if rate >= 10 else f'{rate:.1f} images/s']
     if train.get('bad_steps'):
-        parts.append(f'{train["bad_steps"]:.0f} bad steps left out')
+        parts.append(f'{train["bad_steps"]:.0f} bad steps discarded')
     if train.get('skipped'):
         parts.append(f'{train["skipped"]:.0f} unreadable')
     return '  '.join(parts)
 
 
-def conclusion(run: Path, seconds: float, best: tuple[float, int] | None, pictures: Iterable[Path]) -> str:
-    """Where a finished run's weights, numbers and pictures are, and what to type next."""
-    reached = f'best top-1 {best[0]:.2f}% at epoch {best[1]}' if best else 'not evaluated'
-    return (
-        f'\ndone in {clock(seconds)}: {reached}\n'
-        f'  weights   {run / "best.safetensors"}, {run / "last.safetensors"}, {run / "weights"}/\n'
-        f'  numbers   {run / "summary.csv"}, {run / "metrics.jsonl"}\n'
-        f'  pictures  {", ".join(str(p) for p in pictures)}\n'
-        f'next:\n'
-        f'  python validate.py {run}\n'
-        f'  python transfer/dynamics.py {run}\n'
-        f'  python -c "import timm; model = timm.create_model(\'local-dir:{run}\', pretrained=True)"'
-    )
-
-
 @contextmanager
-def early_end(run: Run, stop: StopSignal, at: TrainState, save: Callable[[], object]) -> Iterator[None]:
+def early_end(run: Run, stop: StopSignal, state: TrainState, save: Callable[[], object]) -> Iterator[None]:
     """Heed signals within, and say what is kept where a signal or a full disk ends the run.
 
     Args:
         run: Its folder.
         stop: Of its process.
-        at: Where it stands.
+        state: Where it stands.
         save: Saves its state; called where a signal came between the batches of an epoch.
 
     Raises:
-        Stopped: A signal told the run to stop; its state is saved.
+        Stopped: A signal asked the run to stop; its state is saved.
         RunError: There is no room for its files.
     """
     try:
         with stop.heeded():
             yield
     except Interrupted:
-        if at.batch:
+        if state.batch:
             save()
-        raise stopped(run, stop.received, at.updates) from None
+        raise stopped(run, stop.received, state.updates) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise disk_full(run, error) from None
+        raise RunError(
+            f"{run}: {describe(error)}; {_kept(run)}; make room, then continue with `resume='auto'`"
+        ) from None
 
 
 def stopped(run: Run, signal: str | None, updates: int) -> Stopped:
-    """That a run was told to stop, and how it goes on.
+    """The error for a run that a signal stopped.
 
     Args:
         run: Its folder.
         signal: Name of the signal; None where another process got it.
         updates: Optimizer steps so far.
     """
-    return Stopped(f'stopped by {signal or "a signal"} after step {updates}; {_kept(run)}; go on with --resume auto')
-
-
-def disk_full(run: Run, error: OSError) -> RunError:
-    """That a run's files can't be written any more."""
-    return RunError(f'{run.path}: {error.strerror}; {_kept(run)}; make room, then go on with --resume auto')
+    return Stopped(
+        f"stopped by {signal or 'a signal'} after step {updates}; {_kept(run)}; continue with `resume='auto'`"
+    )
 
 
 def too_many_bad_steps(run: Run, steps: int, where: str, names: list[str]) -> RunError:
-    """That so many steps in a row gave no number.
+    """The error for so many consecutive steps whose loss or gradient is not finite.
 
     Args:
         run: Its folder.
         steps: How many.
         where: The last of them.
-        names: Its images; none of a stream.
+        names: Its images, where they have names.
     """
-    some = ', '.join(names[:4]) + (f' and {len(names) - 4} more in {run.metrics}' if len(names) > 4 else '')
+    some = ', '.join(names[:4]) + (f' and {len(names) - 4} more in {run.metrics_file}' if len(names) > 4 else '')
     return RunError(
-        f'--max-bad-steps {steps}: loss or gradient not finite in {steps} steps in a row, up to {where} with the '
-        f'images {some or "of a stream"}; {_kept(run)}; try a lower --lr, --clip-grad or no --amp, then --resume auto'
+        f'`max_bad_steps` {steps}: loss or gradient not finite in {steps} steps in a row, up to {where}'
+        f'{f" with the images {some}" if some else ""}; {_kept(run)}; try a lower `lr`, `clip_grad`, or '
+        f"`amp=False`, then `resume='auto'`"
     )
 
 
 def _kept(run: Run) -> str:
-    states = states_of(run)
+    states = run.states()
     return f'its last good state is {states[-1]}' if states else 'it has no state yet'

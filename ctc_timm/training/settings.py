@@ -190,6 +190,13 @@ class MonitorSettings:
 
 
 @dataclass(frozen=True)
+class HubSettings:
+    """Publishing at the end."""
+
+    push_to_hub: str = setting('', 'publish the run there when it is done', metavar='USER/NAME')
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """All settings of `ctc_timm.train`."""
 
@@ -211,6 +218,7 @@ class TrainSettings:
     monitor: MonitorSettings = group('Monitor', MonitorSettings)
     folder: FolderSettings = group('Run folder', FolderSettings)
     run: RunSettings = group('Run', RunSettings)
+    hub: HubSettings = group('Hub', HubSettings)
 
 
 @dataclass(frozen=True)

@@ -1,145 +1,138 @@
-"""The task to train: CTC's two stages, or plain classification, by flags."""
+"""The task that the settings describe: CTC's two stages, or supervised training."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Collection
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..cli.arguments import below_one, momentum, non_negative_float, positive_float, probability, whole_number
-from ..contrast.negatives import MODES, POSITIVES
-from ..contrast.task import PAST_FEATURES, CTCTask
-from ..data import mixup as mixing
+from ..contrast.task import CTCTask
+from ..data.mixup import InstanceMixup
 from ..utils.errors import UserError
-from .freezing import PartlyFrozenTask
+from ..utils.tasks import TrainerTask
+from .settings import CTCSettings, LossSettings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of CTC."""
-    group = parser.add_argument_group('Contrastive temporal coding')
-    group.add_argument('--mode', choices=('ctc', 'vanilla'), default='ctc', help='ctc, or plain supervised training')
-    group.add_argument(
-        '--instance-weight', type=non_negative_float, default=0.5, metavar='W', help="instance term's weight (alpha)"
-    )
-    group.add_argument(
-        '--temporal-weight', type=non_negative_float, default=1.0, metavar='W', help="temporal term's weight (beta)"
-    )
-    group.add_argument(
-        '--instance-temperature', type=positive_float, default=0.1, metavar='T', help='of the instance term'
-    )
-    group.add_argument(
-        '--temporal-temperature', type=positive_float, default=0.1, metavar='T', help='of the temporal term'
-    )
-    group.add_argument(
-        '--instance-momentum', type=momentum, default=0.9, metavar='M', help="of the instance stage's bank"
-    )
-    group.add_argument(
-        '--temporal-momentum', type=momentum, default=0.9, metavar='M', help="of the temporal stage's banks"
-    )
-    group.add_argument(
-        '--num-negatives', type=whole_number(1, 10**7), default=16384, metavar='K', help='negatives an image'
-    )
-    group.add_argument(
-        '--negatives', choices=MODES, default='sampled', help='K rows of each image, a draw for the batch, or all rows'
-    )
-    group.add_argument(
-        '--positives', choices=POSITIVES, default='exact', help='the image itself, or a random one of its class'
-    )
-    group.add_argument(
-        '--past-features',
-        choices=PAST_FEATURES,
-        default='model',
-        help='pass each batch through the information bank, as published, or use its stored rows',
-    )
-    group.add_argument('--embed-dim', type=whole_number(1, 65536), default=128, metavar='E', help='embedding size')
-    group.add_argument('--train-projector', action='store_true', help="train the instance stage's projector too")
-    group.add_argument(
-        '--bank-dtype', choices=('float32', 'bfloat16'), default='float32', help="precision of the banks' rows"
-    )
-    group.add_argument(
-        '--split-banks', action='store_true', help='each process holds its share of the banks, not a copy of them'
-    )
+class SupervisedTask(TrainerTask, ClassificationTask):
+    """Classification without CTC, of the whole model or of part of it.
+
+    Args:
+        model: With its frozen parameters marked by `requires_grad`.
+        frozen: Names of modules that stay in evaluation mode, so that their batch norms keep their statistics.
+        **options: For timm's `ClassificationTask`.
+    """
+
+    def __init__(self, model: nn.Module, frozen: Collection[str] = (), **options: Any) -> None:
+        super().__init__(model, **options)
+        self.frozen = tuple(frozen)
+
+    def train(self, mode: bool = True) -> SupervisedTask:
+        """Set training mode; frozen modules stay in evaluation mode."""
+        super().train(mode)
+        model = unwrap_model(self.trainable_module)
+        for name in self.frozen:
+            model.get_submodule(name).eval()
+        return self
 
 
-def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare timm's flags of the task's own loss."""
-    group = parser.add_argument_group("Task's loss")
-    group.add_argument('--smoothing', type=below_one, default=0.1, metavar='F', help='label smoothing')
-    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
-    group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
-    group.add_argument('--bce-target-thresh', type=probability, metavar='F', help='binarize mixed targets above this')
+class PrepareBatch:
+    """Makes the batch that a classification task takes, (images, targets, index, lam), from one of the loader.
+
+    Args:
+        mixup: Mixes the batch; None leaves it.
+        off_epoch: Epoch from which nothing is mixed; 0 for never. The criterion still takes soft targets then.
+        channels_last: Memory layout of the images.
+    """
+
+    def __init__(self, mixup: InstanceMixup | None, off_epoch: int, channels_last: bool) -> None:
+        self.mixup = mixup
+        self.off_epoch = off_epoch
+        self.channels_last = channels_last
+
+    def __call__(self, batch: tuple[Any, ...], epoch: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Mix images [B, C, H, W] and classes [B] into soft targets [B, K]; lam [B] is None where nothing is mixed."""
+        images, targets, index = batch
+        lam = None
+        if self.mixup is not None and (not self.off_epoch or epoch < self.off_epoch):
+            images, targets, lam = self.mixup(images, targets)
+        elif self.mixup is not None:
+            classes, smoothing = self.mixup.num_classes, self.mixup.smoothing
+            targets = nn.functional.one_hot(targets, classes).to(images.dtype) * (1 - smoothing) + smoothing / classes
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets, index, lam
 
 
-def refused_stream(args: argparse.Namespace) -> UserError:
-    """What to tell who asks for CTC on a streaming set."""
+def streaming_error(dataset: str) -> UserError:
+    """The error for CTC on a streaming set."""
     return UserError(
-        f'--dataset {args.dataset}: a streaming data set gives its images no stable index, which --mode ctc '
-        f'needs; use a map-style reader such as hfds/NAME or --data-dir FOLDER, or --mode vanilla'
+        f"`dataset` {dataset}: a streaming data set gives its images no stable index, which `mode='ctc'` needs; use a "
+        f"map-style reader such as hfds/NAME or `data_dir='FOLDER'`, or `mode='vanilla'`"
     )
 
 
 def create_task(
-    args: argparse.Namespace,
+    ctc: CTCSettings,
+    loss: LossSettings,
     model: nn.Module,
     labels_N: Tensor | None,
     device: torch.device,
+    *,
+    soft_targets: bool = False,
+    seed: int = 42,
     rank: int = 0,
     frozen: Collection[str] = (),
-) -> TrainingTask:
-    """The task that the flags describe.
+) -> TrainerTask:
+    """Create the task that the settings describe.
 
     Args:
-        args: The flags above and the Mixup flags.
+        ctc: The method's settings, with `mode`.
+        loss: Of the classification loss.
         model: With a head.
-        labels_N: Class of each training image, [N]; None for streaming sets.
+        labels_N: Class of each training image, [N]; None for streaming sets, which need mode 'vanilla'.
         device: Where to train.
+        soft_targets: Whether batches are mixed.
+        seed: Of banks and negatives.
         rank: This process.
-        frozen: Names of modules that stay in evaluation mode; for plain training.
+        frozen: Names of modules that stay in evaluation mode; for mode 'vanilla'.
 
     Raises:
-        UserError: CTC on a streaming set, a set of one class, a temperature too low.
+        UserError: A set of one class, a temperature too low.
     """
     criterion: dict[str, Any] = dict(
-        loss_type='bce' if args.bce_loss else None,
-        smoothing=args.smoothing,
-        soft_targets=mixing.is_active(args),
-        bce_target_thresh=args.bce_target_thresh if args.bce_loss else None,
-        bce_sum=args.bce_sum,
+        loss_type='bce' if loss.bce_loss else None,
+        smoothing=loss.smoothing,
+        soft_targets=soft_targets,
+        bce_target_thresh=loss.bce_target_thresh if loss.bce_loss else None,
+        bce_sum=loss.bce_sum,
     )
-    if args.mode == 'vanilla':
-        return PartlyFrozenTask(model, frozen, criterion_kwargs=criterion, device=device, verbose=False)
-    if labels_N is None:
-        raise refused_stream(args)
-    try:
-        return CTCTask(
-            model,
-            labels_N,
-            criterion_kwargs=criterion,
-            embed_dim=args.embed_dim,
-            num_negatives=args.num_negatives,
-            negatives=args.negatives,
-            positives=args.positives,
-            past_features=args.past_features,
-            instance_weight=args.instance_weight,
-            temporal_weight=args.temporal_weight,
-            instance_temperature=args.instance_temperature,
-            temporal_temperature=args.temporal_temperature,
-            instance_momentum=args.instance_momentum,
-            temporal_momentum=args.temporal_momentum,
-            train_projector=args.train_projector,
-            bank_dtype=getattr(torch, args.bank_dtype),
-            split_banks=args.split_banks,
-            seed=args.seed,
-            rank=rank,
-            device=device,
-            verbose=False,
-        )
-    except ValueError as error:
-        # Of what the losses refuse, the flags let pass only a temporal temperature too low.
-        low = str(error).startswith('temperature')
-        flag = f'--temporal-temperature {args.temporal_temperature}' if low else '--mode ctc'
-        raise UserError(f'{flag}: {error}') from None
+    if ctc.mode == 'vanilla':
+        return SupervisedTask(model, frozen, criterion_kwargs=criterion, device=device, verbose=False)
+    assert labels_N is not None
+    return CTCTask(
+        model,
+        labels_N,
+        criterion_kwargs=criterion,
+        embed_dim=ctc.embed_dim,
+        num_negatives=ctc.num_negatives,
+        negatives=ctc.negatives,
+        positives=ctc.positives,
+        past_features=ctc.past_features,
+        instance_weight=ctc.instance_weight,
+        temporal_weight=ctc.temporal_weight,
+        instance_temperature=ctc.instance_temperature,
+        temporal_temperature=ctc.temporal_temperature,
+        instance_momentum=ctc.instance_momentum,
+        temporal_momentum=ctc.temporal_momentum,
+        train_projector=ctc.train_projector,
+        bank_dtype=getattr(torch, ctc.bank_dtype),
+        split_banks=ctc.split_banks,
+        seed=seed,
+        rank=rank,
+        device=device,
+        verbose=False,
+    )

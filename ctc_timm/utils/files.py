@@ -1,7 +1,7 @@
-"""Files and folders that appear complete or not at all, and say so when they were damaged since.
+"""Durable files and folders: complete or not there at all, and verified before they are used.
 
 A folder is written under another name, a manifest with the size and SHA-256 of every file is put into it, all of it
-is brought to the disk, and then it gets its name: a power cut leaves the old folder or the new one.
+is flushed to the disk, and then it is renamed: a power cut leaves the old folder or the new one.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ def write_text(file: Path, text: str) -> None:
     """Replace a text file as a whole."""
     temporary = file.with_name(file.name + '.tmp')
     temporary.write_text(text, encoding='utf-8', newline='')
-    appear(temporary, file)
+    atomic_rename(temporary, file)
 
 
-def appear(temporary: Path, final: Path) -> None:
-    """Give a finished file or folder its name, once it is on the disk."""
+def atomic_rename(temporary: Path, final: Path) -> None:
+    """Rename a finished file or folder, once it is on the disk; a folder replaces one of that name."""
     if temporary.is_dir():
         for path in sorted(temporary.rglob('*')):
-            _to_disk(path)
-    _to_disk(temporary)
+            _flush(path)
+    _flush(temporary)
     if final.is_dir():  # a folder can't be renamed over another one that has files
         shutil.rmtree(final)
     os.replace(temporary, final)
-    _to_disk(final.parent)
+    _flush(final.parent)
 
 
 def write_manifest(folder: Path) -> None:
-    """Note the size and SHA-256 of every file of a folder."""
+    """Write the size and SHA-256 of every file of a folder into its manifest."""
     files = {
         path.relative_to(folder).as_posix(): {'size': path.stat().st_size, 'sha256': _sha256(path)}
         for path in sorted(folder.rglob('*'))
@@ -44,17 +44,21 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({'files': files}, indent=1), encoding='utf-8')
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest: the first file that is missing or differs; None if nothing."""
+def verify(folder: Path) -> str | None:
+    """Compare a folder with its manifest.
+
+    Returns:
+        What is wrong with the first file that is missing or differs; None if nothing is.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))['files']
-        noted = {str(name): (int(facts['size']), str(facts['sha256'])) for name, facts in files.items()}
+        listed = {str(name): (int(facts['size']), str(facts['sha256'])) for name, facts in files.items()}
     except FileNotFoundError:
         return f'it has no {MANIFEST}'
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f'its {MANIFEST} is unreadable'
     try:
-        for name, (size, digest) in noted.items():
+        for name, (size, digest) in listed.items():
             path = folder / name
             if not path.is_file():
                 return f'{name} is missing'
@@ -62,7 +66,7 @@ def damage(folder: Path) -> str | None:
                 return f'{name} has {path.stat().st_size} bytes, not {size}'
             if _sha256(path) != digest:
                 return f'{name} was changed after it was written'
-        extra = {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()} - {MANIFEST, *noted}
+        extra = {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()} - {MANIFEST, *listed}
     except (OSError, ValueError) as error:
         return ' '.join(str(error).split())
     return f'{min(extra)} does not belong to it' if extra else None
@@ -76,8 +80,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _to_disk(path: Path) -> None:
-    """Have the system write what it still holds of a file or a folder's list of names."""
+def _flush(path: Path) -> None:
+    """Have the system write what it still holds of a file, or of a folder's list of names."""
     if os.name == 'nt' and path.is_dir():  # folders can't be opened there
         return
     handle = os.open(path, os.O_RDONLY)

@@ -1,0 +1,270 @@
+"""A training run from its settings: `build_trainer` makes every part, `train` runs it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from timm.utils import random_seed
+from torch import nn
+
+from ..data.cached import cache_split
+from ..data.datasets import DatasetSplit, check_classes, check_labels, is_streaming, open_split
+from ..data.loaders import RefreshLoader, StreamLoader, TrainLoader, create_eval_loader
+from ..data.mixup import create_mixup
+from ..data.settings import DataSettings
+from ..data.transforms import data_config
+from ..measure.evaluation import evaluate
+from ..measure.plots import plot_run
+from ..models.backbones import architecture, check_input
+from ..models.creation import check_compiler, create_model, prepare_model
+from ..runs import Run
+from ..utils.distributed import create_accelerator
+from ..utils.errors import UserError
+from ..utils.precision import PrecisionSettings
+from ..utils.progress import clock
+from ..utils.settings import replace
+from . import report
+from .checkpoints import locate_run, values_of
+from .monitor import Monitor, check_monitored, monitor_interval
+from .optimization import create_optimizer, resolve_lr
+from .schedules import TwoStageSchedule, temporal_start
+from .settings import TrainSettings
+from .tasks import PrepareBatch, create_task, streaming_error
+from .trainer import Trainer
+
+logger = get_logger(__name__)
+
+
+def train(settings: TrainSettings) -> Run:
+    """Train a model to the end, or what is left of a run.
+
+    Args:
+        settings: All of them.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: Settings or data that cannot work; nothing has been written then.
+        RunError: Files can't be written, or too many steps in a row had a loss or gradient that is not finite.
+        Stopped: A signal asked the run to stop; its state is saved.
+    """
+    trainer = build_trainer(settings)
+    _announce(trainer, settings)
+    began = time.monotonic()
+    trainer.fit()
+    if trainer.accelerator.is_main_process:
+        plot_run(trainer.run)
+    best = trainer.state.best
+    reached = f'best top-1 {best[0]:.2f}% at epoch {best[1]}' if best else 'not evaluated'
+    logger.info(f'done in {clock(time.monotonic() - began)}: {reached}')
+    return trainer.run
+
+
+def _announce(trainer: Trainer, settings: TrainSettings) -> None:
+    """Log what is about to be trained, on what, and where to."""
+    facts, data = trainer.facts, settings.data
+    model = trainer.task.get_eval_model()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6 if model is not None else 0
+    images = f'{facts["num_instances"]:,} images' if facts['num_instances'] else 'a stream of images'
+    logger.info(
+        f'{facts["mode"]}: {facts["architecture"]} ({parameters:.2f}M parameters, {facts["num_classes"]} classes) on '
+        f'{images} of {data.dataset or data.data_dir}, {trainer.schedule.num_epochs} epochs, batch '
+        f'{settings.loader.batch_size} on {trainer.accelerator.num_processes} process(es), '
+        f'{trainer.accelerator.device}, to {trainer.run}'
+    )
+
+
+def build_trainer(
+    settings: TrainSettings,
+    *,
+    model: Any = None,
+    splits: tuple[DatasetSplit, DatasetSplit] | None = None,
+    frozen: Collection[str] = (),
+    recorded: Mapping[str, Any] | None = None,
+) -> Trainer:
+    """Build every part of a training run, and continue it or create its folder.
+
+    Args:
+        settings: All of them.
+        model: What to train, with its head; made from the settings when None.
+        splits: Training and validation split; opened from the settings when None.
+        frozen: Names of modules that stay in evaluation mode, see `freezing.freeze`; for mode 'vanilla'.
+        recorded: More values by name for args.yaml.
+
+    Raises:
+        UserError: Settings or data that cannot work; nothing has been written then.
+    """
+    data, ctc, seed = settings.data, settings.ctc, settings.run.seed
+    values = {**values_of(settings), **(recorded or {})}
+    two_stages = ctc.mode == 'ctc'
+    if two_stages and is_streaming(data.dataset):
+        raise streaming_error(data.dataset)
+
+    accelerator = open_accelerator(settings.precision, settings.run.log_with, settings.folder.output, two_stages)
+    run, point = locate_run(settings)
+    device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    random_seed(seed)
+
+    with accelerator.main_process_first():
+        training, validation = splits or _open_splits(data, settings.loader.batch_size)
+    if settings.loader.cache_dataset:
+        training = cache_split(training, quiet=rank > 0)
+    num_instances = 0 if training.labels_N is None else len(training.labels_N)
+    if model is None:
+        model = create_model(
+            settings.model, settings.architecture, data, settings.model.num_classes or training.num_classes
+        )
+    check_labels(training, model.num_classes, data.train_split)
+    check_labels(validation, model.num_classes, data.val_split)
+    config = data_config(data, model)
+    check_input(model, config['input_size'])
+    model = prepare_model(model, settings.execution, settings.batch_norm, device, world_size)
+
+    task = create_task(
+        ctc,
+        settings.loss,
+        model,
+        training.labels_N,
+        device,
+        soft_targets=settings.mixup.active,
+        seed=seed,
+        rank=rank,
+        frozen=frozen,
+    )
+    monitor = None
+    if settings.monitor.monitor_target:
+        if point.state is not None:
+            check_monitored(settings.monitor, run)
+        every = monitor_interval(settings.monitor, settings.schedule.epochs, num_instances)
+        monitor = Monitor(settings.monitor, data, settings.loader, config, accelerator, every)
+    mixup = create_mixup(settings.mixup, model.num_classes, settings.loss.smoothing)
+    if mixup is not None and settings.loader.batch_size % 2:
+        raise UserError(f'`batch_size` {settings.loader.batch_size}: must be even with `mixup` or `cutmix`')
+    loader: Any
+    if training.labels_N is None:
+        loader = StreamLoader(training.dataset, settings.loader, settings.augmentation, config, device)
+    else:
+        loader = TrainLoader(
+            training.dataset, settings.loader, settings.augmentation, config, device, seed, rank, world_size
+        )
+    evaluator = SplitEvaluator(validation, settings, config, model.num_classes, accelerator)
+
+    if settings.execution.torchcompile:
+        check_compiler(settings.execution.torchcompile)
+        task.compile(backend=settings.execution.torchcompile, mode=settings.execution.torchcompile_mode)
+    if settings.ema.model_ema:
+        task.setup_ema(
+            decay=settings.ema.model_ema_decay,
+            use_warmup=settings.ema.model_ema_warmup,
+            device=torch.device('cpu') if settings.ema.model_ema_force_cpu else None,
+        )
+    stepping = replace(settings.optimizer, lr=resolve_lr(settings.optimizer, settings.loader.batch_size, world_size))
+    module = task.get_trainable_module()
+    assert module is not None
+    optimizer = create_optimizer(stepping, module)
+    steps = math.ceil(len(loader) / stepping.grad_accum_steps)  # a last, smaller group of batches is a step too
+    stages = settings.stages if two_stages else None
+    schedule = TwoStageSchedule(optimizer, settings.schedule, stages, steps, seed)
+
+    def training_images() -> RefreshLoader:
+        return RefreshLoader(open_split(data, data.train_split), settings.loader, config, device, world_size > 1)
+
+    trainer = Trainer(
+        task,
+        loader,
+        evaluator,
+        optimizer,
+        schedule,
+        run,
+        accelerator,
+        settings.run,
+        stepping,
+        batch_size=settings.loader.batch_size,
+        facts={
+            'architecture': architecture(model),
+            'num_classes': model.num_classes,
+            'num_instances': num_instances,
+            'mode': ctc.mode,
+        },
+        mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, settings.execution.channels_last),
+        monitor=monitor,
+        training_images=training_images,
+        dist_bn=settings.batch_norm.dist_bn,
+    )
+    values['lr'] = stepping.lr
+    if stages is not None:  # kept with the run, so that a resume for more epochs does not move it
+        values['temporal_start_epoch'] = temporal_start(stages, settings.schedule.epochs)
+    trainer.open_run(point, values, lambda: run.write_config(model, config))
+    return trainer
+
+
+def open_accelerator(
+    precision: PrecisionSettings, log_with: str | None, output: str | Path, find_unused_parameters: bool
+) -> Accelerator:
+    """Set up Accelerate for training.
+
+    Args:
+        precision: Mixed precision.
+        log_with: Accelerate's tracker, if any.
+        output: Where runs go.
+        find_unused_parameters: Whether some parameters may have no gradient in some step.
+
+    Raises:
+        UserError: No such tracker or precision here.
+    """
+    if log_with:
+        report.check_tracker(log_with)
+    return create_accelerator(
+        precision,
+        log_with=log_with,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
+    )
+
+
+def _open_splits(data: DataSettings, batch_size: int) -> tuple[DatasetSplit, DatasetSplit]:
+    training = open_split(data, data.train_split, is_training=True, batch_size=batch_size)
+    validation = open_split(data, data.val_split, unsplit=False)
+    check_classes(training, validation)
+    return training, validation
+
+
+class SplitEvaluator:
+    """Loss and accuracies on a split, in percent."""
+
+    columns: tuple[str, ...] = ('loss', 'top1', 'top5')
+    best_metric = 'top1'
+
+    def __init__(
+        self,
+        split: DatasetSplit,
+        settings: TrainSettings,
+        config: dict[str, Any],
+        num_classes: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.loader = create_eval_loader(
+            split.dataset,
+            settings.loader,
+            config,
+            accelerator.device,
+            distributed=accelerator.num_processes > 1,
+            keep=settings.loader.cache_dataset,
+        )
+        self.accelerator = accelerator
+        self.num_classes = num_classes
+        self.channels_last = settings.execution.channels_last
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Measure a model, which is left in evaluation mode."""
+        metrics = evaluate(model, self.loader, self.accelerator, self.num_classes, self.channels_last)
+        return {name: metrics[name] for name in self.columns}
