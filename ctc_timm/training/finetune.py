@@ -1,13 +1,13 @@
-"""`transfer/finetune.py`: what a model is worth as the start of training on another set, all of it or part of it.
+"""Fine-tuning: what a model is worth as the start of training on another set, all of it or part of it.
 
-Every fraction of the training set with every seed is a run of its own, by the same loop as any other run.
+Every fraction of the training set with every seed is a run of its own, by the same trainer as any other run. A folder
+holds all runs of the same settings: `fraction-F-seed-S/`, and results.json with a row for each.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import copy
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate.logging import get_logger
 from timm.utils import random_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import digits
-from ..data import mixup as mixing
 from ..data.datasets import DatasetSplit, is_streaming, open_split
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config
@@ -29,29 +27,42 @@ from ..measure.features import SplitImages, weights_hash
 from ..measure.probes import score_columns
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
-from ..measure.sets import Labeled, check_sets
+from ..measure.sets import LabeledFeatures, check_sets
 from ..measure.transfer_sets import slug
-from ..models import creation as models
 from ..models.backbones import architecture, has_classification_head
-from ..models.loading import LoadedModel, load_model, named_source
+from ..models.creation import model_options
+from ..models.loading import load_model, named_source
+from ..runs import Run
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, one_line
 from ..utils.progress import clock
-from . import finetune_results, freezing
-from .finetune_flags import NOT_SETTINGS
+from ..utils.settings import flatten, replace
+from . import finetune_results
+from .build import build_trainer
+from .freezing import freeze
+from .settings import CTCSettings, FinetuneSettings, FolderSettings, ModelSettings, StageSettings, TrainSettings
 from .trainer import Trainer
 
+# What tells two runs of the same settings apart, or does not change what is measured.
+_NOT_COMPARED = {
+    *('source', 'checkpoint', 'model', 'pretrained', 'output', 'seed', 'seeds', 'train_fraction'),
+    *('workers', 'cache_dataset', 'pin_mem', 'validation_batch_size', 'dataset_download', 'log_with', 'log_interval'),
+    *('checkpoint_hist', 'keep_every', 'monitor_target', 'monitor_every', 'monitor_images'),
+}
 
-def finetune(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure, print, write and draw.
+logger = get_logger(__name__)
+
+
+def finetune(settings: FinetuneSettings) -> Run:
+    """Train, measure, write and draw every run that is not finished yet.
 
     Returns:
-        What results.json holds.
+        The run of the largest fraction and the first seed; results.json beside it holds the numbers of all.
 
     Raises:
         UserError: A model or a target that cannot be had, or that do not fit each other. Finished rows stay.
     """
-    return FineTuning(args).run()
+    return FineTuning(settings).run()
 
 
 @dataclass(frozen=True)
@@ -81,58 +92,64 @@ class FineTuning:
     """A model and a target, opened and checked, with the runs to make.
 
     Args:
-        args: Of `finetune_flags.add_arguments`.
+        settings: Of the command.
 
     Raises:
         UserError: See `finetune`.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args = copy.copy(args)
-        self.accelerator: Accelerator = create_accelerator(args)
-        self.loaded = self._load()
-        if not args.dataset and not args.data_dir:
-            args.dataset = digits.NAME
-        if args.in_chans is None and not args.input_size:
-            args.in_chans = getattr(self.loaded.model, 'in_chans', 3)
-        self.target = args.dataset or args.data_dir
-        if is_streaming(args.dataset):
+    def __init__(self, settings: FinetuneSettings) -> None:
+        self.accelerator = create_accelerator(settings.precision)
+        source, wanted = named_source(settings.source)
+        self.loaded = load_model(source, wanted, **model_options(settings.architecture, settings.data))
+        self.settings = settings = self._for_model(settings)
+        self._resize(source)
+        data = settings.data
+        self.target = data.dataset or str(data.data_dir)
+        if is_streaming(data.dataset):
             raise UserError(
-                f'--dataset {self.target}: a streaming set does not tell its classes, of which each --train-fraction '
-                f'gets its share; use a map-style reader such as hfds/NAME or --data-dir FOLDER'
+                f'`dataset` {self.target}: a streaming set does not tell its classes, of which each `train_fraction` '
+                f'gets its share; use a map-style reader such as hfds/NAME, or `data_dir`'
             )
         with self.accelerator.main_process_first():
-            self.train = open_split(args, args.train_split, is_training=True)
-            self.test = open_split(args, args.val_split, unsplit=False)
+            self.train = open_split(data, data.train_split, is_training=True)
+            self.test = open_split(data, data.val_split, unsplit=False)
         self.num_classes = self._check_classes(self.train, self.test)
-        self.method = 'finetune' if args.freeze == 'none' else f'finetune-{args.freeze}-frozen'
-        self.folder = Path(args.output) if args.output else self._default_folder(self.loaded)
-        self.settings = {
+        freezing = settings.plan.freeze
+        self.method = 'finetune' if freezing == 'none' else f'finetune-{freezing}-frozen'
+        self.folder = Path(settings.plan.output) if settings.plan.output else self._default_folder()
+        self.compared = {
             'architecture': architecture(self.loaded.model),
             'weights': weights_hash(self.loaded.model),
             'processes': self.accelerator.num_processes,
-            **{key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS},
+            **{key: value for key, value in sorted(flatten(settings).items()) if key not in _NOT_COMPARED},
         }
-        finetune_results.check_settings(self.folder, self.settings)
-        fractions = sorted(set(args.train_fraction))
-        self.plans = [self._plan(f, args.seed + i) for f in fractions for i in range(args.seeds)]
+        finetune_results.check_folder(self.folder, self.compared)
+        fractions = sorted(set(settings.plan.train_fraction))
+        seeds = range(settings.run.seed, settings.run.seed + settings.plan.seeds)
+        self.plans = [self._plan(fraction, seed) for fraction in fractions for seed in seeds]
         self._test_images: SplitImages | None = None
 
-    def _load(self) -> LoadedModel:
-        args = self.args
-        source, architecture, flag = named_source(args)
-        loaded = load_model(source, architecture, flag, **models.model_options(args, args))
-        size = args.input_size[1:] if args.input_size else [args.img_size] * 2 if args.img_size else None
-        if size and hasattr(loaded.model, 'set_input_size'):
-            try:
-                loaded.model.set_input_size(img_size=tuple(size))
-            except (AssertionError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f'--img-size: {flag} {source} cannot take {size[0]}x{size[1]}: {one_line(error)}'
-                ) from None
-        return loaded
+    def _for_model(self, settings: FinetuneSettings) -> FinetuneSettings:
+        """The settings with the digits where no data are named, and with the model's channels."""
+        data = settings.data
+        if not data.dataset and not data.data_dir:
+            settings = replace(settings, dataset=digits.NAME)
+        if data.in_chans is None and not data.input_size:
+            settings = replace(settings, in_chans=getattr(self.loaded.model, 'in_chans', 3))
+        return settings
 
-    def _default_folder(self, loaded: LoadedModel) -> Path:
+    def _resize(self, source: str) -> None:
+        data, model = self.settings.data, self.loaded.model
+        size = data.input_size[1:] if data.input_size else (data.img_size, data.img_size)
+        if size[0] and hasattr(model, 'set_input_size'):
+            try:
+                model.set_input_size(img_size=size)
+            except (AssertionError, ValueError, RuntimeError) as error:
+                raise UserError(f'`img_size`: {source} cannot take {size[0]}x{size[1]}: {one_line(error)}') from None
+
+    def _default_folder(self) -> Path:
+        loaded = self.loaded
         weights = Path(loaded.weights).stem
         name = slug(self.target) if loaded.run is None or weights == 'best' else f'{slug(self.target)}-{weights}'
         return (loaded.run or Path('results') / loaded.name) / self.method / name
@@ -142,146 +159,158 @@ class FineTuning:
         classes = max(train.num_classes or 0, test.num_classes or 0)
         known = {**test.class_names, **train.class_names}
         names = [known.get(i, str(i)) for i in range(classes)]
-        fitted, measured = (Labeled(torch.empty(len(labels), 0), labels) for labels in (train.labels_N, test.labels_N))
-        flag = '--dataset' if self.args.dataset else '--data-dir'
-        check_sets(fitted, measured, classes, f'{flag} {self.target}', names)
+        fitted, measured = (
+            LabeledFeatures(torch.empty(len(labels), 0), labels) for labels in (train.labels_N, test.labels_N)
+        )
+        name = 'dataset' if self.settings.data.dataset else 'data_dir'
+        check_sets(fitted, measured, classes, f'`{name}` {self.target}', names)
         return classes
 
     def _plan(self, fraction: float, seed: int) -> Plan:
-        args, processes = self.args, self.accelerator.num_processes
+        settings, processes = self.settings, self.accelerator.num_processes
         assert self.train.labels_N is not None and self.test.labels_N is not None
+        wanted_batch, epochs = settings.loader.batch_size, settings.schedule.epochs
         index_n = draw(self.train.labels_N, round(fraction * len(self.train.labels_N)), seed)
         count, total = len(index_n), len(self.train.labels_N)
-        batch = min(args.batch_size, count // processes)
-        if mixing.is_active(args):
+        batch = min(wanted_batch, count // processes)
+        if settings.mixup.active:
             batch -= batch % 2
         if not batch:
-            raise UserError(f'--train-fraction {fraction:g}: {count} images are too few for {processes} process(es)')
-
-        of_all = total // (min(args.batch_size, total // processes) * processes)
-        wanted = min(of_all, math.ceil(args.min_updates * args.grad_accum_steps / args.epochs))  # batches an epoch
-        passes = max(1, math.ceil(wanted * batch * processes / count))
-        cost = args.epochs * (3 * count * passes + len(self.test.labels_N))
+            raise UserError(f'`train_fraction` {fraction:g}: {count} images are too few for {processes} process(es)')
+        batches_of_all = total // (min(wanted_batch, total // processes) * processes)
+        updates = settings.plan.min_updates * settings.optimizer.grad_accum_steps
+        batches = min(batches_of_all, math.ceil(updates / epochs))  # that an epoch should have
+        passes = max(1, math.ceil(batches * batch * processes / count))
+        cost = epochs * (3 * count * passes + len(self.test.labels_N))
         folder = self.folder / f'fraction-{fraction:g}-seed-{seed}'
         return Plan(folder, fraction, seed, index_n, batch, passes, cost)
 
-    def run(self) -> dict[str, Any]:
-        """Make the runs that are not finished, and write all that are.
-
-        Returns:
-            What results.json holds.
+    def run(self) -> Run:
+        """Make the runs that are not finished, and write the results of all.
 
         Raises:
-            UserError: Flags that training refuses.
+            UserError: Settings that training refuses.
         """
         pending = {i: plan for i, plan in enumerate(self.plans, 1) if not finetune_results.is_finished(plan.folder)}
         if len(pending) < len(self.plans):
-            self.say(f'{len(self.plans) - len(pending)} of {len(self.plans)} runs are finished and kept')
+            logger.info(f'{len(self.plans) - len(pending)} of {len(self.plans)} runs are finished and kept')
         started, left, spent = time.monotonic(), sum(plan.cost for plan in pending.values()), 0.0
         for number, plan in pending.items():
             self._announce(number, plan, (time.monotonic() - started) / spent * left if spent else None)
             row = self._train(plan)
             if self.accelerator.is_main_process:
-                write_json(plan.folder / finetune_results.FILE, row)
-                finetune_results.write(self.folder, self.about())
+                write_json(plan.folder / finetune_results.RESULTS, row)
+                self._write()
             left, spent = left - plan.cost, spent + plan.cost
         if self.accelerator.is_main_process:
-            finetune_results.write(self.folder, self.about())
-            print(finetune_results.conclude(self.folder))
+            results = self._write()
+            logger.info(finetune_results.conclude(self.folder, results))
         self.accelerator.wait_for_everyone()
-        return finetune_results.read(self.folder)
-
-    def about(self) -> dict[str, Any]:
-        """What results.json says beside its rows."""
-        return {
-            'model': architecture(self.loaded.model),
-            'weights': self.loaded.weights,
-            'parameters': sum(p.numel() for p in self.loaded.model.parameters()),
-            'target': self.target,
-            'num_classes': self.num_classes,
-            'input_size': list(data_config(self.args, self.loaded.model)['input_size']),
-            'settings': self.settings,
-        }
-
-    def say(self, text: str) -> None:
-        """Print a line, from the main process."""
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
+        first = min(self.plans, key=lambda plan: (-plan.fraction, plan.seed))
+        return Run(first.folder)
 
     def _announce(self, number: int, plan: Plan, seconds: float | None) -> None:
-        parts = [
-            f'run {number} of {len(self.plans)}: fraction {plan.fraction:g}',
-            f'{len(plan.index_n):,} images',
-            f'seed {plan.seed}',
-        ]
-        if plan.batch_size < self.args.batch_size:
-            parts.append(f'--batch-size cut to {plan.batch_size}')
+        parts = [f'run {number} of {len(self.plans)}: fraction {plan.fraction:g}', f'{len(plan.index_n):,} images']
+        parts.append(f'seed {plan.seed}')
+        if plan.batch_size < self.settings.loader.batch_size:
+            parts.append(f'batch size cut to {plan.batch_size}')
         if plan.passes > 1:
             parts.append(f'{plan.passes} passes an epoch')
         if seconds is not None:
             parts.append(f'{clock(seconds)} left')
-        self.say(', '.join(parts))
+        logger.info(', '.join(parts))
+
+    def trainer(self, plan: Plan) -> Trainer:
+        """Build a run at its start, or where it was interrupted.
+
+        Raises:
+            UserError: What the settings ask for cannot be trained.
+        """
+        of = self.settings
+        settings = TrainSettings(
+            data=of.data,
+            loader=dataclasses.replace(of.loader, batch_size=plan.batch_size),
+            model=ModelSettings(model=architecture(self.loaded.model), num_classes=self.num_classes),
+            architecture=of.architecture,
+            ctc=CTCSettings(mode='vanilla'),
+            stages=StageSettings(temporal_lr_scale=1.0),
+            loss=of.loss,
+            schedule=of.schedule,
+            optimizer=of.optimizer,
+            augmentation=of.augmentation,
+            mixup=of.mixup,
+            execution=of.execution,
+            batch_norm=of.batch_norm,
+            precision=of.precision,
+            ema=of.ema,
+            monitor=of.monitor,
+            folder=FolderSettings(output=str(self.folder), experiment=plan.folder.name, resume='auto'),
+            run=dataclasses.replace(of.run, seed=plan.seed),
+        )
+        model = self._model(plan.seed)
+        frozen = freeze(model, of.plan.freeze)
+        part = part_of(self.train, plan.index_n.repeat(plan.passes))
+        return build_trainer(settings, model=model, splits=(part, self.test), frozen=frozen)
 
     def _model(self, seed: int) -> Any:
         """The loaded model with a new head, the same in all processes."""
         model: Any = copy.deepcopy(self.loaded.model)
         random_seed(seed)
-        with contextlib.suppress(AttributeError, NotImplementedError, TypeError):  # an encoder, told below
+        if has_classification_head(model):
             model.reset_classifier(self.num_classes)
         if not has_classification_head(model) or model.num_classes != self.num_classes:
             raise UserError(f'{self.loaded.weights}: {architecture(model)} takes no new classification head')
         return model
 
-    def trainer(self, plan: Plan) -> Trainer:
-        """A run at its start, or where it was interrupted.
-
-        Raises:
-            UserError: What the flags ask for cannot be trained.
-        """
-        args = argparse.Namespace(**vars(self.args))
-        args.output, args.experiment, args.resume = str(self.folder), plan.folder.name, 'auto'
-        args.train_fraction, args.seed, args.batch_size = plan.fraction, plan.seed, plan.batch_size
-        model = self._model(plan.seed)
-        frozen = freezing.freeze(model, args.freeze)
-        part = part_of(self.train, plan.index_n.repeat(plan.passes))
-        return Trainer(args, model=model, data=(part, self.test), frozen=frozen)
-
     def _train(self, plan: Plan) -> dict[str, Any]:
         """Make a run, or what is left of it, and measure its last epoch."""
         trainer = self.trainer(plan)
         if self.accelerator.is_main_process:
-            finetune_results.write_settings(self.folder, self.settings)
+            finetune_results.write_settings(self.folder, self.compared)
         trainer.fit(quiet=True)
-        trained: Any = trainer.task.get_eval_model(ema=trainer.task.has_ema())
-        logits_NC, labels_N = self._measure(trained, trainer.config)
+        logits_NC, labels_N = self._measure(trainer.eval_model())
         row: dict[str, Any] = {
             'target': self.target,
-            'split': self.args.val_split,
+            'split': self.settings.data.val_split,
             'num_train': len(plan.index_n),
             'num_test': len(labels_N),
             'method': self.method,
-            'freeze': self.args.freeze,
+            'freeze': self.settings.plan.freeze,
             'train_fraction': plan.fraction,
             'seed': plan.seed,
-            'epoch': trainer.at.epoch - 1,
+            'epoch': trainer.state.epoch - 1,
+            **score_columns(bootstrap_scores(logits_NC, labels_N)),
         }
-        row |= score_columns(bootstrap_scores(logits_NC, labels_N))
-        if trainer.at.best is not None:
-            row |= {'best_epoch_top1': trainer.at.best[0], 'best_epoch': trainer.at.best[1]}
+        if trainer.state.best is not None:
+            row |= {'best_epoch_top1': trainer.state.best[0], 'best_epoch': trainer.state.best[1]}
         trainer.accelerator.free_memory()
         return row
 
     @torch.no_grad()
-    def _measure(self, model: Any, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _measure(self, model: Any) -> tuple[Tensor, Tensor]:
         """Logits [N, C] and labels [N] of the test images, which are decoded once for all runs."""
+        settings = self.settings
         if self._test_images is None:
-            self._test_images = SplitImages(self.test, self.args, config, self.accelerator)
+            config = data_config(settings.data, self.loaded.model)
+            self._test_images = SplitImages(self.test, settings.loader, config, self.accelerator)
         model.eval()
         logits, labels = [], []
         for images, targets in self._test_images.batches('measure'):
-            if self.args.channels_last:
+            if settings.execution.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with self.accelerator.autocast():
                 logits.append(model(images).float())
             labels.append(targets)
         return self._test_images.gather(logits), self._test_images.gather(labels)
+
+    def _write(self) -> dict[str, Any]:
+        """Write the results of all finished runs; returns what results.json holds."""
+        about = {
+            'model': architecture(self.loaded.model),
+            'weights': self.loaded.weights,
+            'parameters': sum(p.numel() for p in self.loaded.model.parameters()),
+            'target': self.target,
+            'num_classes': self.num_classes,
+            'input_size': list(data_config(self.settings.data, self.loaded.model)['input_size']),
+        }
+        return finetune_results.write(self.folder, about, self.compared)
