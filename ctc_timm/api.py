@@ -41,7 +41,6 @@ def train(data_dir: str | os.PathLike | None = None, **settings: Any) -> Run:
         RunError: The run cannot go on, for a reason outside its settings.
         Stopped: A signal told the run to stop; its state is saved.
     """
-    from .training.build import train as run_training
     from .training.settings import TrainSettings
 
     if data_dir is not None:
@@ -54,6 +53,8 @@ def train(data_dir: str | os.PathLike | None = None, **settings: Any) -> Run:
         from .hub.publish import check_target
 
         check_target(repo_id)
+    from .training.build import train as run_training
+
     _show_log()
     run = run_training(chosen)
     if repo_id:
@@ -74,13 +75,15 @@ def finetune(source: Model | None = None, **settings: Any) -> Run:
     Raises:
         UserError: A model or data that cannot be had, or that do not fit each other.
     """
-    from .training.finetune import finetune as run_finetuning
     from .training.settings import FinetuneSettings
 
     digits = not settings.get('data_dir') and settings.get('dataset', 'digits') in ('', 'digits')
     values = _with_recipe(FinetuneSettings, _with_source(settings, source), 'finetune_digits' if digits else '')
+    chosen = build(FinetuneSettings, values)
+    from .training.finetune import finetune as run_finetuning
+
     _show_log()
-    return run_finetuning(build(FinetuneSettings, values))
+    return run_finetuning(chosen)
 
 
 def validate(source: Model | None = None, **settings: Any) -> dict[str, Any]:
@@ -97,10 +100,11 @@ def validate(source: Model | None = None, **settings: Any) -> dict[str, Any]:
         UserError: A model or data that cannot be had, or that do not fit each other.
     """
     from .measure.settings import ValidateSettings
+
+    values = _with_recipe(ValidateSettings, _with_source(settings, source))
     from .measure.validation import validate as run_validation
     from .models.loading import data_flags, run_arguments, run_of
 
-    values = _with_recipe(ValidateSettings, _with_source(settings, source))
     named = values.get('source') or values.get('checkpoint')
     if named and not _names_data(values):
         values = {**data_flags(run_arguments(run_of(named))), **values}
@@ -123,12 +127,13 @@ def linear_probe(source: Model | None = None, **settings: Any) -> list[dict[str,
     Raises:
         UserError: A model or a target that cannot be had or measured.
     """
-    from .measure.linear_probe import linear_probe as run_probes
     from .measure.settings import LinearProbeSettings
 
-    values = _with_recipe(LinearProbeSettings, _with_source(settings, source))
+    chosen = build(LinearProbeSettings, _with_recipe(LinearProbeSettings, _with_source(settings, source)))
+    from .measure.linear_probe import linear_probe as run_probes
+
     _show_log()
-    return run_probes(build(LinearProbeSettings, values))
+    return run_probes(chosen)
 
 
 def dynamics(*runs: Model, **settings: Any) -> dict[str, Any]:
@@ -144,13 +149,14 @@ def dynamics(*runs: Model, **settings: Any) -> dict[str, Any]:
     Raises:
         UserError: A run without kept weights, or a target that cannot be measured.
     """
-    from .dense.frozen import open_detection
-    from .measure.dynamics import dynamics as run_dynamics
     from .measure.settings import DynamicsSettings
 
     if runs:
         settings['runs'] = tuple(os.fspath(run) for run in runs)
     chosen = build(DynamicsSettings, _with_recipe(DynamicsSettings, settings))
+    from .dense.frozen import open_detection
+    from .measure.dynamics import dynamics as run_dynamics
+
     _show_log()
     return run_dynamics(chosen, open_detection)
 
@@ -170,12 +176,13 @@ def detect(source: Model | None = None, **settings: Any) -> Run:
     Raises:
         UserError: A model or data that cannot be had, or that do not fit each other.
     """
-    from .dense.detection import detect as run_detection
     from .dense.settings import DetectSettings
 
-    values = _dense_values(DetectSettings, _with_source(settings, source), 'detect_digits')
+    chosen = build(DetectSettings, _dense_values(DetectSettings, _with_source(settings, source), 'detect_digits'))
+    from .dense.detection import detect as run_detection
+
     _show_log()
-    return run_detection(build(DetectSettings, values))
+    return run_detection(chosen)
 
 
 def segment(source: Model | None = None, **settings: Any) -> Run:
@@ -193,12 +200,13 @@ def segment(source: Model | None = None, **settings: Any) -> Run:
     Raises:
         UserError: A model or data that cannot be had, or that do not fit each other.
     """
-    from .dense.segmentation import segment as run_segmentation
     from .dense.settings import SegmentSettings
 
-    values = _dense_values(SegmentSettings, _with_source(settings, source), 'segment_digits')
+    chosen = build(SegmentSettings, _dense_values(SegmentSettings, _with_source(settings, source), 'segment_digits'))
+    from .dense.segmentation import segment as run_segmentation
+
     _show_log()
-    return run_segmentation(build(SegmentSettings, values))
+    return run_segmentation(chosen)
 
 
 def embed(source: Model | None = None, **settings: Any) -> Path:
@@ -216,12 +224,13 @@ def embed(source: Model | None = None, **settings: Any) -> Path:
     Raises:
         UserError: A model or data that cannot be had, or an output of another kind than .parquet, .npz or .csv.
     """
-    from .measure.embed import embed as run_embedding
     from .measure.settings import EmbedSettings
 
-    values = _with_recipe(EmbedSettings, _with_source(settings, source))
+    chosen = build(EmbedSettings, _with_recipe(EmbedSettings, _with_source(settings, source)))
+    from .measure.embed import embed as run_embedding
+
     _show_log()
-    return run_embedding(build(EmbedSettings, values))
+    return run_embedding(chosen)
 
 
 def publish(run: Model, repo_id: str, **settings: Any) -> str:

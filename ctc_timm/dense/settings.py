@@ -113,3 +113,15 @@ class SegmentSettings:
     precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
     folder: FolderSettings = group('Run folder', FolderSettings)
     run: RunSettings = group('Run', RunSettings, **_RUN)
+
+
+@dataclass(frozen=True)
+class ScenesSettings:
+    """All settings of `ctc-timm digit-scenes`."""
+
+    output: str = setting('', 'folder to write, which must not exist or be empty', positional='', metavar='OUT')
+    train_images: int = setting(600, 'scenes', low=1, metavar='N')
+    val_images: int = setting(150, 'scenes', low=1, metavar='N')
+    img_size: int = setting(96, 'sides in pixels', low=32, high=2048, metavar='S')
+    seed: int = setting(0, 'of everything random', low=0, metavar='S')
+    layouts: tuple[Literal['coco', 'voc', 'ade'], ...] = setting(('coco', 'voc'), 'what to write', metavar='LAYOUT')
