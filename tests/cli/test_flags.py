@@ -64,7 +64,7 @@ def bad_words(setting: Setting) -> Iterator[str]:
     if setting.kind is dict:
         yield from NO_MAPPING
     elif setting.choices:
-        words = ['unknown', '7', f' {setting.choices[-1]} ', *NOT_TEXT, *([] if '' in setting.choices else [''])]
+        words = ['unknown', '7', f'{setting.choices[-1]}x', *NOT_TEXT, *([] if '' in setting.choices else [''])]
         yield from (word for word in words if word not in map(str, setting.choices))
     elif setting.kind is str:
         yield from [*NOT_TEXT, *TOO_LONG, *([] if 'positional' in setting.checks else ['--'])]

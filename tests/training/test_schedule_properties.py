@@ -1,28 +1,21 @@
-"""What holds for any flags: schedules are timm's within a stage, and a recipe says what the command line says."""
+"""What holds for any schedule: within a stage it is timm's, it keeps its bounds, and it has no jumps."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.scheduler import create_scheduler_v2
 
-from ctc_timm.cli.arguments import KeyValues, Parser, any_text, parse
-from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.training.schedules import TwoStageSchedule
+from ctc_timm.training.settings import TrainSettings
+from ctc_timm.utils.settings import build
 
-EPS = 1e-7
 SEEDS = st.integers(0, 2**31 - 1)
-EXTREMES = (0.0, -0.0, 1.0, -3.5, 1e30, -1e30, 1e-30, 1e-40, 1e-45, 65504.0, 1e-8)
 
 
 def sgd(lr: float) -> torch.optim.SGD:
@@ -50,13 +43,10 @@ def schedules(draw: Any) -> dict[str, Any]:
     }
 
 
-def schedule_of(flags: dict[str, Any], updates: int) -> tuple[TwoStageSchedule, list[list[float]]]:
+def schedule_of(settings_: dict[str, Any], updates: int) -> tuple[TwoStageSchedule, list[list[float]]]:
     """The schedule, and both groups' learning rates at every update of the run."""
-    parser = Parser()
-    add_arguments(parser)
-    args = parse(parser, [])
-    vars(args).update(flags)
-    schedule = TwoStageSchedule(sgd(flags['lr']), args, updates)
+    chosen = build(TrainSettings, settings_)
+    schedule = TwoStageSchedule(sgd(settings_['lr']), chosen.schedule, chosen.stages, updates)
     found = []
     for epoch in range(schedule.num_epochs):
         for update in range(updates):
@@ -137,78 +127,3 @@ def test_cosine_and_warm_up_have_no_jumps(flags: dict[str, Any], updates: int) -
         if place == warm:  # timm's cosine goes on from where it would be without the warm-up
             steepest += flags['lr'] * (1 - math.cos(math.pi * warm / length)) / 2
         assert abs(found[place][0] - found[place - 1][0]) <= steepest * (1 + 1e-9)
-
-
-TEXT = st.text(st.characters(exclude_categories=['Cc', 'Cs']), min_size=1, max_size=30).filter(
-    lambda text: len(text.encode()) <= 200 and text != '--'
-)
-
-
-def a_value(action: argparse.Action) -> st.SearchStrategy[Any]:
-    """Values that a flag takes, as a recipe has them."""
-    if action.nargs == 0:
-        both = isinstance(action, argparse.BooleanOptionalAction)
-        return st.booleans() if both else st.just(True)
-    if isinstance(action, KeyValues):
-        scalars = st.one_of(st.integers(-99, 99), st.booleans(), st.none(), TEXT.map(lambda text: f'x{text}'))
-        return st.dictionaries(st.sampled_from(['depth', 'act_layer', 'größe', 'a_1']), scalars, max_size=3)
-    if action.choices is not None:
-        one: st.SearchStrategy[Any] = st.sampled_from(sorted(action.choices))
-    elif action.type is any_text:
-        one = TEXT | st.just('')
-    elif action.type is None:
-        one = TEXT
-    else:
-        one = st.one_of(st.integers(0, 50), st.floats(1e-7, 2.0)).filter(lambda value: _is_taken(action, value))
-    if isinstance(action.nargs, int):
-        return st.lists(one, min_size=action.nargs, max_size=action.nargs)
-    return st.lists(one, min_size=1, max_size=4) if action.nargs in ('+', '*') else one
-
-
-def _is_taken(action: argparse.Action, value: float) -> bool:
-    assert callable(action.type)
-    try:
-        action.type(str(value))
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
-    return True
-
-
-def words_of(action: argparse.Action, value: Any) -> list[str]:
-    """The same value on a command line."""
-    flag = next(word for word in action.option_strings if word.startswith('--'))
-    if action.nargs == 0:
-        return [flag if value else flag.replace('--', '--no-', 1)]
-    if isinstance(action, KeyValues):
-        return [flag, *(f'{key}={json.dumps(each, ensure_ascii=False)}' for key, each in value.items())]
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f'{flag}={value}']
-
-
-def _train_parser() -> Parser:
-    parser = Parser()
-    add_arguments(parser)
-    return parser
-
-
-FLAGS = {name: action for name, action in _train_parser().actions_by_name().items() if action.option_strings}
-
-
-@given(st.data())
-@settings(max_examples=150)
-def test_a_recipe_says_what_the_command_line_says(data: st.DataObject) -> None:
-    """Any values of any flags, through YAML and through the shell: the same settings."""
-    names = data.draw(st.lists(st.sampled_from(sorted(FLAGS)), min_size=1, max_size=8, unique=True))
-    values = {name: data.draw(a_value(FLAGS[name]), label=name) for name in names}
-    lists = [word for value in values.values() if isinstance(value, list) for word in value]
-    assume(not any(isinstance(word, str) and word.startswith('-') for word in lists))  # the shell's words alone can't
-    words = [word for name, value in values.items() for word in words_of(FLAGS[name], value)]
-    dashed = data.draw(st.booleans())
-    recipe = {name.replace('_', '-') if dashed else name: value for name, value in values.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / 'recipe.yaml'
-        file.write_text(yaml.safe_dump(recipe, allow_unicode=data.draw(st.booleans())), encoding='utf-8')
-        from_recipe = parse(_train_parser(), ['-c', str(file)])
-    typed = parse(_train_parser(), words)
-    assert {**vars(from_recipe), 'config': None} == vars(typed)
