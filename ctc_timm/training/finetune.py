@@ -27,7 +27,7 @@ from ..measure.features import SplitImages, weights_hash
 from ..measure.probes import score_columns
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
-from ..measure.sets import LabeledFeatures, check_sets
+from ..measure.sets import Labeled, check_sets
 from ..measure.transfer_sets import slug
 from ..models.backbones import architecture, has_classification_head
 from ..models.creation import model_options
@@ -100,8 +100,8 @@ class FineTuning:
 
     def __init__(self, settings: FinetuneSettings) -> None:
         self.accelerator = create_accelerator(settings.precision)
-        source, wanted = named_source(settings.source)
-        self.loaded = load_model(source, wanted, **model_options(settings.architecture, settings.data))
+        source, wanted, name = named_source(settings.source)
+        self.loaded = load_model(source, wanted, name, **model_options(settings.architecture, settings.data))
         self.settings = settings = self._for_model(settings)
         self._resize(source)
         data = settings.data
@@ -159,9 +159,7 @@ class FineTuning:
         classes = max(train.num_classes or 0, test.num_classes or 0)
         known = {**test.class_names, **train.class_names}
         names = [known.get(i, str(i)) for i in range(classes)]
-        fitted, measured = (
-            LabeledFeatures(torch.empty(len(labels), 0), labels) for labels in (train.labels_N, test.labels_N)
-        )
+        fitted, measured = (Labeled(torch.empty(len(labels), 0), labels) for labels in (train.labels_N, test.labels_N))
         name = 'dataset' if self.settings.data.dataset else 'data_dir'
         check_sets(fitted, measured, classes, f'`{name}` {self.target}', names)
         return classes
@@ -267,8 +265,8 @@ class FineTuning:
         trainer = self.trainer(plan)
         if self.accelerator.is_main_process:
             finetune_results.write_settings(self.folder, self.compared)
-        trainer.fit(quiet=True)
-        logits_NC, labels_N = self._measure(trainer.eval_model())
+        trainer.fit()
+        logits_NC, labels_N = self._measure(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
         row: dict[str, Any] = {
             'target': self.target,
             'split': self.settings.data.val_split,

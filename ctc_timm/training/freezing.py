@@ -6,8 +6,6 @@ from collections.abc import Collection
 from typing import Any
 
 from timm.models._manipulate import group_with_matcher
-from timm.task import ClassificationTask
-from timm.utils import unwrap_model
 from torch import nn
 
 from ..models.backbones import architecture
@@ -20,7 +18,7 @@ def freeze(model: Any, part: str) -> list[str]:
     """Take part of a model out of training.
 
     Its parameters need no gradient any more, so that timm's optimizer factory leaves them out. That does not stop
-    batch norm from counting: the modules returned must be kept in evaluation mode, see `PartlyFrozenTask`.
+    batch norm from counting: the modules returned must be kept in evaluation mode, see `tasks.SupervisedTask`.
     timm's own `freeze` would put other modules in place of 2d batch norms, and leave other norms running.
 
     Args:
@@ -41,7 +39,7 @@ def freeze(model: Any, part: str) -> list[str]:
     chosen = [tensor for name, tensor in parameters.items() if name in frozen]
     if not 0 < len(chosen) < len(parameters):
         size = 'all' if chosen else 'none'
-        raise UserError(f'--freeze {part}: that is {size} of {architecture(model)}; choose another part, or none')
+        raise UserError(f'`freeze` {part}: that is {size} of {architecture(model)}; choose another part, or none')
     for tensor in chosen:
         tensor.requires_grad_(False)
     modules: list[str] = []
@@ -60,7 +58,7 @@ def _stem(model: Any, names: list[str], parameters: Collection[str]) -> set[str]
         groups = group_with_matcher(((name, None) for name in names), model.group_matcher(coarse=True))
     except (AttributeError, AssertionError):
         raise UserError(
-            f'--freeze stem: timm does not say what the stem of {architecture(model)} is (no coarse group_matcher); '
+            f'`freeze` stem: timm does not say what the stem of {architecture(model)} is (no coarse group_matcher); '
             f'use body or none'
         ) from None
     frozen: set[str] = set()
@@ -76,25 +74,3 @@ def _body(model: Any, names: list[str]) -> set[str]:
     classifiers = [found] if isinstance(found, nn.Module) else list(found)  # distilled models have several
     prefixes = tuple(f'{name}.' for name, module in model.named_modules() if any(module is c for c in classifiers))
     return {name for name in names if not name.startswith(prefixes)}
-
-
-class PartlyFrozenTask(ClassificationTask):
-    """Classification in which part of the model stays as it is.
-
-    Args:
-        model: The model.
-        frozen: Names of modules that stay in evaluation mode, see `freeze`.
-        **options: For timm's `ClassificationTask`.
-    """
-
-    def __init__(self, model: nn.Module, frozen: Collection[str], **options: Any) -> None:
-        super().__init__(model, **options)
-        self.frozen = tuple(frozen)
-
-    def train(self, mode: bool = True) -> PartlyFrozenTask:
-        """Set training mode; what is frozen stays in evaluation mode, its batch norms with their statistics."""
-        super().train(mode)
-        model = unwrap_model(self.trainable_module)
-        for name in self.frozen:
-            model.get_submodule(name).eval()
-        return self

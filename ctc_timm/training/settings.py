@@ -197,6 +197,13 @@ class HubSettings:
 
 
 @dataclass(frozen=True)
+class PushSettings:
+    """What is done with a finished run."""
+
+    push_to_hub: str = setting('', 'publish the run there when it is done', metavar='USER/NAME')
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """All settings of `ctc_timm.train`."""
 
@@ -218,6 +225,7 @@ class TrainSettings:
     monitor: MonitorSettings = group('Monitor', MonitorSettings)
     folder: FolderSettings = group('Run folder', FolderSettings)
     run: RunSettings = group('Run', RunSettings)
+    hub: PushSettings = group('Hub', PushSettings)
     hub: HubSettings = group('Hub', HubSettings)
 
 

@@ -14,7 +14,8 @@ class _AboveBars(logging.Handler):
     """Writes log lines to standard output without breaking a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        # Accelerate's logger, which is silent on other ranks, puts the rank in front of every line.
+        tqdm.write(self.format(record).removeprefix('[RANK 0] '), file=sys.stdout)
 
 
 def show_log() -> None:
