@@ -4,88 +4,48 @@
     python benchmarks/contrast.py --threads 1 --output contrast.json
     python benchmarks/contrast.py --threads 1 --compare contrast.json
 
-Three tables: the temporal loss against gathering K rows an image and a batched product; both losses as the
-number N of training images grows; bytes and rounding of the banks. Every round takes one step of each kind in
-turn, so that a busy machine slows them alike; times and ratios are medians over rounds. Extra memory is the
-peak of what torch allocates within one step, beyond banks, draws and inputs: read off torch.profiler's record
-of allocations on a CPU, and torch's own peak on a GPU.
+Three tables: the temporal loss against gathering K rows an image and a batched product; both losses as the number N of
+training images grows; what rounding the banks changes. Every round takes one step of each kind; times and ratios are
+medians over rounds. Extra memory is the peak of torch's allocations within a step, beyond banks, draws and inputs.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces itself otherwise
-
+import psutil
 import torch
-from tables import Tables, finish
+from harness import Step, benchmark_parser, finish, median_ratio, paired_seconds, peak_memory
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
 from ctc_timm import InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
-from ctc_timm.contrast import blockwise as streaming
+from ctc_timm.contrast import blockwise
 from ctc_timm.contrast.banks import momentum_update
 from ctc_timm.contrast.embeddings import embed
 from ctc_timm.contrast.losses import EPS
-from ctc_timm.contrast.sharding import BankShard
 
-D, CLASSES, MIB = 512, 100, 2**20
-Step = Callable[[], Any]
-
-
-def peak_memory(step: Step, device: torch.device) -> float:
-    """MiB that a step allocates at its peak, beyond what is there before."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak / MIB
-
-
-def seconds(steps: dict[str, Step], rounds: int, device: torch.device, what: str) -> dict[str, list[float]]:
-    """Times of each step, all of them once a round; the first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in tqdm(range(rounds + 1), what, leave=False, disable=None):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            if i > 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def median_ratio(times: list[float], others: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(times, others))
+D, CLASSES = 512, 100
+Table = dict[str, dict[str, float]]
 
 
 def inputs(args: argparse.Namespace, num_instances: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Present and past features [B, D], and index [B]."""
     generator = torch.Generator().manual_seed(0)
     present, past = torch.randn(2, args.batch_size, D, generator=generator)
     index = torch.randint(num_instances, (args.batch_size,), generator=generator)
     return present.to(args.device).requires_grad_(), past.to(args.device), index.to(args.device)
 
 
-def gathered_loss(loss: TemporalContrastLoss, present_BD: Tensor, past_BD: Tensor, index_B: Tensor, rows_BK: Tensor):
+def negative_sampler(args: argparse.Namespace, num_instances: int, mode: str) -> NegativeSampler:
+    return NegativeSampler(torch.arange(num_instances) % CLASSES, args.num_negatives, mode, device=args.device)
+
+
+def gathered_loss(
+    loss: TemporalContrastLoss, present_BD: Tensor, past_BD: Tensor, index_B: Tensor, negatives_BK: Tensor
+):
     """The baseline: the same loss by [B, 1 + K, E] of gathered rows, a batched product, and autograd."""
-    rows = torch.cat([index_B[:, None], rows_BK], dim=1)
+    rows = torch.cat([index_B[:, None], negatives_BK], dim=1)
     rate, total = loss.num_negatives / loss.num_instances, 0
     embeddings = []
     for features, projector, bank, normalizer in (
@@ -104,34 +64,30 @@ def gathered_loss(loss: TemporalContrastLoss, present_BD: Tensor, past_BD: Tenso
     return total
 
 
-def temporal_table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The temporal loss alone, forward and backward, each way of taking negatives against the baseline."""
-    N, K = args.instances, args.num_negatives
-    loss = TemporalContrastLoss(D, N, args.embed_dim, K).to(args.device)
+def temporal_table(args: argparse.Namespace) -> Table:
+    """The temporal loss alone, forward and backward, with each kind of negatives against the baseline."""
+    N, modes = args.instances, ('shared', 'sampled', 'all')
+    loss = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives).to(args.device)
     present, past, index = inputs(args, N)
-    labels = torch.arange(N) % CLASSES
-    modes = ('shared', 'sampled', 'all')
-    samplers = {mode: NegativeSampler(labels, K, mode, device=args.device) for mode in modes}
+    samplers = {mode: negative_sampler(args, N, mode) for mode in modes}
     draws = {mode: sampler.draw(index) for mode, sampler in samplers.items()}
     loss(present, past, index, *draws['all'])  # sets the normalizers
-    mask = draws['sampled']
-    rows_BK = mask.negatives if mask.use_BR is None else mask.use_BR.nonzero()[:, 1].view(len(index), K)
+    rows_BK = torch.rand(len(index), N, device=args.device).topk(args.num_negatives).indices
+
+    state = {name: value.clone() for name, value in loss.state_dict().items()}
+    baseline = gathered_loss(loss, present, past, index, rows_BK).item()
+    loss.load_state_dict(state)
+    torch.testing.assert_close(loss(present, past, index, rows_BK).item(), baseline, rtol=1e-4, atol=0.0)
 
     steps: dict[str, Step] = {'gathered': lambda: gathered_loss(loss, present, past, index, rows_BK).backward()}
     for mode in modes:
         steps[mode] = lambda mode=mode: loss(present, past, index, *draws[mode]).backward()
         steps[f'{mode}, drawn'] = lambda mode=mode: loss(present, past, index, *samplers[mode].draw(index)).backward()
-    state = [bank.clone() for bank in (loss.present_bank, loss.past_bank)]
-    values = []
-    for value in (gathered_loss(loss, present, past, index, rows_BK), None):
-        loss.present_bank.copy_(state[0]), loss.past_bank.copy_(state[1])
-        values.append(float((loss(present, past, index, *mask) if value is None else value).detach()))
-    assert abs(values[0] / values[1] - 1) < 1e-4, f'the baseline computes another loss: {values}'
-    times = seconds(steps, args.rounds, args.device, 'temporal loss')
-    base = peak_memory(steps['gathered'], args.device)
+    times = paired_seconds(steps, args.rounds, 'temporal loss')
+    base = peak_memory(steps['gathered'])
     table = {'gathered': {'ms': 1e3 * statistics.median(times['gathered']), 'MiB': base}}
     for mode in modes:
-        memory = peak_memory(steps[mode], args.device)
+        memory = peak_memory(steps[mode])
         table[mode] = {
             'ms': 1e3 * statistics.median(times[mode]),
             'times as fast': median_ratio(times['gathered'], times[mode]),
@@ -143,13 +99,6 @@ def temporal_table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     return table
 
 
-def available_bytes(device: torch.device) -> int:
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info()[0]
-    lines = Path('/proc/meminfo').read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
-
-
 def filled_bank(num_instances: int, dtype: torch.dtype, args: argparse.Namespace) -> Tensor:
     """Unit rows, a few thousand over and over: times do not depend on their values, and N of them take long to make."""
     rows = torch.nn.functional.normalize(torch.randn(4096, args.embed_dim), dim=1).to(args.device, dtype)
@@ -159,15 +108,10 @@ def filled_bank(num_instances: int, dtype: torch.dtype, args: argparse.Namespace
     return bank
 
 
-def whole_products(v_BE: Tensor, bank: Tensor) -> Tensor:
-    scores_BN = v_BE @ bank.T
-    return scores_BN @ bank
-
-
 def blocked_products(v_BE: Tensor, bank: Tensor) -> Tensor:
     """The two products of the instance loss as it takes them, in blocks that stay in cache, and nothing else."""
     v_EB = v_BE.T.contiguous()
-    step = min(streaming.rows_per_block(v_BE.shape[0], v_BE.device), len(bank))
+    step = min(blockwise.rows_per_block(v_BE.shape[0], v_BE.device), len(bank))
     scratch, result = v_EB.new_empty(step, v_BE.shape[0]), torch.zeros_like(v_EB)
     for rows in bank.split(step):
         rows = rows.to(v_EB.dtype)
@@ -175,19 +119,20 @@ def blocked_products(v_BE: Tensor, bank: Tensor) -> Tensor:
     return result
 
 
-def instance_row(args: argparse.Namespace, N: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """The instance loss over N rows, against the matrix products in it alone."""
-    present, _, index = inputs(args, N)
-    loss = InstanceDiscriminationLoss(D, 1, args.embed_dim).to(args.device)
-    loss.bank = filled_bank(N, dtype, args)
-    v_BE = embed(present, loss.projector).detach()
+def size_row(args: argparse.Namespace, N: int, dtype: torch.dtype) -> dict[str, float]:
+    """Both losses over N rows: the instance loss against its matrix products alone, the temporal one with its draw."""
+    rounds = args.rounds if N <= 100_000 else max(2, args.rounds // 4)
+    present, past, index = inputs(args, N)
+    one = InstanceDiscriminationLoss(D, 1, args.embed_dim).to(args.device)
+    one.bank = filled_bank(N, dtype, args)
+    v_BE = embed(present, one.projector).detach()
     steps: dict[str, Step] = {
-        'instance': lambda: loss(present, index).backward(),
-        'blocks': lambda: blocked_products(v_BE, loss.bank),
+        'instance': lambda: one(present, index).backward(),
+        'blocks': lambda: blocked_products(v_BE, one.bank),
     }
     if dtype == torch.float32:
-        steps['whole'] = lambda: whole_products(v_BE, loss.bank)
-    times = seconds(steps, rounds, args.device, f'instance loss, N = {N:,}')
+        steps['whole'] = lambda: (v_BE @ one.bank.T) @ one.bank
+    times = paired_seconds(steps, rounds, f'instance loss, N = {N:,}')
     row = {
         'instance ms': 1e3 * statistics.median(times['instance']),
         'instance ns a row': 1e9 * statistics.median(times['instance']) / N,
@@ -195,25 +140,18 @@ def instance_row(args: argparse.Namespace, N: int, dtype: torch.dtype, rounds: i
     }
     if 'whole' in times:
         row['over the two products'] = median_ratio(times['instance'], times['whole'])
-    return row | {'instance extra MiB': peak_memory(steps['instance'], args.device)}
+    row['instance extra MiB'] = peak_memory(steps['instance'])
+
+    two = TemporalContrastLoss(D, 1, args.embed_dim, args.num_negatives).to(args.device)
+    two.num_instances, two.present_bank, two.past_bank = N, one.bank, filled_bank(N, dtype, args)
+    sampler = negative_sampler(args, N, 'shared')
+    shared: dict[str, Step] = {'shared': lambda: two(present, past, index, *sampler.draw(index)).backward()}
+    times = paired_seconds(shared, args.rounds, f'temporal loss, N = {N:,}')
+    row['temporal `shared` ms'] = 1e3 * statistics.median(times['shared'])
+    return row | {'temporal extra MiB': peak_memory(shared['shared'])}
 
 
-def temporal_row(args: argparse.Namespace, N: int, dtype: torch.dtype) -> dict[str, float]:
-    """The temporal loss with `shared` negatives over N rows, the draw included."""
-    present, past, index = inputs(args, N)
-    loss = TemporalContrastLoss(D, 1, args.embed_dim, args.num_negatives).to(args.device)
-    loss.num_instances = N
-    loss.present_bank, loss.past_bank = filled_bank(N, dtype, args), filled_bank(N, dtype, args)
-    sampler = NegativeSampler(torch.arange(N) % CLASSES, args.num_negatives, 'shared', device=args.device)
-    steps: dict[str, Step] = {'shared': lambda: loss(present, past, index, *sampler.draw(index)).backward()}
-    times = seconds(steps, args.rounds, args.device, f'temporal loss, N = {N:,}')
-    return {
-        'temporal `shared` ms': 1e3 * statistics.median(times['shared']),
-        'temporal extra MiB': peak_memory(steps['shared'], args.device),
-    }
-
-
-def size_table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def size_table(args: argparse.Namespace) -> Table:
     """Time and memory as N grows; a size that does not fit into memory is left out, with a line that says so."""
     table = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -221,69 +159,44 @@ def size_table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             name = f'N = {N:,}, {str(dtype).removeprefix("torch.")}'
             scores = N * args.batch_size * 4 if dtype == torch.float32 else 0
             needed = N * (2 * args.embed_dim * dtype.itemsize + 8) + scores + 2**30
-            free = available_bytes(args.device)
+            cuda = args.device.type == 'cuda'
+            free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
             if needed > free:
                 print(f'{name}: left out, {needed / 2**30:.1f} GiB needed and {free / 2**30:.1f} GiB free')
             else:
-                rounds = args.rounds if N <= 100_000 else max(2, args.rounds // 4)
-                table[name] = instance_row(args, N, dtype, rounds) | temporal_row(args, N, dtype)
+                table[name] = size_row(args, N, dtype)
     return table
 
 
-def bank_table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Bytes of one bank, whole and split, and what rounding does to the losses."""
-    table = {}
-    for N in args.sizes:
-        for dtype in (torch.float32, torch.bfloat16):
-            row = {}
-            for world in (1, 8, 64):
-                rows = max(BankShard(N, rank, world).num_rows for rank in range(world))
-                row[f'MiB a process, P = {world}'] = rows * args.embed_dim * dtype.itemsize / MIB
-            table[f'N = {N:,}, {str(dtype).removeprefix("torch.")}'] = row
-    return table
-
-
-def rounding_table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Relative difference of the losses with banks in bfloat16, over ten steps in training."""
-    N, worst = args.instances, {'instance': 0.0, 'temporal': 0.0}
-    values: dict[str, list[list[float]]] = {'instance': [], 'temporal': []}
+def rounding_table(args: argparse.Namespace) -> Table:
+    """Largest relative difference of the losses with banks in bfloat16, over ten steps in training."""
+    N, values = args.instances, {}
     for dtype in (torch.float32, torch.bfloat16):
-        generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        one = InstanceDiscriminationLoss(D, N, args.embed_dim, generator=generator, bank_dtype=dtype)
-        two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, generator=generator, bank_dtype=dtype)
-        one, two = one.to(args.device), two.to(args.device)
-        sampler = NegativeSampler(torch.arange(N) % CLASSES, args.num_negatives, 'shared', device=args.device)
-        present, past, index = inputs(args, N)
-        values['instance'].append([float(one(present, index).detach()) for _ in range(10)])
-        values['temporal'].append([float(two(present, past, index, *sampler.draw(index)).detach()) for _ in range(10)])
-    for name, (exact, rounded) in values.items():
-        worst[name] = max(abs(b / a - 1) for a, b in zip(exact, rounded))
-    return {'bfloat16': {f'{name} loss, largest relative difference': value for name, value in worst.items()}}
+        options = {'generator': torch.Generator().manual_seed(0), 'bank_dtype': dtype}
+        one = InstanceDiscriminationLoss(D, N, args.embed_dim, **options).to(args.device)
+        two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, **options).to(args.device)
+        sampler, (present, past, index) = negative_sampler(args, N, 'shared'), inputs(args, N)
+        values[dtype] = torch.tensor([
+            [one(present, index).item(), two(present, past, index, *sampler.draw(index)).item()] for _ in range(10)
+        ], dtype=torch.float64)  # fmt: skip
+    worst = (values[torch.bfloat16] / values[torch.float32] - 1).abs().amax(dim=0)
+    return {'bfloat16': dict(zip(('instance loss', 'temporal loss'), worst.tolist()))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=64, help='B')
-    parser.add_argument('--instances', type=int, default=50_000, help='N of the temporal table')
-    parser.add_argument('--num-negatives', type=int, default=16_384, help='K')
+    parser = benchmark_parser(__doc__, rounds=10)
     parser.add_argument('--embed-dim', type=int, default=128, help='E')
     parser.add_argument('--sizes', type=int, nargs='*', default=[50_000, 1_280_000, 14_000_000], help='N that grows')
-    parser.add_argument('--rounds', type=int, default=10)
-    parser.add_argument('--threads', type=int, default=0, help='processor threads, 0 for all')
     parser.add_argument('--device', type=torch.device, default='cpu')
-    parser.add_argument('--output', default='', help='JSON file for the numbers')
-    parser.add_argument('--compare', default='', help='JSON file of an earlier --output')
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
     print(f'torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, B = {args.batch_size}, '
           f'K = {args.num_negatives:,}, E = {args.embed_dim}, {args.rounds} rounds')  # fmt: skip
-    tables: Tables = {f'Temporal loss alone, forward and backward, N = {args.instances:,}': temporal_table(args)}
+    tables = {f'Temporal loss alone, forward and backward, N = {args.instances:,}': temporal_table(args)}
     tables['Both losses as N grows'] = size_table(args)
-    tables['Bytes of one bank'] = bank_table(args)
-    tables['Rounding'] = rounding_table(args)
-    finish(tables, {**vars(args), 'device': str(args.device)}, args.output, args.compare)
+    tables['Largest relative difference by rounding'] = rounding_table(args)
+    finish(tables, args)
 
 
 if __name__ == '__main__':
