@@ -99,15 +99,6 @@ def temporal_table(args: argparse.Namespace) -> Table:
     return table
 
 
-def filled_bank(num_instances: int, dtype: torch.dtype, args: argparse.Namespace) -> Tensor:
-    """Unit rows, a few thousand over and over: times do not depend on their values, and N of them take long to make."""
-    rows = torch.nn.functional.normalize(torch.randn(4096, args.embed_dim), dim=1).to(args.device, dtype)
-    bank = torch.empty(num_instances, args.embed_dim, dtype=dtype, device=args.device)
-    for part in bank.split(4096):
-        part.copy_(rows[: len(part)])
-    return bank
-
-
 def blocked_products(v_BE: Tensor, bank: Tensor) -> Tensor:
     """The two products of the instance loss as it takes them, in blocks that stay in cache, and nothing else."""
     v_EB = v_BE.T.contiguous()
@@ -121,34 +112,30 @@ def blocked_products(v_BE: Tensor, bank: Tensor) -> Tensor:
 
 def size_row(args: argparse.Namespace, N: int, dtype: torch.dtype) -> dict[str, float]:
     """Both losses over N rows: the instance loss against its matrix products alone, the temporal one with its draw."""
-    rounds = args.rounds if N <= 100_000 else max(2, args.rounds // 4)
     present, past, index = inputs(args, N)
-    one = InstanceDiscriminationLoss(D, 1, args.embed_dim).to(args.device)
-    one.bank = filled_bank(N, dtype, args)
-    v_BE = embed(present, one.projector).detach()
+    one = InstanceDiscriminationLoss(D, N, args.embed_dim, bank_dtype=dtype).to(args.device)
+    two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, bank_dtype=dtype).to(args.device)
+    sampler, v_BE = negative_sampler(args, N, 'shared'), embed(present, one.projector).detach()
     steps: dict[str, Step] = {
         'instance': lambda: one(present, index).backward(),
         'blocks': lambda: blocked_products(v_BE, one.bank),
+        'temporal': lambda: two(present, past, index, *sampler.draw(index)).backward(),
     }
     if dtype == torch.float32:
         steps['whole'] = lambda: (v_BE @ one.bank.T) @ one.bank
-    times = paired_seconds(steps, rounds, f'instance loss, N = {N:,}')
+    rounds = args.rounds if N <= 100_000 else max(2, args.rounds // 4)
+    times = paired_seconds(steps, rounds, f'N = {N:,}')
     row = {
         'instance ms': 1e3 * statistics.median(times['instance']),
         'instance ns a row': 1e9 * statistics.median(times['instance']) / N,
         'over the same products in blocks': median_ratio(times['instance'], times['blocks']),
+        'instance extra MiB': peak_memory(steps['instance']),
+        'temporal `shared` ms': 1e3 * statistics.median(times['temporal']),
+        'temporal extra MiB': peak_memory(steps['temporal']),
     }
-    if 'whole' in times:
-        row['over the two products'] = median_ratio(times['instance'], times['whole'])
-    row['instance extra MiB'] = peak_memory(steps['instance'])
-
-    two = TemporalContrastLoss(D, 1, args.embed_dim, args.num_negatives).to(args.device)
-    two.num_instances, two.present_bank, two.past_bank = N, one.bank, filled_bank(N, dtype, args)
-    sampler = negative_sampler(args, N, 'shared')
-    shared: dict[str, Step] = {'shared': lambda: two(present, past, index, *sampler.draw(index)).backward()}
-    times = paired_seconds(shared, args.rounds, f'temporal loss, N = {N:,}')
-    row['temporal `shared` ms'] = 1e3 * statistics.median(times['shared'])
-    return row | {'temporal extra MiB': peak_memory(shared['shared'])}
+    return row | (
+        {'over the two products': median_ratio(times['instance'], times['whole'])} if 'whole' in times else {}
+    )
 
 
 def size_table(args: argparse.Namespace) -> Table:
@@ -157,8 +144,8 @@ def size_table(args: argparse.Namespace) -> Table:
     for dtype in (torch.float32, torch.bfloat16):
         for N in args.sizes:
             name = f'N = {N:,}, {str(dtype).removeprefix("torch.")}'
-            scores = N * args.batch_size * 4 if dtype == torch.float32 else 0
-            needed = N * (2 * args.embed_dim * dtype.itemsize + 8) + scores + 2**30
+            scores = args.batch_size * 4 if dtype == torch.float32 else 0
+            needed = N * (3 * args.embed_dim * dtype.itemsize + scores + 8) + 2**30
             cuda = args.device.type == 'cuda'
             free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
             if needed > free:
@@ -170,18 +157,16 @@ def size_table(args: argparse.Namespace) -> Table:
 
 def rounding_table(args: argparse.Namespace) -> Table:
     """Largest relative difference of the losses with banks in bfloat16, over ten steps in training."""
-    N, values = args.instances, {}
+    N, values = args.instances, []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        options = {'generator': torch.Generator().manual_seed(0), 'bank_dtype': dtype}
-        one = InstanceDiscriminationLoss(D, N, args.embed_dim, **options).to(args.device)
-        two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, **options).to(args.device)
+        one = InstanceDiscriminationLoss(D, N, args.embed_dim, bank_dtype=dtype).to(args.device)
+        two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, bank_dtype=dtype).to(args.device)
         sampler, (present, past, index) = negative_sampler(args, N, 'shared'), inputs(args, N)
-        values[dtype] = torch.tensor([
-            [one(present, index).item(), two(present, past, index, *sampler.draw(index)).item()] for _ in range(10)
-        ], dtype=torch.float64)  # fmt: skip
-    worst = (values[torch.bfloat16] / values[torch.float32] - 1).abs().amax(dim=0)
-    return {'bfloat16': dict(zip(('instance loss', 'temporal loss'), worst.tolist()))}
+        steps = [(one(present, index), two(present, past, index, *sampler.draw(index))) for _ in range(10)]
+        values.append(torch.tensor(steps, dtype=torch.float64))
+    instance, temporal = (values[1] / values[0] - 1).abs().amax(dim=0).tolist()
+    return {'bfloat16': {'instance loss': instance, 'temporal loss': temporal}}
 
 
 def main() -> None:

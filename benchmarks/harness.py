@@ -126,31 +126,24 @@ class Task:
         name: For messages.
         steps: Arguments of Python processes, one after the other. Each continues where it was when started again.
         done: The file that the last step writes.
-        log: Output of the processes.
-        seconds: Gets the CPU seconds of each process of the first step, if given.
+        log: Output of the processes; beside it `cpu_seconds` of the first step is kept.
     """
 
     name: str
     steps: tuple[Sequence[str], ...]
     done: Path
     log: Path
-    seconds: Path | None = None
 
-
-@dataclass
-class _Job:
-    """A process that runs the first of the steps left."""
-
-    task: Task
-    steps: tuple[Sequence[str], ...]
-    process: subprocess.Popen
-
-    def ended(self, status: int, cpu_seconds: float) -> None:
-        """Note the exit code, and the cost of a first step."""
-        self.process.returncode = os.waitstatus_to_exitcode(status)
-        if self.task.seconds and self.steps is self.task.steps:
-            known = self.task.seconds.read_text().removesuffix(UNKNOWN)
-            self.task.seconds.write_text(f'{known}{cpu_seconds:.1f}\n')
+    def start(self, step: int) -> subprocess.Popen:
+        """Start the process of a step."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        if step == 0:
+            with _cost_file(self.log).open('a') as stream:
+                stream.write(UNKNOWN)  # stays if this process is killed and cannot note the cost
+        threads = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')}
+        with self.log.open('a') as stream:
+            command = [sys.executable, *self.steps[step]]
+            return subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | threads)
 
 
 def work(tasks: Iterable[Task], jobs: int) -> Iterator[Task]:
@@ -161,60 +154,58 @@ def work(tasks: Iterable[Task], jobs: int) -> Iterator[Task]:
         Stopped: SIGTERM, likewise.
     """
     tasks = list(tasks)
-    waiting = deque((task, task.steps) for task in tasks if not task.done.is_file())
-    running: dict[int, _Job] = {}
+    done = [task for task in tasks if task.done.is_file()]
+    waiting = deque((task, 0) for task in tasks if task not in done)
+    running: dict[int, tuple[Task, int, subprocess.Popen]] = {}
+
+    def end(pid: int, status: int, usage: Any) -> tuple[Task, int, int]:
+        """Note the exit code of a process, and the cost of a first step."""
+        task, step, process = running.pop(pid)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if step == 0:
+            file = _cost_file(task.log)
+            file.write_text(f'{file.read_text().removesuffix(UNKNOWN)}{usage.ru_utime + usage.ru_stime:.1f}\n')
+        return task, step, process.returncode
+
     handler = signal.signal(signal.SIGTERM, _stop)
-    bar = tqdm(total=len(tasks), desc='runs', dynamic_ncols=True)
+    bar = tqdm(total=len(tasks), initial=len(done), desc='runs', dynamic_ncols=True)
     try:
-        for task in tasks:
-            if task.done.is_file():
-                bar.update()
-                yield task
+        yield from done
         while waiting or running:
             while waiting and len(running) < jobs:
-                job = _start(*waiting.popleft())
-                running[job.process.pid] = job
-            pid, status, usage = os.wait3(0)
-            job = running.pop(pid)
-            job.ended(status, usage.ru_utime + usage.ru_stime)
-            task = job.task
-            if status:
-                raise RunError(f'{task.name} ended with {job.process.returncode}; see {task.log}')
-            if len(job.steps) > 1:
-                waiting.appendleft((task, job.steps[1:]))
+                task, step = waiting.popleft()
+                process = task.start(step)
+                running[process.pid] = task, step, process
+            task, step, code = end(*os.wait3(0))
+            if code:
+                raise RunError(f'{task.name} ended with {code}; see {task.log}')
+            if step + 1 < len(task.steps):
+                waiting.appendleft((task, step + 1))
             else:
-                bar.set_postfix_str(task.name)
                 bar.update()
                 yield task
     finally:
-        for job in running.values():
-            job.process.terminate()  # training saves its state first
-        for pid, job in running.items():
-            _, status, usage = os.wait4(pid, 0)
-            job.ended(status, usage.ru_utime + usage.ru_stime)
+        for _, _, process in running.values():
+            process.terminate()  # training saves its state first
+        for pid in list(running):
+            end(*os.wait4(pid, 0))
         bar.close()
         signal.signal(signal.SIGTERM, handler)
-
-
-def _start(task: Task, steps: tuple[Sequence[str], ...]) -> _Job:
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    if task.seconds and steps is task.steps:
-        with task.seconds.open('a') as stream:
-            stream.write(UNKNOWN)  # stays if this process is killed and cannot note the cost
-    threads = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')}
-    with task.log.open('a') as stream:
-        process = subprocess.Popen([sys.executable, *steps[0]], stdout=stream, stderr=stream, env=os.environ | threads)
-    return _Job(task, steps, process)
 
 
 def _stop(*_: Any) -> None:
     raise Stopped('stopped by SIGTERM; the same command continues')
 
 
-def cpu_seconds(file: Path) -> float | None:
+def cpu_seconds(log: Path) -> float | None:
     """CPU seconds of all processes of a task's first step; None if one was killed together with its parent."""
+    file = _cost_file(log)
     total = sum(map(float, file.read_text().split())) if file.is_file() else math.nan
     return None if math.isnan(total) else total
+
+
+def _cost_file(log: Path) -> Path:
+    return log.with_suffix('.seconds')
 
 
 def main_of(main: Callable[[], None]) -> None:

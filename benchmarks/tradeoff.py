@@ -21,8 +21,8 @@ import tradeoff_pictures
 import tradeoff_report
 from harness import Task, cpu_seconds, main_of, work
 
-from ctc_timm.cli.flags import read_recipe
 from ctc_timm.measure.results import write_json
+from ctc_timm.utils.yaml_files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ('--sched', 'multistep', '--decay-milestones', '16', '31')  # counted within a stage, as every schedule is
@@ -79,8 +79,7 @@ def plan(args: argparse.Namespace, folder: Path, epochs: int) -> list[Task]:
             train = ['-m', 'ctc_timm', 'train', *data, *flags, *place]
             script = str(Path(__file__).with_name('tradeoff_measure.py'))
             measure = [script, str(folder / name), '--source-test', args.source_test, '--target', *args.targets]
-            done, log, cost = folder / name / 'tradeoff.json', folder / f'{name}.log', folder / f'{name}.seconds'
-            tasks.append(Task(name, (train, measure), done, log, cost))
+            tasks.append(Task(name, (train, measure), folder / name / 'tradeoff.json', folder / f'{name}.log'))
     return tasks
 
 
@@ -98,7 +97,7 @@ def collect(args: argparse.Namespace, folder: Path, recipe: dict[str, Any]) -> d
     """What is stored: settings and the numbers of all measured runs, without the name of any folder."""
     rows = []
     for method, seed, run in measured_runs(folder):
-        cost = {'processor_seconds': cpu_seconds(folder / f'{run.name}.seconds')}
+        cost = {'processor_seconds': cpu_seconds(folder / f'{run.name}.log')}
         rows.append({'method': method, 'seed': seed, **cost, **json.loads((run / 'tradeoff.json').read_text())})
     return {
         'recipe': f'{folder.name}.yaml',
@@ -125,7 +124,7 @@ def redraw(docs: Path) -> None:
 def main() -> None:
     args = read_args()
     if not args.redraw:
-        recipe, _ = read_recipe(args.recipe)
+        recipe = read_recipe(args.recipe)
         name = Path(args.recipe).stem
         folder, stored = Path(args.output).resolve() / name, args.docs / 'results' / f'{name}.json'
         for _ in work(plan(args, folder, recipe['epochs']), args.jobs):

@@ -146,8 +146,11 @@ def tradeoff_tables(name: str, results: dict[str, Any]) -> str:
 
 def dense_tables(name: str, results: dict[str, Any]) -> str:
     """Detection and segmentation on the frozen backbones of one comparison, with the commands."""
-    commands = '\n'.join(f'    {command} RUN/last.safetensors --seed SEED' for command in results['commands'].values())
-    return f'{markdown(compare(results, DENSE))}\n\n{commands}'
+    lines = [
+        re.sub(r'transfer/(\w+)\.py', r'    python -m ctc_timm \1 RUN/last.safetensors', line)
+        for line in results['commands'].values()
+    ]
+    return markdown(compare(results, DENSE)) + '\n\n' + '\n'.join(f'{line} --seed SEED' for line in lines)
 
 
 def _ridge(results: dict[str, Any]) -> Columns:
@@ -165,27 +168,6 @@ def readme_table(results: dict[str, Any]) -> Table:
     return rows
 
 
-def gains_table(comparisons: Sequence[dict[str, Any]]) -> Table:
-    """A row a comparison and target: paired differences of the README's last method from supervised training."""
-    rows = [[f'{README_METHODS[-1]} over {BASELINE}', 'seeds', 'source', 'target', *PROBES.values()]]
-    for results in comparisons:
-        ends, settings = ends_of(results), results['settings']
-        if not {BASELINE, README_METHODS[-1]} <= ends.keys():
-            continue
-        ours, theirs = ends[README_METHODS[-1]], ends[BASELINE]
-
-        def gain(*path: str) -> str:
-            return show(differences(pick(ours, path), pick(theirs, path)), sign='+')
-
-        size = f'{settings["img-size"]}x{settings["img-size"]}'
-        start = [f'{settings["model"]}, {settings["train-split"]}, {size}', str(len(ours.keys() & theirs.keys()))]
-        start.append(gain('source', 'top1'))
-        for target in results['targets']:
-            rows.append([*start, target, *(gain('targets', target, probe) for probe in PROBES)])
-            start = ['', '', '']
-    return rows
-
-
 def stored(docs: Path, kind: str = 'tradeoff') -> dict[str, dict[str, Any]]:
     """Every comparison by the name of its file, of `tradeoff` or of `dense`; that of the README first."""
     files = (docs / 'results').glob(f'{kind}_*.json')
@@ -194,13 +176,12 @@ def stored(docs: Path, kind: str = 'tradeoff') -> dict[str, dict[str, Any]]:
 
 
 def blocks(docs: Path) -> dict[str, str]:
-    """The text of every generated block by name: a comparison's, and `results` and `gains` for the README."""
+    """The text of every generated block by name: a comparison's, and `results` for the README."""
     comparisons = stored(docs)
     found = {name: tradeoff_tables(name, results) for name, results in comparisons.items()}
     found |= {name: dense_tables(name, results) for name, results in stored(docs, 'dense').items()}
     if MAIN in comparisons:
         found['results'] = markdown(readme_table(comparisons[MAIN]))
-        found['gains'] = markdown(gains_table(list(comparisons.values())))
     return found
 
 
