@@ -93,19 +93,20 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *body))
 
 
-def finish(tables: Tables, args: argparse.Namespace) -> None:
-    """Print tables, rows by columns, and write or compare them as `benchmark_parser`'s flags say.
-
-    Beside a number of an earlier output stands its ratio to that.
-    """
-    before: Tables = json.loads(Path(args.compare).read_text())['tables'] if args.compare else {}
+def show(tables: Tables, before: Tables | None = None) -> None:
+    """Print tables, rows by columns; beside a number that was there before stands its ratio to that."""
     for title, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-        shown = [['', *columns]]
+        lines = [['', *columns]]
         for name, row in rows.items():
-            old = before.get(title, {}).get(name, {})
-            shown.append([name, *(_cell(row.get(column), old.get(column)) for column in columns)])
-        print(f'\n{title}\n\n{markdown(shown)}')
+            old = (before or {}).get(title, {}).get(name, {})
+            lines.append([name, *(_cell(row.get(column), old.get(column)) for column in columns)])
+        print(f'\n{title}\n\n{markdown(lines)}')
+
+
+def finish(tables: Tables, args: argparse.Namespace) -> None:
+    """Print tables, and write or compare them as `benchmark_parser`'s flags say."""
+    show(tables, json.loads(Path(args.compare).read_text())['tables'] if args.compare else None)
     if args.output:
         settings = {name: str(value) for name, value in vars(args).items()}
         Path(args.output).write_text(json.dumps({'settings': settings, 'tables': tables}, indent=2) + '\n')

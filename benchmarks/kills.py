@@ -1,25 +1,23 @@
 #!/usr/bin/env python3
-"""Kill a training run at random instants, resume it each time, and compare with the run that was left alone.
+"""Kill a training run at random instants, resume it each time, and compare with a run that was left alone.
 
-What has to be the same to the last bit: all weights that were kept, summary.csv, metrics.jsonl, and the last state, in
-which are the banks, the optimizer and the random states.
+All kept weights, summary.csv, metrics.jsonl and the last state, which holds the banks, the optimizer and the random
+states, have to be bit-identical.
 
     python benchmarks/kills.py                                    # 20 kills of a small run on the digits
-    python benchmarks/kills.py --kills 50 --kill-seed 1 --save kills.json --mode vanilla
+    python benchmarks/kills.py --kills 50 --kill-seed 1 --mode vanilla
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +27,37 @@ from accelerate.utils.other import load
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import ctc_timm  # noqa: F401  (registers the models)
-from ctc_timm.cli.arguments import Parser, parse, positive_int, run_script
-from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.cli.flags import Parser, add_settings, read_flags
 from ctc_timm.runs import Run, weights_metadata
-from ctc_timm.training.checkpoints import states_of
-from ctc_timm.training.trainer import Trainer
+from ctc_timm.training.build import build_trainer
+from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.files import MANIFEST
+from ctc_timm.utils.settings import build
 
-FLAGS = """
---dataset digits --train-split train[:256] --val-split validation[:70] --model test_resnet --img-size 16 --mean 0.3
---std 0.4 -b 16 -j 0 --num-negatives 16 --lr 0.01 --epochs 6 --temporal-start-epoch 3 --checkpoint-steps 3 --drop 0.2
---reprob 0.3 --mixup 0.2 --model-ema --model-ema-decay 0.9 --keep-every 1 --log-interval 5
-"""
-SMALL = FLAGS.split()
+# A small run with everything random there is.
+SMALL: dict[str, Any] = dict(
+    dataset='digits', train_split='train[:256]', val_split='validation[:70]', model='test_resnet', img_size=16,
+    mean=0.3, std=0.4, batch_size=16, workers=0, num_negatives=16, lr=0.01, epochs=6, temporal_start_epoch=3,
+    checkpoint_steps=3, drop=0.2, reprob=0.3, mixup=0.2, model_ema=True, model_ema_decay=0.9, keep_every=1,
+    log_interval=5,
+)  # fmt: skip
 
 
-def train(words: Sequence[str], folder: Path, name: str, ready: Any) -> None:
-    """Train, in this process, from the newest state if there is one; `ready` is set when the first step is next."""
+def train(values: Mapping[str, Any], folder: Path, name: str, ready: Any) -> None:
+    """Train in this process, from the newest state if there is one; `ready` is set when the first step is next."""
     torch.set_num_threads(1)
-    parser = Parser()
-    add_arguments(parser)
-    words = [*words, '--output', str(folder), '--experiment', name, '--resume', 'auto']
-    args = parse(parser, words)
+    place = {'output': str(folder), 'experiment': name, 'resume': 'auto'}
     with open(os.devnull, 'w') as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        trainer = Trainer(args)
+        trainer = build_trainer(build(TrainSettings, {**values, **place}))
         ready.set()
         trainer.fit()
 
 
-def start(words: Sequence[str], folder: Path, name: str) -> Any:
-    """Train in a process of its own, which has everything imported; returns when the first step is next."""
+def start(values: Mapping[str, Any], folder: Path, name: str) -> Any:
+    """Train in a process that has everything imported; return when its first step is next."""
     forked = multiprocessing.get_context('fork')
     ready = forked.Event()
-    process = forked.Process(target=train, args=(words, folder, name, ready))
+    process = forked.Process(target=train, args=(values, folder, name, ready))
     process.start()
     while process.is_alive() and not ready.wait(0.1):
         pass
@@ -70,14 +65,14 @@ def start(words: Sequence[str], folder: Path, name: str) -> Any:
 
 
 def differences(run: Path, other: Path) -> list[str]:
-    """What is not the same in two finished runs, or is in one of them alone."""
-    last, others = (states_of(Run(folder))[-1] for folder in (run, other))
-    if last.name != others.name:
-        return [f'the last states are {last.name} and {others.name}']
+    """Names of the files that differ between two finished runs, or are in one of them alone."""
+    last, others = (Run(folder).states()[-1].name for folder in (run, other))
+    if last != others:
+        return [f'the last states are {last} and {others}']
     names = {
         path.relative_to(folder).as_posix()
         for folder in (run, other)
-        for pattern in ('*.safetensors', 'weights/*', 'summary.csv', 'metrics.jsonl', f'state/{last.name}/*')
+        for pattern in ('*.safetensors', 'weights/*', 'summary.csv', 'metrics.jsonl', f'state/{last}/*')
         for path in folder.glob(pattern)
         if path.name != MANIFEST
     }
@@ -85,7 +80,7 @@ def differences(run: Path, other: Path) -> list[str]:
 
 
 def _content(file: Path) -> Any:
-    """What a file says; the libraries that write weights and pickles put the same things in any order."""
+    """What a file holds; the libraries that write weights and pickles put the same things in any order."""
     if not file.is_file():
         return None
     if file.suffix == '.safetensors':
@@ -94,89 +89,72 @@ def _content(file: Path) -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """To the last bit."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, (torch.Tensor, np.ndarray)):
-        a, b = torch.as_tensor(a), torch.as_tensor(b)
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
-    if isinstance(a, dict):
+    """Whether two values are bit-identical."""
+    if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, (torch.Tensor, np.ndarray)) and type(a) is type(b):
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    return type(a) is type(b) and bool(a == b)
 
 
-def kill_often(words: Sequence[str], folder: Path, kills: int, seed: int, quiet: bool = False) -> dict[str, Any]:
-    """Train once in peace and once with kills, and compare.
+def kill_often(values: Mapping[str, Any], folder: Path, kills: int, seed: int, quiet: bool = False) -> dict[str, Any]:
+    """Train once undisturbed and once with kills, and compare.
 
     Args:
-        words: Flags.
+        values: Settings by name.
         folder: Of the two runs, 'whole' and 'killed'.
         kills: How often.
         seed: Of the instants.
         quiet: Show no bar.
 
     Returns:
-        'kills', 'differences', the newest state at each kill ('reached'), how many kills left something half-written
-        ('while_saving'), and seconds.
+        'reached', the newest state at each kill, 'while_saving', how many kills left something half-written, and
+        'differences'.
     """
-    began = time.monotonic()
-    whole = start(words, folder, 'whole')
-    ready = time.monotonic()
-    whole.join()
-    seconds = time.monotonic() - ready
-    if whole.exitcode:
-        raise RuntimeError(f'the run that was left alone ended with {whole.exitcode}')
-    instants = random.Random(seed)
-    run, reached, saving = Run(folder / 'killed'), [], 0
-    bar = tqdm(total=kills, desc='kills', disable=quiet)
-    while len(reached) < kills:
-        process = start(words, folder, 'killed')
-        process.join(instants.uniform(0, 2 * seconds / (kills + 1)))
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+
+    def finish(process: Any) -> None:
         process.join()
-        if process.exitcode == 0:
-            break  # it finished before its time
-        if process.exitcode != -signal.SIGKILL:
+        if process.exitcode:
             raise RuntimeError(f'after {len(reached)} kills the run ended with {process.exitcode}')
-        states = states_of(run)
-        reached.append(states[-1].name if states else 'start')
+
+    run, reached, saving = Run(folder / 'killed'), [], 0
+    whole = start(values, folder, 'whole')
+    ready = time.monotonic()
+    finish(whole)
+    seconds, instants = time.monotonic() - ready, random.Random(seed)
+    for _ in tqdm(range(kills), 'kills', disable=quiet):
+        process = start(values, folder, 'killed')
+        process.join(instants.uniform(0, 2 * seconds / (kills + 1)))
+        if process.exitcode is not None:  # it finished before its time
+            finish(process)
+            break
+        process.kill()
+        process.join()
+        reached.append(run.states()[-1].name if run.states() else 'start')
         saving += bool(run.unfinished())
-        bar.update()
-    bar.close()
-    last = start(words, folder, 'killed')
-    last.join()
-    if last.exitcode:
-        raise RuntimeError(f'after {len(reached)} kills the run ended with {last.exitcode}')
-    return {
-        'kills': len(reached),
-        'reached': reached,
-        'while_saving': saving,
-        'differences': differences(folder / 'whole', folder / 'killed'),
-        'seconds': time.monotonic() - began,
-    }
+    finish(start(values, folder, 'killed'))
+    different = differences(folder / 'whole', folder / 'killed')
+    return {'reached': reached, 'while_saving': saving, 'differences': different}
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.split('\n')[0], epilog="all other flags are train.py's")
-    parser.add_argument('--kills', type=positive_int, default=20, metavar='N', help='how many')
+    parser = Parser(description=__doc__.split('\n')[0], epilog="all other flags are those of 'ctc-timm train'")
+    parser.add_argument('--kills', type=int, default=20, metavar='N', help='how many')
     parser.add_argument('--kill-seed', type=int, default=0, metavar='S', help='of the instants')
-    parser.add_argument('--save', default='', metavar='FILE.json', help='keep the numbers')
-    args, words = parser.parse_known_args()
-    words = [*SMALL, *words]
+    add_settings(parser, TrainSettings)
+    given = read_flags(parser, TrainSettings)
+    kills, seed = given.pop('kills'), given.pop('kill_seed')
     with tempfile.TemporaryDirectory() as folder:
-        result = kill_often(words, Path(folder), args.kills, args.kill_seed)
+        result = kill_often({**SMALL, **given}, Path(folder), kills, seed)
     print('killed after: ' + ', '.join(result['reached']))
-    print(
-        f'{result["kills"]} kills, {result["while_saving"]} of them while a file was being written: '
-        f'{"the same to the last bit" if not result["differences"] else ", ".join(result["differences"])}'
-    )
-    if args.save:
-        Path(args.save).write_text(json.dumps({'flags': words, **result}, indent=1) + '\n')
-    sys.exit(bool(result['differences']))
+    different = ', '.join(result['differences'])
+    saving = f'{result["while_saving"]} of them while a file was being written'
+    print(f'{len(result["reached"])} kills, {saving}: {different or "bit-identical"}')
+    sys.exit(bool(different))
 
 
 if __name__ == '__main__':
-    run_script(main)
+    main()

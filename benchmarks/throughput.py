@@ -1,152 +1,139 @@
 #!/usr/bin/env python3
-"""Images a second through data loading, and through plain training, against timm's own parts doing the same work.
+"""Images a second through data loading, and through supervised training, against timm's own parts doing the same work.
 
-Loading is timed in processor seconds of one process, so that a busy machine does not show; training in seconds,
-an epoch of each kind in turn, and the figure is the median over rounds of the ratio to the same round's.
+Loading is timed in CPU seconds of one process, so that other work on the machine does not show; training in seconds, an
+epoch of each kind a round. Figures are medians over rounds, of ratios within a round.
 
-    python benchmarks/throughput.py -c recipes/cifar100_small.yaml --dataset hfds/FOLDER --train-split 'train[:2000]'
+    python benchmarks/throughput.py -c cifar100_small --dataset hfds/FOLDER --train-split 'train[:2000]'
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from harness import Step, main_of, median_ratio, paired_seconds, show
 from timm.data import create_loader
 from timm.task import ClassificationTask
 from torchvision import transforms
-from tqdm import tqdm
 
-from ctc_timm.cli.arguments import Parser, parse, positive_int, run_script
-from ctc_timm.cli.training_flags import add_arguments
+from ctc_timm.cli.flags import Parser, add_settings, read_flags
+from ctc_timm.data.cached import cache_split
 from ctc_timm.data.datasets import open_split
-from ctc_timm.data.training_loader import TrainLoader, cached
+from ctc_timm.data.loaders import TrainLoader
 from ctc_timm.data.transforms import data_config, worker_count
+from ctc_timm.training.build import build_trainer
+from ctc_timm.training.settings import TrainSettings
 from ctc_timm.training.trainer import Trainer
+from ctc_timm.utils.settings import build, replace
+from ctc_timm.utils.yaml_files import read_recipe
 
 CPU = torch.device('cpu')
 
 
-def timms_loader(args: argparse.Namespace, config: dict[str, Any], workers: int) -> Iterable:
-    """timm's training loader by the same flags, without indices and seeds."""
-    dataset = open_split(args, args.train_split).dataset
+def timms_loader(settings: TrainSettings, config: dict[str, Any], workers: int) -> Iterable:
+    """timm's training loader by the same settings, without indices and seeds."""
+    dataset, augmentation = open_split(settings.data, settings.data.train_split).dataset, settings.augmentation
     loader = create_loader(
         dataset,
         input_size=config['input_size'],
-        batch_size=args.batch_size,
+        batch_size=settings.loader.batch_size,
         is_training=True,
-        no_aug=args.no_aug,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        re_prob=args.reprob,
-        interpolation=args.train_interpolation,
+        no_aug=augmentation.no_aug,
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        hflip=augmentation.hflip,
+        color_jitter=augmentation.color_jitter,
+        auto_augment=augmentation.aa,
+        re_prob=augmentation.reprob,
+        interpolation=augmentation.train_interpolation,
         mean=config['mean'],
         std=config['std'],
         num_workers=workers,
         device=CPU,
     )
-    if args.crop_padding:
-        size = config['input_size'][-2:]
-        dataset.transform.transforms.insert(0, transforms.RandomCrop(size, args.crop_padding, pad_if_needed=True))
+    if augmentation.crop_padding:
+        crop = transforms.RandomCrop(config['input_size'][-2:], augmentation.crop_padding, pad_if_needed=True)
+        dataset.transform.transforms.insert(0, crop)
     return loader
 
 
-def loading(args: argparse.Namespace, rounds: int) -> dict[str, float]:
-    """Images a processor second of one process, by kind."""
-    single = argparse.Namespace(**{**vars(args), 'workers': 0})
-    config = data_config(args, timm.create_model(args.model, num_classes=args.num_classes or 10))
-    source = open_split(args, args.train_split)
-    kinds: dict[str, Iterable] = {
-        "timm's loader": timms_loader(args, config, 0),
-        'this loader': TrainLoader(open_split(args, args.train_split).dataset, single, config, CPU),
-        'this loader, --cache-dataset': TrainLoader(cached(args, source, quiet=True).dataset, single, config, CPU),
+def loading(settings: TrainSettings, config: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """Images a CPU second of one process, by kind of loader."""
+    splits = [open_split(settings.data, settings.data.train_split) for _ in range(2)]
+    parts = (replace(settings.loader, workers=0), settings.augmentation, config, CPU, settings.run.seed)
+    loaders: dict[str, Iterable] = {
+        "timm's loader": timms_loader(settings, config, 0),
+        'this loader': TrainLoader(splits[0].dataset, *parts),
+        'this loader, --cache-dataset': TrainLoader(cache_split(splits[1], quiet=True).dataset, *parts),
     }
-    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    images: dict[str, int] = {}
+
+    def one_pass(name: str) -> None:
+        images[name] = sum(len(batch[0]) for batch in loaders[name])
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process; threads that wait for each other would count
-    for _ in tqdm(range(rounds), 'loading'):
-        for name, loader in kinds.items():
-            started, count = time.process_time(), 0
-            for images, *_ in loader:
-                count += len(images)
-            rates[name].append(count / (time.process_time() - started))
+    steps = {name: partial(one_pass, name) for name in loaders}
+    seconds = paired_seconds(steps, rounds, 'loading', warmup=0, clock=time.process_time)
     torch.set_num_threads(threads)
-    return {name: statistics.median(found) for name, found in rates.items()}
+    rates = {name: images[name] / statistics.median(times) for name, times in seconds.items()}
+    return {name: {'images/s': rate, 'of this loader': rate / rates['this loader']} for name, rate in rates.items()}
 
 
-def epoch_of(trainer: Trainer, epoch: int) -> None:
+def epoch_of(trainer: Trainer) -> None:
     """One epoch of a run, without its evaluation and its files."""
-    trainer._train_epoch(epoch)
-    trainer.at.next_epoch()
+    trainer._train_epoch(trainer.state.epoch)
+    trainer.state.next_epoch()
 
 
-def training(args: argparse.Namespace, rounds: int) -> dict[str, list[float]]:
-    """Seconds an epoch of plain training, by kind."""
+def training(settings: TrainSettings, config: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds an epoch of supervised training, and throughput over that of timm's loader and task in a loop."""
     with tempfile.TemporaryDirectory() as folder:
-        kinds: dict[str, Callable[[int], Any]] = {}
-        for name, keep in (('this loop', False), ('this loop, --cache-dataset', True)):
-            own = {'mode': 'vanilla', 'output': folder, 'experiment': name, 'cache_dataset': keep}
-            trainer = Trainer(argparse.Namespace(**{**vars(args), **own}))
-            kinds[name] = partial(epoch_of, trainer)
-        config, classes = trainer.config, trainer.num_classes
-
-        task = ClassificationTask(timm.create_model(args.model, num_classes=classes))
-        optimizer = torch.optim.SGD(
-            task.get_trainable_module().parameters(), lr=0.05, momentum=args.momentum, weight_decay=args.weight_decay
+        steps: dict[str, Step] = {}
+        for name, cached in (('this trainer', False), ('this trainer, --cache-dataset', True)):
+            place = {'output': folder, 'experiment': name}
+            trainer = build_trainer(replace(settings, mode='vanilla', cache_dataset=cached, **place))
+            steps[name] = partial(epoch_of, trainer)
+        classes, optimizer = trainer.task.get_eval_model().num_classes, settings.optimizer
+        task = ClassificationTask(timm.create_model(settings.model.model, num_classes=classes), verbose=False)
+        sgd = torch.optim.SGD(
+            task.parameters(), lr=0.05, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
         )
-        loader = timms_loader(args, config, worker_count(args))
+        loader = timms_loader(settings, config, worker_count(settings.loader.workers))
 
-        def timms_epoch(epoch: int) -> None:
+        def timms_epoch() -> None:
             task.train()
             for images, targets in loader:
-                loss = task(images, targets)['loss']
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                task(images, targets)['loss'].backward()
+                sgd.step()
+                sgd.zero_grad()
 
-        kinds = {"timm's parts": timms_epoch, **kinds}
-        seconds: dict[str, list[float]] = {name: [] for name in kinds}
-        for epoch in tqdm(range(rounds + 1), 'training'):
-            for name, run in kinds.items():
-                started = time.perf_counter()
-                run(epoch)
-                if epoch:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - started)
-    return seconds
+        seconds = paired_seconds({"timm's parts": timms_epoch, **steps}, rounds, 'training')
+    plain = seconds["timm's parts"]
+    return {
+        name: {'s an epoch': statistics.median(times), 'throughput ratio': median_ratio(plain, times)}
+        for name, times in seconds.items()
+    }
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split('\n')[0])
-    add_arguments(parser)
-    group = parser.add_argument_group('Benchmark')
-    group.add_argument('--rounds', type=positive_int, default=5, metavar='N', help='of each kind')
-    group.add_argument('--save', default='', metavar='FILE.json', help='keep the numbers')
-    args = parse(parser)
-    rates = loading(args, args.rounds)
-    base = rates['this loader']
-    print(f'images a second per core, decode and augmentation ({args.train_split}):')
-    for name, rate in rates.items():
-        print(f'  {name:30} {rate:8.0f}   {rate / base:5.2f} of this loader')
-    seconds = training(args, args.rounds)
-    print("plain training, throughput over that of timm's loader and task in a loop:")
-    for name, found in seconds.items():
-        ratio = statistics.median(plain / own for plain, own in zip(seconds["timm's parts"], found))
-        print(f'  {name:30} {statistics.median(found):8.2f} s an epoch   {ratio:5.2f}')
-    if args.save:
-        Path(args.save).write_text(json.dumps({'loading': rates, 'training': seconds}, indent=1) + '\n')
+    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='of each kind')
+    add_settings(parser, TrainSettings)
+    given = read_flags(parser, TrainSettings)
+    rounds, recipe = given.pop('rounds'), given.pop('config', '')
+    settings = build(TrainSettings, {**(read_recipe(recipe) if recipe else {}), **given})
+    config = data_config(settings.data, timm.create_model(settings.model.model, num_classes=2))
+    show({'Images a CPU second of one process': loading(settings, config, rounds)})
+    show({'Supervised training': training(settings, config, rounds)})
 
 
 if __name__ == '__main__':
-    run_script(main)
+    main_of(main)
