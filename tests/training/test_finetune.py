@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -24,23 +23,25 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_model_data_config
 
-from ctc_timm.cli.arguments import Parser, parse
+from ctc_timm.cli.flags import Parser, add_settings, read_flags
+from ctc_timm.training.build import train
 from ctc_timm.training.finetune import FineTuning
-from ctc_timm.training.finetune_flags import add_arguments
-from ctc_timm.training.trainer import Trainer
+from ctc_timm.training.settings import FinetuneSettings
+from ctc_timm.utils.settings import build
+from ctc_timm.utils.yaml_files import read_recipe
 
 Script = Callable[..., Any]
-RECIPE = '-c recipes/finetune_digits.yaml --train-split train[:128] --val-split validation[:70] -b 32 --epochs 2'
+RECIPE = '-c finetune_digits --train-split train[:128] --val-split validation[:70] -b 32 --epochs 2'
 TARGET = RECIPE.split()
 STEM, BODY = ('conv1.', 'bn1.'), ('conv1.', 'bn1.', 'layer')  # of timm's ResNets
 
 
 @pytest.fixture(scope='module')
-def base(flags: Callable[..., argparse.Namespace], tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(flags: Callable[..., Any], tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of test_resnet on digits as pixels of one channel, with weights of both its epochs."""
     output = tmp_path_factory.mktemp('runs')
     words = f'--mode vanilla --epochs 2 --keep-every 1 --in-chans 1 --output {output} --experiment base'
-    Trainer(flags(*tiny, words)).fit()
+    train(flags(*tiny, words))
     return output / 'base'
 
 
@@ -53,11 +54,12 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read(*words: Any) -> argparse.Namespace:
-    """The flags of transfer/finetune.py."""
+def read(*words: Any) -> FinetuneSettings:
+    """The settings that these words of `ctc-timm finetune` mean."""
     parser = Parser()
-    add_arguments(parser)
-    return parse(parser, [str(word) for word in words])
+    add_settings(parser, FinetuneSettings)
+    given = read_flags(parser, FinetuneSettings, [str(word) for word in words])
+    return build(FinetuneSettings, {**read_recipe(given.pop('config')), **given})
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -145,7 +147,7 @@ def test_again_changes_nothing(script: Script, base: Path, finished: Path, tmp_p
     assert contents(folder) == before
     ended = script('transfer/finetune.py', *words, '--train-fraction', '0.2', '--seeds', '3')
     assert ended.code == 0, ended.err
-    assert 'run 3 of 3: fraction 0.2, 26 images, seed 2, --batch-size cut to 26, 3 passes an epoch' in ended.out
+    assert 'run 3 of 3: fraction 0.2, 26 images, seed 2, batch size cut to 26, 3 passes an epoch' in ended.out
     after = contents(folder)
     assert all(after[file] == before[file] for file in before if file.parts[0].startswith('fraction'))
     old, new = results(finished)['rows'], results(folder)['rows']
@@ -211,7 +213,7 @@ def test_the_optimizer_knows_nothing_of_what_is_frozen(base: Path, tmp_path: Pat
     words = f'--freeze stem --seeds 1 --epochs 1 --layer-decay 0.5 --output {tmp_path}'.split()
     tuning = FineTuning(read(base, *TARGET, *words))
     trainer = tuning.trainer(tuning.plans[0])
-    names = {id(tensor): name for name, tensor in trainer.model.named_parameters()}
+    names = {id(tensor): name for name, tensor in trainer.task.get_eval_model().named_parameters()}
     scales: dict[str, float] = {}
     for group in trainer.optimizer.param_groups:
         for tensor in group['params']:
@@ -245,7 +247,7 @@ def test_a_new_head_for_another_target(script: Script, base: Path, image_folder:
 def test_another_image_size(flags: Callable, tiny: list[str], tmp_path: Path) -> None:
     """A model built for one size is resized by timm, and the run says so to plain timm."""
     words = f'--model test_vit --mode vanilla --epochs 1 --output {tmp_path} --experiment vit'
-    Trainer(flags(*tiny, words)).fit()
+    train(flags(*tiny, words))
     words = f'--epochs 1 --seeds 1 --img-size 32 --output {tmp_path / "larger"}'
     FineTuning(read(tmp_path / 'vit', *TARGET, *words.split())).run()
     model = timm.create_model(f'local-dir:{tmp_path}/larger/fraction-1-seed-0', pretrained=True)
@@ -283,11 +285,11 @@ REFUSED = [
     ('{base} --data-dir {}/one', "of class 0 ('class0')"),
     ('{base} --data-dir {}/absent', "of class 2 ('class2')"),
     ('{base} --dataset hfids/{}/hub', 'a streaming set does not tell its classes'),
-    ('{base} --freeze head', "argument --freeze: invalid choice: 'head'"),
-    ('{base} --train-fraction 0', 'argument --train-fraction: must be a number above 0 and at most 1'),
-    ('{base} --train-fraction 0.5 1.01', 'argument --train-fraction: must be a number above 0 and at most 1'),
-    ('{base} --train-fraction half', "argument --train-fraction: must be a number above 0 and at most 1, got 'half'"),
-    ('{base} --seeds 0', 'argument --seeds: must be at least 1'),
+    ('{base} --freeze head', "--freeze: must be one of none, stem, body, got 'head'"),
+    ('{base} --train-fraction 0', '--train-fraction: must be above 0, got 0'),
+    ('{base} --train-fraction 0.5 1.01', '--train-fraction: must be at most 1, got 1.01'),
+    ('{base} --train-fraction half', "--train-fraction: must be a number, got 'half'"),
+    ('{base} --seeds 0', '--seeds: must be at least 1'),
     ('{base} --mode ctc', '--mode: no such flag'),
     ('{base} --num-negatives 16', '--num-negatives: no such flag'),
     ('{base} --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),

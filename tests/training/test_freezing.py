@@ -9,7 +9,8 @@ import torch
 from families import on_meta, small_of_each_module
 from torch import nn
 
-from ctc_timm.training.freezing import PartlyFrozenTask, freeze
+from ctc_timm.training.freezing import freeze
+from ctc_timm.training.tasks import SupervisedTask
 from ctc_timm.utils.errors import UserError
 
 # heads with more than the one layer that timm's config names as the classifier
@@ -32,7 +33,7 @@ def test_parts_by_family(name: str) -> None:
     model: Any = on_meta(name, num_classes=3)
     first, classifier = names(model.pretrained_cfg['first_conv']), names(model.pretrained_cfg['classifier'])
     if name.startswith(WITHOUT_GROUPS):
-        with pytest.raises(UserError, match='--freeze stem: timm does not say what the stem of'):
+        with pytest.raises(UserError, match='`freeze` stem: timm does not say what the stem of'):
             freeze(model, 'stem')
     else:
         modules = freeze(model, 'stem')
@@ -56,7 +57,7 @@ def test_nothing_is_frozen() -> None:
 
 def test_a_model_with_nothing_to_train() -> None:
     """Without a classifier all would be body."""
-    with pytest.raises(UserError, match='--freeze body: that is all of test_resnet'):
+    with pytest.raises(UserError, match='`freeze` body: that is all of test_resnet'):
         freeze(on_meta('test_resnet', num_classes=0), 'body')
 
 
@@ -78,7 +79,7 @@ def test_batch_norms_without_parameters() -> None:
             return self.fc(self.drop(self.norm(self.stem(x))))
 
     model = Model()
-    task = PartlyFrozenTask(model, freeze(model, 'body'), criterion=nn.CrossEntropyLoss(), verbose=False).train()
+    task = SupervisedTask(model, freeze(model, 'body'), criterion=nn.CrossEntropyLoss(), verbose=False).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     task(torch.randn(8, 4), torch.arange(8) % 2)['loss'].backward()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
