@@ -6,7 +6,6 @@ tensor is what was written.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -24,22 +23,23 @@ from runs import forget_processes
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ctc_timm.cli.arguments import Parser
-from ctc_timm.cli.training_flags import add_arguments
 from ctc_timm.data.datasets import open_split
+from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.hub.collect import add
 from ctc_timm.measure.features import Features, SplitImages, features_of
 from ctc_timm.measure.plots.training import plot_run, stage_change
 from ctc_timm.measure.results import RowStore
-from ctc_timm.models import catalog as catalog
+from ctc_timm.models import catalog
 from ctc_timm.models.creation import load_weights
 from ctc_timm.models.loading import data_flags, load_model, run_arguments
 from ctc_timm.models.registry import _with_weights
 from ctc_timm.runs import Run
-from ctc_timm.training.checkpoints import find_resume, states_of
-from ctc_timm.training.trainer import Trainer
+from ctc_timm.training.build import train
+from ctc_timm.training.checkpoints import find_resume
+from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.errors import UserError
+from ctc_timm.utils.settings import build, check_values, settings_of
 
 SECONDS = 20  # more is a hang
 LETTERS = b'0123456789-aeglnsx_FUI16.'  # that leave a text a text
@@ -96,22 +96,12 @@ def attempt(kind: str, load: Callable[..., Any], *args: Any) -> Any:
         assert time.monotonic() - started < SECONDS
 
 
-def read_flags(*words: str) -> argparse.Namespace:
-    """The flags of a training run."""
-    parser = Parser()
-    add_arguments(parser)
-    return parser.parse_args(list(words))
-
-
 @pytest.fixture(scope='module')
-def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(flags: Callable[..., Any], tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of both stages."""
     forget_processes()
     folder = tmp_path_factory.mktemp('runs')
-    Trainer(
-        read_flags(*tiny, '--epochs', '2', '--output', str(folder), '--experiment', 'run', '--keep-every', '1')
-    ).fit()
-    return folder / 'run'
+    return train(flags(*tiny, f'--epochs 2 --output {folder} --experiment run --keep-every 1')).path
 
 
 @pytest.fixture(scope='module')
@@ -159,7 +149,7 @@ def test_weights_to_start_from(run: Path, weights: dict[str, Tensor]) -> None:
         file.write_bytes(damaged(data, seed))
         model = timm.create_model('test_resnet', num_classes=10)
         before = refused['weights, to start from']
-        attempt('weights, to start from', load_weights, model, file, '--initial-checkpoint')
+        attempt('weights, to start from', load_weights, model, file, 'initial_checkpoint')
         assert refused['weights, to start from'] > before or same(model, weights), seed
         loaded = attempt('weights, loose', load_model, str(file))
         assert loaded is None or same(loaded.model, weights), seed
@@ -174,7 +164,7 @@ def test_config_of_a_run(run: Path, weights: dict[str, Tensor]) -> None:
         loaded = attempt('config.json', load_model, str(run))
         if loaded is not None:
             assert same(loaded.model, weights), seed
-            config = attempt('config.json, used', data_config, read_flags(), loaded.model)
+            config = attempt('config.json, used', data_config, DataSettings(), loaded.model)
             assert config is None or len(config['mean']) == len(config['std'])
 
 
@@ -184,7 +174,7 @@ def built(entry: catalog.Entry) -> torch.nn.Module:
 
 
 def test_catalog(run: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
-    """An entry that is believed loads the weights that were catalogd, as its hash is checked."""
+    """An entry that is believed loads the weights that were cataloged, as its hash is checked."""
     file = tmp_path / 'zoo.json'
     for tag in ('a', 'b'):
         add(str(run), file, tag=tag)
@@ -208,7 +198,7 @@ def test_weights_of_a_catalog(run: Path, tmp_path: Path) -> None:
     for seed in range(2000, 2060):
         changed = damaged(data, seed)
         file.write_bytes(changed)
-        assert (attempt('weights, catalogd', built, entry) is None) == (changed != data), seed
+        assert (attempt('weights, cataloged', built, entry) is None) == (changed != data), seed
 
 
 def test_arguments_of_a_run(run: Path) -> None:
@@ -219,11 +209,9 @@ def test_arguments_of_a_run(run: Path) -> None:
         file.write_bytes(damaged(data, seed))
         found = attempt('args.yaml', run_arguments, run)
         assert found is None or isinstance(found, dict)
-        parser = Parser()
-        add_arguments(parser)
         if found is not None:
-            kept = {k: v for k, v in found.items() if k not in ('config', 'resume', 'output', 'experiment')}
-            attempt('args.yaml, as presets', parser.preset, kept, str(file))
+            kept = {k: v for k, v in found.items() if k in settings_of(TrainSettings)}
+            attempt('args.yaml, as presets', check_values, TrainSettings, kept, str(file))
             attempt('args.yaml, for data', data_flags, found)
         attempt('args.yaml, of a resume', Run(run).args)
 
@@ -240,16 +228,16 @@ def test_numbers_of_a_run(run: Path, name: str) -> None:
             pictures = attempt(f'{name}, drawn', plot_run, run)
             assert pictures is None or all(picture.stat().st_size for picture in pictures)
         attempt(f'{name}, read', lambda: (Run(run).rows(), stage_change(run / 'metrics.jsonl')))
-        attempt(f'{name}, resumed', Run(run).forget_from, 1)
+        attempt(f'{name}, resumed', Run(run).clean_up, 1)
         assert file.read_bytes() in before or before.startswith(file.read_bytes())
     file.write_bytes(data)
 
 
 def features_by(run: Path, cache: Path) -> tuple[Callable[[], Features], Path]:
     """How to have a model's features of a few images, and the file that keeps them."""
-    args = read_flags('--dataset', 'digits', '--img-size', '16', '--mean', '0.3', '--std', '0.4', '-b', '32', '-j', '0')
+    data, loader = DataSettings(dataset='digits', img_size=16, mean=(0.3,), std=(0.4,)), LoaderSettings(workers=0)
     loaded, accelerator = load_model(str(run)), Accelerator()
-    images = SplitImages(open_split(args, 'validation[:20]'), args, data_config(args, loaded.model), accelerator)
+    images = SplitImages(open_split(data, 'validation[:20]'), loader, data_config(data, loaded.model), accelerator)
     features_of(loaded, images, accelerator, cache, logits=True)
     (file,) = cache.iterdir()
     return lambda: features_of(loaded, images, accelerator, cache, logits=True), file
@@ -286,11 +274,11 @@ def test_rows_of_a_measurement(tmp_path: Path) -> None:
 def test_states_of_a_run(trained: Path, tmp_path: Path) -> None:
     """Damage to any file of the newest state: it is named and the one before is used; to both: a refusal."""
     run = Path(shutil.copytree(trained, tmp_path / 'run'))
-    older, newest = states_of(Run(run))
+    older, newest = Run(run).states()
     whole = {file.relative_to(run): file.read_bytes() for state in (older, newest) for file in _files(state)}
     files = _files(newest)
     assert len(files) > 5
-    by_run, by_state = (read_flags('--resume', str(path)) for path in (run, newest))
+    by_run, by_state = (build(TrainSettings, {'resume': path}) for path in (run, newest))
     for seed in range(180):
         file = files[seed % len(files)]
         data = whole[file.relative_to(run)]
@@ -334,7 +322,7 @@ def report() -> Iterator[None]:
 
 def test_there_were_enough(record_property: Callable[[str, object], None]) -> None:
     """At least 500 damaged files were read, and of every kind some were refused or mended."""
-    if 'weights, catalogd' not in tried:
+    if 'weights, cataloged' not in tried:
         pytest.fail('run the whole file')
     record_property('damaged', sum(tried.values()))
     assert sum(tried.values()) >= 500
