@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from PIL import ImageMode
 from timm.data import IterableImageDataset, create_dataset
 from timm.data.readers import get_img_extensions
@@ -24,6 +25,7 @@ from .settings import DataSettings
 STREAMING = ('hfids', 'tfds', 'wds')
 READERS = ('hfds', 'torch', *STREAMING)
 FOLDER_NAMES = ('', 'folder', 'tar', 'imagefolder', 'image_folder', 'imagetar', 'image_tar')
+logger = get_logger(__name__)
 SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation', 'test'))
 
 
@@ -73,7 +75,13 @@ def image_mode(data: DataSettings) -> str:
 
 
 def open_split(
-    data: DataSettings, split: str, *, is_training: bool = False, batch_size: int = 1, unsplit: bool = True
+    data: DataSettings,
+    split: str,
+    *,
+    is_training: bool = False,
+    batch_size: int = 1,
+    unsplit: bool = True,
+    labeled: bool = True,
 ) -> DatasetSplit:
     """Open a split, and read its labels without decoding images.
 
@@ -83,6 +91,7 @@ def open_split(
         is_training: For streams, whether to shuffle.
         batch_size: A hint for streams.
         unsplit: Whether a folder or tar file that holds no splits at all may be taken for this one.
+        labeled: Whether labels are needed. Without, `labels_N` is None where they are missing, which is logged.
 
     Raises:
         UserError: Nothing there, an empty class folder, a split that does not exist, labels missing.
@@ -127,7 +136,7 @@ def open_split(
         unknown_length = is_streaming(name) and options['num_samples'] is None
         hint = '; where its length is unknown, give `train_num_samples` and `val_num_samples`' * unknown_length
         raise UserError(f'{what}: {one_line(error)}{hint}') from None
-    return _checked(dataset, what, name if from_reader else str(data.data_dir), inside, data.class_map)
+    return _checked(dataset, what, name if from_reader else str(data.data_dir), inside, data.class_map, labeled)
 
 
 def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
@@ -261,30 +270,41 @@ def _available_split(name: str, split: str) -> str:
     raise UserError(f'`dataset` {name} has no split {wanted!r}; it has {", ".join(known)}')
 
 
-def _checked(dataset: Any, what: str, name: str, inside: str | None = None, class_map: str = '') -> DatasetSplit:
+def _checked(
+    dataset: Any, what: str, name: str, inside: str | None = None, class_map: str = '', labeled: bool = True
+) -> DatasetSplit:
     """A dataset with its labels and classes."""
     reader = getattr(dataset, 'reader', dataset)
     classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
     names = {int(index): str(word) for word, index in classes.items()}
     if isinstance(dataset, IterableImageDataset):
         return DatasetSplit(dataset, None, len(names) or None, name, names)
-    _check_columns(reader, what)
+    _check_columns(reader, what, labeled)
     if inside:  # of a tar file's images keep those in one of its folders
         keep = [sample[0].path.removeprefix('./').startswith(f'{inside}/') for sample in reader.samples]
         reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
-    _check_class_folders(reader, what, class_map)
-    labels_N = _labels(dataset, what)
+    try:
+        _check_class_folders(reader, what, class_map)
+        labels_N = _labels(dataset, what)
+    except UserError as error:
+        if labeled or not len(dataset):
+            raise
+        logger.info(f'without labels: {error}')
+        if hasattr(reader, 'label_key'):  # timm would read them with each image
+            reader.label_key, reader.target_keys, reader.remap_class = 'no label', [], False
+            reader.dataset = reader.dataset.add_column('no label', [-1] * len(reader.dataset))
+        return DatasetSplit(dataset, None, None, name, {})
     return DatasetSplit(dataset, labels_N, max(int(labels_N.max()), max(names, default=-1)) + 1, name, names)
 
 
-def _check_columns(reader: Any, what: str) -> None:
+def _check_columns(reader: Any, what: str, labeled: bool) -> None:
     """Refuse a column that a Hugging Face data set does not have; timm's reader adds an empty one by that name."""
     if not hasattr(reader, 'image_key'):
         return
     columns = set(reader.dataset.column_names)
     if not isinstance(reader.dataset[0].get(reader.image_key), dict):
         columns -= {reader.image_key}
-    for name, column in (('input_key', reader.image_key), ('target_key', reader.label_key)):
+    for name, column in (('input_key', reader.image_key), ('target_key', reader.label_key))[: 1 + labeled]:
         if not columns & {column, *column.split(','), column.split('.')[0]}:
             raise UserError(
                 f'{what}: no such column as `{name}` {column}{nearest(column, columns)}; '

@@ -1,145 +1,128 @@
-"""`transfer/dynamics.py`: every kept epoch of every run, measured on its source and on targets.
+"""Every kept epoch of every run, measured on its source and on targets.
 
-One row a kept epoch and set: accuracy on the source, the probes' on a target, and on both the information and
-the geometry of the test images' features; on coco:FOLDER a detector's average precision. What is finished is on
-disk at once, in the run's own dynamics/rows.jsonl, and is not measured again.
+One row a kept epoch and set: accuracy on the source, the probes' on a target, and on both the information and the
+geometry of the test images' features; on coco:FOLDER a detector's average precision. Each part of a row is kept in the
+run's dynamics/rows.jsonl as soon as it is finished, under a key of all that it depends on, and is not measured again:
+another probe is computed alone, from the cached features.
 """
 
 from __future__ import annotations
 
-import argparse
-import re
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from tqdm import tqdm
 
-from ..cli.arguments import Parser, non_negative_int, positive_int
 from ..data.datasets import open_split
 from ..data.transforms import data_config
-from ..models.loading import data_flags, load_model, run_arguments
-from ..utils.distributed import add_precision_arguments, create_accelerator
+from ..models.loading import LoadedModel, data_flags, load_model
+from ..runs import Run
+from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, nearest
 from ..utils.progress import outer_bar
-from .information import ESTIMATORS
-from .plots.dynamics import by_trajectory, first_column, plot_dynamics
+from .features import SplitImages, features_of
+from .geometry import measure_geometry
+from .information import create_estimator
+from .plots.dynamics import by_trajectory, main_column, plot_dynamics
 from .plots.training import stage_change
-from .points import PUBLISHED, CheckpointEvaluation, DetectionEvaluation, Weights
-from .probes import METHODS
+from .probes import probe
 from .results import RowStore, table, write_csv, write_json
-from .transfer_sets import COCO, OpenSplit, TransferSet, add_target_arguments, coco_folders, open_targets, target_names
+from .scores import METRICS, bootstrap_scores
+from .sets import LabeledFeatures, check_finite
+from .settings import DynamicsSettings, MeasureSettings
+from .transfer_sets import COCO, TransferSet, target_names
 
-if TYPE_CHECKING:
-    from ..dense.frozen import FrozenDetection
-
-
-def add_arguments(parser: Parser) -> None:
-    """Declare the flags of the dynamics."""
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='folders of runs, with kept epochs in weights/')
-    group = parser.add_argument_group('Measures')
-    group.add_argument(
-        '--probes', nargs='+', choices=METHODS, default=['ridge'], metavar='METHOD', help=f'of {", ".join(METHODS)}'
-    )
-    group.add_argument(
-        '--information',
-        choices=(*ESTIMATORS, PUBLISHED, 'none'),
-        default='renyi',
-        help='estimator of I(X;T) and I(T;Y)',
-    )
-    group.add_argument(
-        '--information-images', type=positive_int, default=2000, metavar='N', help='test images it is given'
-    )
-    group.add_argument('--seed', type=non_negative_int, default=0, metavar='S', help='of everything random')
-    group.add_argument('--every', type=positive_int, default=1, metavar='N', help='take each N-th kept epoch')
-    group.add_argument('--no-cache', action='store_true', help='keep no features on disk')
-    group.add_argument(
-        '--output',
-        default='',
-        metavar='DIR',
-        help="where results go; the run's dynamics/, or results/dynamics for several",
-    )
-    add_precision_arguments(group)
-    group = parser.add_argument_group('Detection, for --target coco:FOLDER')
-    group.add_argument(
-        '--detection-epochs', type=positive_int, default=3, metavar='N', help='of training heads on each frozen body'
-    )
-    group.add_argument(
-        '--detection-images', type=positive_int, default=500, metavar='N', help='drawn of the training images'
-    )
-    add_target_arguments(parser)
+VERSION = 1  # of what the parts hold; another one measures everything again
+logger = get_logger(__name__)
 
 
-@dataclass
-class KeptRun:
-    """A run and its kept epochs.
+class DetectionEvaluator(Protocol):
+    """Measures what a frozen backbone is worth to a detector on one folder."""
 
-    Attributes:
-        path: Its folder.
-        name: Different from that of every other run measured with it.
-        epochs: Weights file by epoch.
-        change: Where the temporal stage starts, or None.
-        source: The split that it was validated on.
-        source_name: Its name.
-    """
+    def facts(self) -> dict[str, Any]:
+        """Return all that the numbers depend on beside the weights, as plain values."""
 
-    path: Path
-    name: str
-    epochs: dict[int, Path]
-    change: float | None
-    source: OpenSplit
-    source_name: str
-
-    def stage(self, epoch: int) -> str:
-        """'instance', 'temporal', or the mode of a run of one stage."""
-        if self.change is None:
-            return str(run_arguments(self.path).get('mode', ''))
-        return 'instance' if epoch < self.change else 'temporal'
+    def measure(self, loaded: LoadedModel, accelerator: Accelerator) -> dict[str, Any]:
+        """Measure a model, which is not used afterwards: box_ap, ... in percent, num_train and num_test."""
 
 
-def dynamics(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, write and draw.
+def _no_detection(folder: str, epochs: int, images: int, seed: int) -> DetectionEvaluator:
+    raise UserError(f'`target` {COCO}{folder}: is measured by `ctc_timm.dynamics`, which brings a detector')
+
+
+def dynamics(
+    settings: DynamicsSettings, open_detection: Callable[[str, int, int, int], DetectionEvaluator] = _no_detection
+) -> dict[str, Any]:
+    """Measure all runs on all sets, write results.json, results.csv and the pictures, and log.
+
+    Args:
+        settings: Runs, measures and targets.
+        open_detection: Opens the folder of a target coco:FOLDER: folder, epochs, images, seed.
 
     Returns:
         What results.json holds.
 
     Raises:
-        UserError: A run without kept weights, a target that cannot be measured. Finished rows stay.
+        UserError: A run without kept weights, a target that can't be measured. Finished rows stay.
     """
-    accelerator = create_accelerator(args)
-    runs = [kept_run(path, name, args, accelerator) for path, name in _named(args.runs).items()]
-    first = load_model(str(next(iter(runs[0].epochs.values()))), setting='runs')
-    channels = data_config(args, first.model)['input_size'][0]
-    names = target_names(args)
-    folders = coco_folders(names)
-    targets = open_targets([name for name in names if name not in folders], args, channels, accelerator)
-    detections = {name: _open_detection(name, args) for name in folders}
-    total = sum(len(run.epochs) for run in runs) * (1 + len(targets) + len(detections))
+    measures, accelerator = settings.measures, create_accelerator(settings.precision)
+    runs = [KeptRun(path, name, settings, accelerator) for path, name in _short_names(measures.runs).items()]
+    channels = runs[0].config['input_size'][0]
+    names = target_names(settings.target, settings.data)
+    options = (measures.detection_epochs, measures.detection_images, measures.seed)
+    detections = {n: open_detection(n.removeprefix(COCO), *options) for n in names if n.startswith(COCO)}
+    most = (settings.target.max_train, settings.target.max_test)
+    targets = [
+        TransferSet(name, settings.data, settings.loader, channels, accelerator, most)
+        for name in names
+        if name not in detections
+    ]
     rows: list[dict[str, Any]] = []
+    total = sum(len(run.weights) for run in runs) * (1 + len(targets) + len(detections))
     with outer_bar(total, 'dynamics', accelerator) as bar:
         for run in runs:
-            rows += _measure_run(run, targets, detections, args, accelerator, bar)
+            rows += _measure_run(run, targets, detections, measures, accelerator, bar)
     results = {
-        'runs': [{'name': run.name, 'path': str(run.path), 'stage_change': run.change} for run in runs],
+        'runs': [{'name': run.name, 'path': str(run), 'stage_change': run.change} for run in runs],
         'targets': [target.name for target in targets],
         'detection': {name: detection.facts() for name, detection in detections.items()},
-        'probes': args.probes,
-        'information': args.information,
+        'probes': list(measures.probes),
+        'information': measures.information,
         'rows': rows,
     }
     if accelerator.is_main_process:
-        output = Path(args.output or (runs[0].path / 'dynamics' if len(runs) == 1 else 'results/dynamics'))
+        output = Path(measures.output or (runs[0].dynamics if len(runs) == 1 else 'results/dynamics'))
         write_json(output / 'results.json', results)
         write_csv(output / 'results.csv', rows)
-        pictures = plot_dynamics(results, output)
-        print(_summary(results, output, pictures))
+        pictures = ', '.join(str(picture) for picture in plot_dynamics(results, output))
+        logger.info(f'{table_of(results)}\nwritten to {output / "results.json"}, results.csv, {pictures}')
     accelerator.wait_for_everyone()
     return results
 
 
-def _named(paths: list[str]) -> dict[Path, str]:
-    """A short name for each run: its folder's, or so much of its path as tells it from the others."""
+def table_of(results: dict[str, Any]) -> str:
+    """Format the last epoch of each run beside its best for a terminal."""
+    lines = []
+    for (run, kind, dataset), rows in by_trajectory(results['rows']).items():
+        column = main_column(kind, results['probes'])
+        best, last = max(rows, key=lambda row: row[column]), rows[-1]
+        lines.append(
+            {'run': run, 'set': f'{kind} {dataset}', 'measure': column, 'best %': best[column], 'epoch': best['epoch']}
+            | {'last %': last[column], 'from': last.get(f'{column}_low'), 'to': last.get(f'{column}_high')}
+            | {'effective rank': last.get('effective_rank'), 'within/between': last.get('spread')}
+        )
+    return table(lines, {heading: heading for heading in lines[0]})
+
+
+def _short_names(paths: tuple[str, ...]) -> dict[Path, str]:
+    """Name each run by its folder, or by as many parts of its path as distinguish it from the others."""
     folders = list(dict.fromkeys(Path(path) for path in paths))
     depth = 1
     while len({folder.resolve().parts[-depth:] for folder in folders}) < len({f.resolve() for f in folders}):
@@ -147,114 +130,185 @@ def _named(paths: list[str]) -> dict[Path, str]:
     return {folder: '/'.join(folder.resolve().parts[-depth:]) for folder in folders}
 
 
-def kept_run(path: Path, name: str, args: argparse.Namespace, accelerator: Accelerator) -> KeptRun:
-    """Find a run's kept epochs and open what it was validated on.
+class KeptRun(Run):
+    """A run with its kept epochs, and the images that it was validated on.
 
     Args:
         path: The run's folder.
-        name: What to call it.
-        args: Of `add_arguments`.
+        name: Different from that of every other run measured with it.
+        settings: Which epochs, and how images are loaded.
         accelerator: Device and processes.
+
+    Attributes:
+        weights: Weights file by epoch, in order.
+        config: Image transform of its models.
+        source: The images that it was validated on.
+        change: Where the temporal stage starts, between two epochs, or None.
 
     Raises:
         UserError: No such folder, or no kept epochs in it.
     """
-    if not path.is_dir():
-        raise UserError(f'RUN {path}: no such folder{nearest(path.name, _siblings(path))}')
-    found = {_epoch(file): file for file in sorted((path / 'weights').glob('epoch-*.safetensors'))}
-    if not found:
-        raise UserError(f'RUN {path}: no kept epochs in {path / "weights"}; train with --keep-every N above 0')
-    kept = dict(list(found.items())[:: args.every])
-    kept.setdefault(max(found), found[max(found)])
-    run_args = run_arguments(path)
-    own = argparse.Namespace(**{**vars(args), **data_flags(run_args)})
-    with accelerator.main_process_first():
-        source = open_split(own, own.val_split, unsplit=False)
-    return KeptRun(
-        path, name, kept, stage_change(path / 'metrics.jsonl'), OpenSplit(source, own, accelerator), source.name
-    )
 
+    def __init__(self, path: Path, name: str, settings: DynamicsSettings, accelerator: Accelerator) -> None:
+        super().__init__(path)
+        if not path.is_dir():
+            siblings = [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(f'`runs` {path}: no such folder{nearest(path.name, siblings)}')
+        kept = self.kept_weights()
+        if not kept:
+            raise UserError(f'`runs` {path}: no kept epochs in {self.weights_folder}; train with `keep_every` above 0')
+        last = max(kept)
+        self.name, self.change = name, stage_change(self)
+        self.weights = dict(list(kept.items())[:: settings.measures.every]) | {last: kept[last]}
+        args = self.args()
+        self._mode = str(args.get('mode', ''))
+        flags = data_flags(args)
+        loader = replace(settings.loader, workers=flags.pop('workers', settings.loader.workers))
+        data = replace(settings.data, **flags)
+        with accelerator.main_process_first():
+            source = open_split(data, data.val_split, unsplit=False)
+        self.config = data_config(settings.data, load_model(kept[last], setting='runs').model)
+        self.source = SplitImages(source, loader, self.config, accelerator)
 
-def _epoch(file: Path) -> int:
-    match = re.fullmatch(r'epoch-(\d+)', file.stem)
-    if match is None:
-        raise UserError(f'{file}: not named as a kept epoch is, epoch-0005.safetensors')
-    return int(match[1])
-
-
-def _siblings(path: Path) -> list[str]:
-    return [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
-
-
-def _open_detection(name: str, args: argparse.Namespace) -> FrozenDetection:
-    from ..dense.frozen import FrozenDetection  # needs a package of its own
-
-    folder = name.removeprefix(COCO)
-    return FrozenDetection.open(folder, f'--target {COCO}', args.detection_epochs, args.detection_images, args.seed)
+    def stage(self, epoch: int) -> str:
+        """Return 'instance', 'temporal', or the mode of a run of one stage."""
+        if self.change is None:
+            return self._mode
+        return 'instance' if epoch < self.change else 'temporal'
 
 
 def _measure_run(
     run: KeptRun,
     targets: list[TransferSet],
-    detections: dict[str, FrozenDetection],
-    args: argparse.Namespace,
+    detections: dict[str, DetectionEvaluator],
+    measures: MeasureSettings,
     accelerator: Accelerator,
     bar: tqdm,
 ) -> list[dict[str, Any]]:
-    """All rows of a run, in the order of its epochs."""
-    store = RowStore(run.path / 'dynamics' / 'rows.jsonl')
+    """Measure all rows of a run, in the order of its epochs."""
+    store = RowStore(run.dynamics / 'rows.jsonl', write=accelerator.is_main_process)
+    images = [target.images(run.config) for target in targets]
     rows = []
-    config: dict[str, Any] | None = None
-    for epoch, file in run.epochs.items():
-        weights = Weights(file, run.path)
-        if config is None:  # the same for all epochs of a run
-            config = data_config(args, weights.loaded.model)
-        for target in (None, *targets):
-            split = target.test if target else run.source
-            point = CheckpointEvaluation(weights, split.images(config), target, config, args, accelerator)
-            stage = run.stage(epoch)
-            about = {'set': 'target' if target else 'source', 'dataset': target.name if target else run.source_name}
-            rows.append({'run': run.name, 'epoch': epoch, 'stage': stage, **about, **point.row(store)})
-            bar.update()
+
+    def add(epoch: int, kind: str, dataset: str, measured: dict[str, Any]) -> None:
+        where = {'run': run.name, 'epoch': epoch, 'stage': run.stage(epoch), 'set': kind, 'dataset': dataset}
+        rows.append({**where, 'weights': str(run.weights[epoch]), **measured})
+        bar.update()
+
+    for epoch, file in run.weights.items():
+        checkpoint = Checkpoint(run, file, measures, accelerator)
+        add(epoch, 'source', run.source.source.name, checkpoint.on_source(run.source, store))
+        for target, (train, test) in zip(targets, images):
+            add(epoch, 'target', target.name, checkpoint.on_target(target, train, test, store))
         for name, detection in detections.items():
-            own = DetectionEvaluation(weights, detection, accelerator).row(store)
-            about = {'set': 'detection', 'dataset': name}
-            rows.append({'run': run.name, 'epoch': epoch, 'stage': run.stage(epoch), **about, **own})
-            bar.update()
+            add(epoch, 'detection', name, checkpoint.detect(detection, store))
     return rows
 
 
-def _summary(results: dict[str, Any], output: Path, pictures: list[Path]) -> str:
-    """The last epoch of each run beside its best, and where everything is."""
-    lines = []
-    for (run, kind, dataset), mine in by_trajectory(results['rows']).items():
-        column = {'source': 'top1', 'detection': 'box_ap'}.get(kind, first_column(results['probes']))
-        best, last = max(mine, key=lambda row: row[column]), mine[-1]
-        lines.append(
-            {
-                'run': run,
-                'set': f'{kind} {dataset}',
-                'measure': column,
-                'best': best[column],
-                'epoch': best['epoch'],
-                'last': last[column],
-                'low': last.get(f'{column}_low'),
-                'high': last.get(f'{column}_high'),
-                'rank': last.get('effective_rank'),
-                'spread': last.get('spread'),
-            }
+class Checkpoint:
+    """One kept epoch of a run, whose model is loaded when something has to be computed from it.
+
+    Args:
+        run: The run.
+        file: The epoch's weights.
+        measures: What is measured.
+        accelerator: Device, precision and processes.
+    """
+
+    def __init__(self, run: Run, file: Path, measures: MeasureSettings, accelerator: Accelerator) -> None:
+        self.file = file
+        self._cache = None if measures.no_cache else run.features
+        self._measures = measures
+        self._accelerator = accelerator
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the weights file."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model."""
+        return load_model(self.file, setting='runs')
+
+    def features(self, images: SplitImages, logits: bool = False) -> LabeledFeatures:
+        """Return the features of a split, from the cache if they are there."""
+        features = features_of(self.loaded, images, self._accelerator, self._cache, logits)
+        check_finite(features.features_ND, f'{self.file}: the features of {images.source.name}')
+        return features
+
+    def on_source(self, test: SplitImages, store: RowStore) -> dict[str, Any]:
+        """Return accuracy of the model's classifier, geometry and information; what is missing is measured."""
+        return self._parts(test, store, {'accuracy': ({}, self._accuracy)}, logits=True)
+
+    def on_target(self, target: TransferSet, train: SplitImages, test: SplitImages, store: RowStore) -> dict[str, Any]:
+        """Return accuracy of the probes, geometry and information; what is missing is measured."""
+        values = {'train': train.identity, 'seed': self._measures.seed}
+        probes: tuple[str, ...] = self._measures.probes
+        parts: dict[str, Any] = {m: (values, partial(self._probe, m, target, train)) for m in probes}
+        return self._parts(test, store, parts)
+
+    def detect(self, detection: DetectionEvaluator, store: RowStore) -> dict[str, Any]:
+        """Return the average precision of a detector; it is measured where it is missing."""
+        values = {'weights': self.hash, 'precision': self._accelerator.mixed_precision, **detection.facts()}
+        return store.get(
+            {'part': 'detection', **values},
+            lambda: detection.measure(load_model(self.file, setting='runs'), self._accelerator),
         )
-    headings = {
-        'run': 'run',
-        'set': 'set',
-        'measure': 'measure',
-        'best': 'best %',
-        'epoch': 'epoch',
-        'last': 'last %',
-        'low': 'from',
-        'high': 'to',
-        'rank': 'effective rank',
-        'spread': 'within/between',
-    }
-    written = ', '.join(str(picture) for picture in pictures)
-    return f'{table(lines, headings)}\nwritten to {output / "results.json"}, results.csv, {written}'
+
+    def _parts(
+        self, test: SplitImages, store: RowStore, parts: dict[str, tuple[dict[str, Any], Any]], logits: bool = False
+    ) -> dict[str, Any]:
+        """Return all parts as one flat row.
+
+        Args:
+            test: Test images.
+            store: Of the parts.
+            parts: What each depends on beside weights and test images, and the function of features that measures it.
+            logits: Whether the features have logits.
+        """
+        measures = self._measures
+        parts['geometry'] = {}, lambda features: measure_geometry(features.features_ND, features.labels_N)
+        if measures.information != 'none':
+            values = {'images': measures.information_images, 'seed': measures.seed}
+            parts['information'] = {'estimator': measures.information, **values}, partial(self._information, test)
+        common = {'version': VERSION, 'weights': self.hash, 'test': test.identity}
+        common['precision'] = self._accelerator.mixed_precision
+        seen: list[LabeledFeatures] = []
+        row: dict[str, Any] = {}
+        for part, (values, measure) in parts.items():
+
+            def measured(measure: Any = measure) -> dict[str, Any]:
+                if not seen:
+                    seen.append(self.features(test, logits))
+                return measure(seen[0])
+
+            row |= store.get({**common, 'part': part, **values}, measured)
+        return row
+
+    def _accuracy(self, test: LabeledFeatures) -> dict[str, Any]:
+        assert test.logits_NC is not None
+        return {'num_test': len(test), **bootstrap_scores(test.logits_NC, test.labels_N, self._measures.seed)}
+
+    def _probe(self, method: str, target: TransferSet, images: SplitImages, test: LabeledFeatures) -> dict[str, Any]:
+        train, what = self.features(images), f'{target.what}, {self.file}'
+        options: dict[str, Any] = {'seed': self._measures.seed, 'device': self._accelerator.device, 'what': what}
+        row: dict[str, Any] = {'num_train': len(train), 'num_test': len(test)}
+        for scores in probe(method, train, test, target.num_classes, **options):
+            row |= {f'{scores["method"]}_{name}': value for name, value in scores.items() if name.startswith(METRICS)}
+        return row
+
+    def _information(self, images: SplitImages, test: LabeledFeatures) -> dict[str, Any]:
+        """Estimate I(X;T) and I(T;Y) of a seeded draw of the test images."""
+        measures = self._measures
+        draw = torch.Generator().manual_seed(measures.seed)
+        chosen = torch.randperm(len(test), generator=draw)[: measures.information_images]
+        pixels, features = images.pixels()[chosen], test.features_ND[chosen]
+        row: dict[str, Any] = {}
+        name, published, _ = measures.information.partition('-published')
+        for pair, x, t in (('xt', pixels, features), ('ty', features, test.labels_N[chosen])):
+            preset = f'published_{pair}' if published else 'small'
+            estimator = create_estimator(name, preset, seed=measures.seed, device=self._accelerator.device)
+            estimate = estimator.estimate(x, t)
+            row |= {f'information_{pair}': estimate.nats, f'information_{pair}_se': estimate.standard_error}
+        return row

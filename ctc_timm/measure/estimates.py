@@ -1,27 +1,26 @@
-"""What every estimator of mutual information shares: how inputs are read, what an estimate holds, error bars.
+"""What all estimators of mutual information share: how inputs are read, and what an estimate holds.
 
 Letters: N images, X coordinates of x, D coordinates of t, C classes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..utils.errors import UserError, nearest
+from ..utils.errors import UserError
 
 MIN_IMAGES = 32
+SMALLEST = 1e-30
 Progress = Callable[[int, int], None]
 Values = Tensor | np.ndarray
-Settings = TypeVar('Settings')
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Estimate:
     """One estimate of I(X;T).
 
     Attributes:
-        nats: The estimate, in nats; for `renyi` in nats of its own entropy, see `renyi`.
+        nats: The estimate, in nats; for `renyi` in nats of its own entropy, see `Renyi`.
         standard_error: Of `nats`, in nats: noise of the estimate on these images, neither bias nor the spread over
             trainings.
         curve: The bound while its critic was trained, in nats; empty for `renyi`.
@@ -42,16 +41,51 @@ class Estimate:
     curve_every: int = 1
 
 
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator of mutual information with its settings.
+
+    Attributes:
+        seed: Of all random draws.
+        device: Where to compute.
+
+    Raises:
+        UserError: A setting outside its limits.
+    """
+
+    seed: int = 0
+    device: str | torch.device = 'cpu'
+    limits: ClassVar[dict[str, tuple[float, float]]] = {}  # least and largest value of a setting
+
+    def __post_init__(self) -> None:
+        for name, (least, largest) in self.limits.items():
+            value = getattr(self, name)
+            if not least <= value <= largest:
+                raise UserError(f'{name} must be at least {least:g} and at most {largest:g}, got {value}')
+
+    @abstractmethod
+    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
+        """Estimate I(X;T).
+
+        Args:
+            x: [N, ...] numbers, flattened; class labels [N]; or one-hot rows [N, C].
+            t: Likewise, for the same images.
+            progress: Called as `progress(done, of)` after each part of the work.
+
+        Raises:
+            UserError: Inputs as in `paired`; see the estimator.
+        """
+
+
 def paired(x: Values, t: Values) -> tuple[Tensor, Tensor]:
-    """Both variables as tensors, checked.
+    """Check both variables, and return them as tensors.
 
     Args:
-        x: [N, ...] numbers, or [N] class labels.
+        x: [N, ...] numbers, or [N] class labels. A single real-valued coordinate is [N, 1] or [N] floats.
         t: Likewise, one row for the same image.
 
     Returns:
         For each a float tensor, [N, X] and [N, D], or for one-dimensional integers (labels) a long tensor, [N].
-        A single real-valued coordinate is given as [N, 1] or as [N] floats.
 
     Raises:
         UserError: Different numbers of rows, fewer than 32, NaN or infinity, no coordinates.
@@ -60,7 +94,7 @@ def paired(x: Values, t: Values) -> tuple[Tensor, Tensor]:
     if len(x) != len(t):
         raise UserError(f'x has {len(x)} rows and t has {len(t)}: one of each is needed for every image')
     if len(x) < MIN_IMAGES:
-        raise UserError(f'mutual information was asked for from {len(x)} images: at least {MIN_IMAGES} are needed')
+        raise UserError(f'mutual information of {len(x)} images: at least {MIN_IMAGES} are needed')
     return x, t
 
 
@@ -81,7 +115,7 @@ def _variable(name: str, values: Values) -> Tensor:
 
 
 def labels_of(values: Tensor) -> Tensor | None:
-    """The class of each image, [N] counted from 0, of labels [N] or one-hot rows [N, C]; None for other numbers."""
+    """Return the class of each image, [N] from 0, of labels [N] or one-hot rows [N, C]; None for other numbers."""
     if values.ndim == 2:
         if values.shape[1] < 2 or not bool(((values == 0) | (values == 1)).all() and (values.sum(dim=1) == 1).all()):
             return None
@@ -90,50 +124,7 @@ def labels_of(values: Tensor) -> Tensor | None:
 
 
 def numbers_of(values: Tensor) -> Tensor:
-    """Numbers [N, D] as they are, labels [N] as one-hot rows [N, C]; float32."""
+    """Return numbers [N, D] as they are and labels [N] as one-hot rows [N, C]; float32."""
     if values.ndim == 2:
         return values.float()
     return F.one_hot(torch.unique(values, return_inverse=True)[1]).float()
-
-
-def standardized(values_ND: Tensor) -> Tensor:
-    """Each coordinate with mean zero and deviation one; a constant one becomes zero. [N, D]"""
-    centerd_ND = values_ND - values_ND.mean(dim=0)
-    deviation_D = centerd_ND.square().mean(dim=0).sqrt()
-    # What is left of a constant after rounding must not be blown up to a deviation of one.
-    constant_D = deviation_D <= 1e-6 * values_ND.abs().amax(dim=0)
-    return torch.where(constant_D, 0.0, centerd_ND / deviation_D.masked_fill(constant_D, 1.0))
-
-
-def batch_means_error(values: Sequence[float], batches: int = 20) -> float:
-    """Standard error of the mean of an autocorrelated series, by non-overlapping batch means.
-
-    Neighboring values of a training curve resemble each other, so deviation / sqrt(number) would claim too much.
-    The means of long enough stretches are nearly independent; their deviation over sqrt(stretches) is the error.
-
-    Args:
-        values: The series; a remainder that fills no stretch is left out at its start.
-        batches: Number of stretches, fewer when the series is shorter than two values each.
-
-    Returns:
-        The error in the unit of the values; infinity for a series shorter than four values.
-    """
-    batches = min(batches, len(values) // 2)
-    if batches < 2:
-        return math.inf
-    length = len(values) // batches
-    means = np.asarray(values[len(values) - batches * length :], dtype=np.float64).reshape(batches, length).mean(axis=1)
-    return float(means.std(ddof=1) / math.sqrt(batches))
-
-
-def settings_from(start: Settings, estimator: str, options: dict[str, Any]) -> Settings:
-    """A settings dataclass with some fields replaced.
-
-    Raises:
-        UserError: An option that is no field.
-    """
-    known = [f.name for f in dataclasses.fields(start)]  # type: ignore[arg-type]
-    for name in options:
-        if name not in known:
-            raise UserError(f'estimator {estimator!r} has no option {name!r}{nearest(name, known)}')
-    return dataclasses.replace(start, **options)  # type: ignore[type-var]

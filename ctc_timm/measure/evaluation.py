@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from ..utils.progress import progress_bar
 
 
 class PerClassEvaluator(ClassificationEvaluator):
-    """timm's evaluator, that also counts each class's images and hits.
+    """Counts each class's images and hits beside what timm's evaluator counts.
 
     Args:
         num_classes: C.
@@ -28,7 +27,7 @@ class PerClassEvaluator(ClassificationEvaluator):
         super().__init__(device, max_samples=max_samples)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Start anew."""
         super().reset()
         self.per_class_2C = torch.zeros(2, self.num_classes, dtype=torch.int64, device=self.device)
 
@@ -43,13 +42,16 @@ class PerClassEvaluator(ClassificationEvaluator):
         self.per_class_2C[0] += torch.bincount(target, minlength=self.num_classes)
         self.per_class_2C[1] += torch.bincount(target[hit], minlength=self.num_classes)
 
-    def per_class(self, distributed: bool = False) -> list[float | None]:
-        """Accuracy of each class in percent, [C]; None where the split has no image of it."""
+    def compute(self, distributed: bool = False) -> Any:
+        """Return 'loss', 'top1', 'top5', 'per_class' [C] in percent, None for a class without images, 'num_images'."""
+        metrics: Any = super().compute(distributed=distributed)
         totals = self.per_class_2C.clone()
         if distributed:
             torch.distributed.all_reduce(totals)
         images, hits = totals.tolist()
-        return [100 * hit / count if count else None for count, hit in zip(images, hits)]
+        metrics['per_class'] = [100 * hit / count if count else None for count, hit in zip(images, hits)]
+        metrics['num_images'] = sum(images)
+        return metrics
 
 
 @torch.no_grad()
@@ -60,35 +62,26 @@ def evaluate(
     num_classes: int,
     channels_last: bool = False,
     description: str = 'validate',
-) -> OrderedDict[str, Any]:
-    """Run a model over a split.
+) -> dict[str, Any]:
+    """Pass a split through a model, left in evaluation mode.
 
     Args:
-        model: Gives logits; left in evaluation mode.
-        loader: Of `data.create_eval_loader`.
-        accelerator: For precision and processes.
+        model: Gives logits.
+        loader: Of `create_eval_loader`.
+        accelerator: Precision and processes.
         num_classes: C.
         channels_last: Memory layout of the images.
         description: For the progress bar.
 
     Returns:
-        'loss', 'top1', 'top5' (percent), 'per_class' (percent, [C]), 'num_images'; over all processes, each
-        image counted once.
+        See `PerClassEvaluator.compute`; over all processes, each image counted once.
     """
     model.eval()
-    several = accelerator.num_processes > 1
     evaluator = PerClassEvaluator(num_classes, accelerator.device, evaluation_sample_limit(loader))
-    bar = progress_bar(loader, description, accelerator)
-    for images, targets in bar:
+    for images, targets in progress_bar(loader, description, accelerator):
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             output = model(images)
         evaluator.update(output, targets)
-    metrics: OrderedDict[str, Any] = evaluator.compute(distributed=several)
-    metrics['per_class'] = evaluator.per_class(distributed=several)
-    counts = evaluator.counts[0].clone()
-    if several:
-        torch.distributed.all_reduce(counts)
-    metrics['num_images'] = int(counts)
-    return metrics
+    return evaluator.compute(distributed=accelerator.num_processes > 1)

@@ -5,11 +5,9 @@ Letters: N images, D feature size, C classes of the model, P pixel values of an 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,87 +21,68 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from ..data.datasets import DatasetSplit
 from ..data.loaders import create_eval_loader
+from ..data.settings import LoaderSettings
 from ..data.subsets import draw, part_of
 from ..models.backbones import check_input, features_and_logits
 from ..models.loading import LoadedModel
 from ..runs import HASH, tensors_hash
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
+from .sets import LabeledFeatures
 
 KEPT_BYTES = 2 * 2**30  # decoded images of a split that stay in memory for the next model
 
 
-@dataclass
-class Features:
-    """A model's view of a split.
-
-    Attributes:
-        features_ND: Pooled, pre-classifier, float32.
-        labels_N: Of the split.
-        logits_NC: Of the model's own classifier, where they were asked for.
-    """
-
-    features_ND: Tensor
-    labels_N: Tensor
-    logits_NC: Tensor | None = None
-
-
 class SplitImages:
-    """A split's images as a model is to see them, decoded once and kept in memory where they fit.
+    """A split's images as a model sees them, decoded once and kept in memory where they fit.
 
     Args:
         source: The opened split; its transform is set.
-        args: Data flags: batch size, workers.
-        config: Of `data.flags.data_config`.
+        loader: Batch size and processes.
+        config: Image transform, of `data_config`.
         accelerator: Device and processes.
-        most: Draw so many images, with the classes in proportion; all when None.
+        most: Draw this many images, with the classes in proportion; all when None.
 
     Attributes:
-        name: Data set and split, for people.
-        facts: What the images are and how they are transformed, for the cache.
+        config: As given.
+        identity: Which images they are and how they are transformed: plain values that a cache is keyed by.
 
     Raises:
-        UserError: A streaming set on several processes, or to be drawn from.
+        UserError: A stream on several processes, or to be drawn from.
     """
 
     def __init__(
         self,
         source: DatasetSplit,
-        args: argparse.Namespace,
+        loader: LoaderSettings,
         config: dict[str, Any],
         accelerator: Accelerator,
         most: int | None = None,
     ) -> None:
         several = accelerator.num_processes > 1
         if source.labels_N is None and (several or most):
-            raise UserError(f'{source.name}: a streaming set is measured whole and by one process')
+            raise UserError(f'{source.name}: a stream is measured whole and by one process')
         if source.labels_N is not None and most and most < len(source.labels_N):
             source = part_of(source, draw(source.labels_N, most, seed=0))
         self.source = source
         self.accelerator = accelerator
-        self.input_size: tuple[int, int, int] = tuple(config['input_size'])
+        self.config = config
         self.count = len(source.labels_N) if source.labels_N is not None else None
         transform = {key: config[key] for key in sorted(config)}
-        self.facts = {'data': source.name, 'identity': _identity(source), 'most': most, 'transform': transform}
-        keep = self.count is not None and self.count * torch.Size(self.input_size).numel() <= KEPT_BYTES
-        self._loader = create_eval_loader(source.dataset, args, config, accelerator.device, several, keep)
+        self.identity = {'data': source.name, 'identity': _identity(source), 'most': most, 'transform': transform}
+        keep = self.count is not None and self.count * torch.Size(config['input_size']).numel() <= KEPT_BYTES
+        self._loader = create_eval_loader(source.dataset, loader, config, accelerator.device, several, keep=keep)
 
     def batches(self, description: str) -> Any:
-        """Batches of (images, targets) on the device, behind a progress bar."""
+        """Iterate over batches of (images, targets) on the device, behind a progress bar."""
         return progress_bar(self._loader, description, self.accelerator)
 
     def gather(self, rows: list[Tensor]) -> Tensor:
-        """All processes' rows in the split's order, on the CPU."""
-        local = torch.cat(rows)
-        if self.accelerator.num_processes == 1:
-            return local.cpu()
-        # the evaluation sampler deals image i to process i mod P and fills up at the end
-        dealt: Any = self.accelerator.gather(local)
-        by_process = dealt.view(self.accelerator.num_processes, -1, *local.shape[1:])
-        return by_process.transpose(0, 1).flatten(0, 1)[: self.count].cpu()
+        """Join the rows of all processes in the split's order, on the CPU."""
+        return in_order(torch.cat(rows), self.accelerator)[: self.count].cpu()
 
     def pixels(self, side: int = 32) -> Tensor:
-        """The images as vectors, [N, P], normalized as the model sees them.
+        """Return the images as vectors, [N, P], normalized as the model sees them.
 
         Args:
             side: Larger images are averaged down to this height and width.
@@ -116,40 +95,55 @@ class SplitImages:
         return self.gather(rows)
 
 
+def in_order(rows: Tensor, accelerator: Accelerator) -> Tensor:
+    """Join the rows of all processes: timm's evaluation sampler deals image i to process i mod P, and pads at the end.
+
+    Args:
+        rows: As many in each process.
+        accelerator: Of the processes.
+    """
+    if accelerator.num_processes == 1:
+        return rows
+    gathered: Any = accelerator.gather(rows)
+    return gathered.view(accelerator.num_processes, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)
+
+
 def features_of(
     loaded: LoadedModel, images: SplitImages, accelerator: Accelerator, cache: Path | None, logits: bool = False
-) -> Features:
-    """The features of a model on a split, from the cache if they are there.
+) -> LabeledFeatures:
+    """Compute the features of a model on a split, or read them from the cache.
 
     Args:
         loaded: The model.
         images: The split.
         accelerator: Device, precision and processes.
         cache: Folder of the cache; None computes anew and keeps nothing.
-        logits: Whether the model's own logits are wanted too.
+        logits: Whether the model's own logits are needed too.
 
     Raises:
         UserError: A model without a classification head, or one that cannot take images of this size.
     """
-    facts = {**images.facts, 'weights': weights_hash(loaded.model), 'precision': accelerator.mixed_precision}
-    text = json.dumps(facts, sort_keys=True, default=str)
-    file = cache / f'{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors' if cache else None
-    found = _read(file, text, logits) if file and accelerator.is_main_process else None
+    values = {**images.identity, 'weights': weights_hash(loaded.model), 'precision': accelerator.mixed_precision}
+    key = json.dumps(values, sort_keys=True, default=str)
+    file = cache / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors' if cache else None
+    found = _read(file, key, logits) if file and accelerator.is_main_process else None
     if broadcast_object_list([found is not None])[0]:
-        features = found or _read(file, text, logits)
+        features = found or _read(file, key, logits)
         if features is not None:
             return features
-        raise UserError(f'{file}: seen by the first process and not by this one; --output must be a shared folder')
-    check_input(loaded.model.cpu(), images.input_size)
+        raise UserError(f'{file}: not visible to all processes; `output` must be a shared folder')
+    check_input(loaded.model.cpu(), images.config['input_size'])
     features = compute_features(loaded.model.to(accelerator.device), images, accelerator, logits)
     if file and accelerator.is_main_process:
-        _write(file, text, features)
+        _write(file, key, features)
     return features
 
 
 @torch.no_grad()
-def compute_features(model: nn.Module, images: SplitImages, accelerator: Accelerator, logits: bool = False) -> Features:
-    """One pass over a split in evaluation mode.
+def compute_features(
+    model: nn.Module, images: SplitImages, accelerator: Accelerator, logits: bool = False
+) -> LabeledFeatures:
+    """Pass a split through a model once, in evaluation mode; features and logits are float32.
 
     Raises:
         UserError: The model has no classification head.
@@ -163,16 +157,16 @@ def compute_features(model: nn.Module, images: SplitImages, accelerator: Acceler
         parts[1].append(targets)
         if logits:
             parts[2].append(logits_BC.float())
-    return Features(*(images.gather(part) for part in parts if part))
+    return LabeledFeatures(*(images.gather(part) for part in parts if part))
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over the names, types, shapes and bytes of all parameters and buffers, in the order of names."""
+    """Hash all parameters and buffers, see `tensors_hash`."""
     return tensors_hash(model.state_dict())
 
 
 def _identity(source: DatasetSplit) -> str:
-    """sha256 over what tells whether the images of a split are still the same, without reading them."""
+    """Hash what shows whether the images of a split are still the same, without reading them."""
     digest = hashlib.sha256()
     if source.labels_N is not None:
         digest.update(source.labels_N.numpy().tobytes())
@@ -191,26 +185,26 @@ def _identity(source: DatasetSplit) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path | None, facts: str, logits: bool) -> Features | None:
-    """A cached file, or None if it is missing, damaged, of something else, or without the logits wanted."""
+def _read(file: Path | None, key: str, logits: bool) -> LabeledFeatures | None:
+    """Read a cached file; None if it is missing, damaged, of something else, or without the logits needed."""
     if file is None or not file.is_file():
         return None
     try:
         with safe_open(file, framework='pt') as stored:
             metadata = stored.metadata() or {}
             held = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            if metadata.get('facts') != facts or metadata.get(HASH) != tensors_hash(held):
+            if metadata.get('key') != key or metadata.get(HASH) != tensors_hash(held):
                 return None
             names = ('features', 'labels', 'logits') if logits else ('features', 'labels')
-            return Features(*(held[name].clone() for name in names))
+            return LabeledFeatures(*(held[name].clone() for name in names))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
         return None
 
 
-def _write(file: Path, facts: str, features: Features) -> None:
+def _write(file: Path, key: str, features: LabeledFeatures) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix('.tmp')
     tensors = {'features': features.features_ND, 'labels': features.labels_N, 'logits': features.logits_NC}
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, temporary, metadata={'facts': facts, HASH: tensors_hash(kept)})
+    save_file(kept, temporary, metadata={'key': key, HASH: tensors_hash(kept)})
     os.replace(temporary, file)

@@ -6,68 +6,38 @@ Letters: N training images, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import sqrt
-from statistics import fmean, stdev
+from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .probes import predict, score_columns
-from .scores import METRICS, Score, point_scores
-from .selection import cross_folds
-from .sets import Labeled, check_sets, class_label
+from .probes import cross_folds, predict, shuffled_places
+from .scores import mean_scores, point_scores
+from .sets import LabeledFeatures, check_sets, class_label
 
 _MOST_FOLDS = 5
 
 
-@dataclass(frozen=True)
-class FewShotResult:
-    """A probe's scores over several draws of its training images.
-
-    Attributes:
-        method: As `probes.Prediction` has it.
-        shots: Images a class.
-        seeds: Number of draws.
-        scores: For each of `scores.METRICS`, percent, the mean over the draws with its 95% interval by Student's t,
-            which one draw doesn't have.
-    """
-
-    method: str
-    shots: int
-    seeds: int
-    scores: dict[str, Score]
-
-    def row(self) -> dict[str, str | float | int | None]:
-        """Plain values for JSON and CSV: method, shots, seeds, top1, top1_low, top1_high, ..."""
-        return {'method': self.method, 'shots': self.shots, 'seeds': self.seeds, **score_columns(self.scores)}
-
-
 def few_shot(
     method: str,
-    train: Labeled,
-    test: Labeled,
+    train: LabeledFeatures,
+    test: LabeledFeatures,
     num_classes: int,
     shots: Sequence[int],
     seeds: Sequence[int],
     device: torch.device | str = 'cpu',
     what: str = 'the target',
     class_names: Sequence[str] | None = None,
-) -> Iterator[FewShotResult]:
+) -> Iterator[dict[str, Any]]:
     """Score probes on draws of a few training images a class, one number of shots after the other.
+
+        for row in few_shot('ridge', train, test, 10, shots=[1, 5, 10, 25], seeds=range(5)):
+            print(row['shots'], row['top1'])
 
     The draws of a seed are the same for every method, and nested: its five shots hold its one shot. Ridge and logistic
     regression choose their strength by cross-validation within the drawn images, in as many folds as there are shots
-    and at most five; a single shot leaves nothing to hold out, and `DEFAULT_STRENGTH` of `ridge` or `logistic` is
-    taken.
-
-    A generator: nothing is checked or computed before the first result is asked for, and every result found is handed
-    out before a number of shots that can't be drawn is refused, so none is lost. `check_shots` refuses one beforehand.
-
-        for result in few_shot('ridge', train, test, 10, shots=[1, 5, 10, 25], seeds=range(5)):
-            print(result.row())
+    and at most five; a single shot leaves nothing to hold out, and the solver's `DEFAULT_STRENGTH` is taken.
 
     Args:
         method: One of `probes.METHODS`.
@@ -77,78 +47,45 @@ def few_shot(
         shots: Images a class.
         seeds: One draw each, also the seed of the folds and of the SGD head.
         device: See `probes.probe`.
-        what: Name of the data set, for messages.
+        what: The data set, for messages.
         class_names: Name of each class, for messages.
 
     Yields:
-        For each number of shots the results of the method's probes, three for `knn` and two for `sgd`.
+        For each number of shots the rows of the method's probes, three for `knn` and two for `sgd`: method, shots,
+        seeds, and the mean over the draws with its interval, see `mean_scores`.
 
     Raises:
-        UserError: See `check_sets` and `check_shots`; no seeds.
+        UserError: See `check_sets`; no seeds; a number of shots that some class doesn't have, after the rows of those
+            before it.
         ValueError: An unknown method.
     """
     check_sets(train, test, num_classes, what, class_names)
     if not len(seeds):
-        raise UserError('--seeds must be at least 1')
+        raise UserError('`seeds` must be at least 1')
     for count in shots:
-        check_shots(train, [count], what, class_names)
+        _check_shots(train.labels_N, count, what, class_names)
         found: dict[str, list[dict[str, float]]] = {}
         for seed in seeds:
-            drawn = train.take(draw_shots(train.labels_N, count, seed).to(train.labels_N.device))
+            drawn = train.select(sample_shots(train.labels_N, count, seed).to(train.labels_N.device))
             fold_N = cross_folds(drawn.labels_N, min(count, _MOST_FOLDS), seed)
             for prediction in predict(method, drawn, test, num_classes, fold_N, seed, device):
                 labels_M = test.labels_N.to(prediction.logits_MC.device)
                 found.setdefault(prediction.method, []).append(point_scores(prediction.logits_MC, labels_M))
         for name, draws in found.items():
-            scores = {metric: mean_score([draw[metric] for draw in draws]) for metric in METRICS}
-            yield FewShotResult(name, count, len(draws), scores)
+            yield {'method': name, 'shots': count, 'seeds': len(draws), **mean_scores(draws)}
 
 
-def check_shots(
-    train: Labeled, shots: Sequence[int], what: str = 'the target', class_names: Sequence[str] | None = None
-) -> None:
-    """Refuse numbers of shots that some class can't give.
+def sample_shots(labels_N: Tensor, shots: int, seed: int) -> Tensor:
+    """Draw `shots` images of each class: their positions in ascending order, [classes * shots], on the CPU."""
+    return (shuffled_places(labels_N, seed) < shots).nonzero()[:, 0]
 
-    Args:
-        train: What will be drawn from.
-        shots: Images a class.
-        what: Name of the data set.
-        class_names: Name of each class.
 
-    Raises:
-        UserError: A number below one, or above a class's number of training images.
-    """
-    present_P, count_P = train.labels_N.unique(return_counts=True)
+def _check_shots(labels_N: Tensor, shots: int, what: str, class_names: Sequence[str] | None) -> None:
+    """Refuse a number of shots below one, or above a class's number of training images."""
+    if shots < 1:
+        raise UserError(f'`shots` must be at least 1, got {shots}')
+    present_P, count_P = labels_N.unique(return_counts=True)
     fewest = int(count_P.argmin())
-    for count in shots:
-        if count < 1:
-            raise UserError(f'--shots must be at least 1, got {count}')
-        if count > count_P[fewest]:
-            label = class_label(int(present_P[fewest]), class_names)
-            most = int(count_P[fewest])
-            raise UserError(f'{what}: --shots {count} is more than the {most} training images of {label}')
-
-
-def draw_shots(labels_N: Tensor, shots: int, seed: int) -> Tensor:
-    """Positions of `shots` images of each class, drawn without replacement.
-
-    Args:
-        labels_N: [N]. Every class has as many images.
-        shots: How many of each class.
-        seed: Of the draw.
-
-    Returns:
-        [classes * shots], in ascending order, on the CPU.
-    """
-    # Where an image comes in its class, when the images of each class are shuffled: one fold each.
-    place_N = cross_folds(labels_N, len(labels_N), seed)
-    return (place_N < shots).nonzero()[:, 0]
-
-
-def mean_score(values: Sequence[float]) -> Score:
-    """Mean with its 95% interval by Student's t; no interval for a single value."""
-    mean = fmean(values)
-    if len(values) < 2:
-        return Score(mean, None, None)
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    return Score(mean, mean - half, mean + half)
+    if shots > count_P[fewest]:
+        label = class_label(int(present_P[fewest]), class_names)
+        raise UserError(f'{what}: `shots={shots}` is more than the {count_P[fewest]} training images of {label}')

@@ -1,7 +1,7 @@
 """Shape of a cloud of features: how many directions it fills, how tight its classes are, how even it is on the sphere.
 
-Over-compression shows as a falling effective rank and as classes that tighten until what tells images of a class apart
-is gone. Everything is computed in float64 but `uniformity`, whose N^2 distances are taken in the features' precision.
+Over-compression shows as a falling effective rank and as classes that tighten until what distinguishes the images of a
+class is gone. All in float64 but `uniformity`, whose N^2 distances are computed in the features' precision.
 
 Letters: N images, D feature size, C classes, R directions.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .sets import BLOCK_ROWS, check_finite, exact_mean, gram, unit_rows, with_float64
+from .sets import check_finite, exact_mean, float64_device, gram, unit_rows
 
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_PAIRS = 1 << 23
@@ -39,19 +39,14 @@ class ClassSpread(NamedTuple):
 
 
 def measure_geometry(features_ND: Tensor, labels_N: Tensor, what: str = 'the features') -> dict[str, float]:
-    """All measures of this file.
-
-    Args:
-        features_ND: [N, D].
-        labels_N: [N].
-        what: Name of the features, for messages.
+    """Compute all measures of this file.
 
     Returns:
         `effective_rank`, `within`, `between`, `spread`, `collapse`, `alignment` and `uniformity`. Dead features and
         zero vectors give no NaN; `spread` and `collapse` are infinite where the class means don't differ.
 
     Raises:
-        UserError: Features that are not finite; one class only; no two images of a class.
+        UserError: Features that are not finite, named by `what`; one class only; no two images of a class.
     """
     check_finite(features_ND, what)
     return {
@@ -63,18 +58,15 @@ def measure_geometry(features_ND: Tensor, labels_N: Tensor, what: str = 'the fea
 
 
 def effective_rank(features_ND: Tensor) -> float:
-    """Number of directions the features fill: exp of the entropy of the normalized singular values.
+    """Compute exp of the entropy of the normalized singular values (Roy & Vetterli 2007, definition 1).
 
-    Of the features less their mean (Roy & Vetterli 2007, definition 1). The singular values are roots of the
-    covariance's eigenvalues, of which those at the level of rounding count as zero.
-
-    Args:
-        features_ND: [N, D].
+    Of the features less their mean. The singular values are roots of the covariance's eigenvalues, of which those at
+    the level of rounding count as zero.
 
     Returns:
         From 1 to min(N - 1, D), or 0 when all images have the same features.
     """
-    features_ND = _on_float64_device(features_ND)
+    features_ND = features_ND.to(float64_device(features_ND.device))
     eigenvalues_R = torch.linalg.eigvalsh(gram(features_ND)[1])
     kept_R = eigenvalues_R[eigenvalues_R > eigenvalues_R[-1] * max(features_ND.shape) * _EPS]
     if not len(kept_R):
@@ -84,48 +76,36 @@ def effective_rank(features_ND: Tensor) -> float:
 
 
 def class_spread(features_ND: Tensor, labels_N: Tensor) -> ClassSpread:
-    """Variance within classes against variance between them.
+    """Compare the variance within classes with that between them.
 
     With the class means less the mean of all images, each times the root of its share of the images, as the rows of
     M = U diag(s) V', the between-class covariance is M'M and its pseudo-inverse V diag(s^-2) V'. So the collapse
     measure is the within-class variance along each direction of V over s^2, and no [D, D] matrix is needed.
 
-    Args:
-        features_ND: [N, D].
-        labels_N: [N].
-
     Raises:
         UserError: One class only.
     """
-    features_ND, labels_N = _on_float64_device(features_ND), _on_float64_device(labels_N)
-    mean_D = exact_mean(features_ND)
-    class_N, count_C, mean_CD = _class_means(features_ND, labels_N, mean_D)
+    count_C, mean_CD, residual_ND, _ = _by_class(features_ND, labels_N)
     if len(count_C) < 2:
         raise UserError('every image is of one class, the spread between classes needs at least two')
-    _, s_R, v_RD = torch.linalg.svd(mean_CD * (count_C / len(class_N)).sqrt()[:, None], full_matrices=False)
+    images = len(residual_ND)
+    _, s_R, v_RD = torch.linalg.svd(mean_CD * (count_C / images).sqrt()[:, None], full_matrices=False)
     kept = s_R > s_R[0] * max(mean_CD.shape) * _EPS
     kept[len(count_C) - 1 :] = False  # the rows of M add up to zero, each times its root: C - 1 directions at most
     s_R, v_RD = s_R[kept], v_RD[kept]
-    within, along_R = 0.0, torch.zeros_like(s_R)
-    for block_BD, class_B in zip(features_ND.split(BLOCK_ROWS), class_N.split(BLOCK_ROWS)):
-        residual_BD = block_BD.double() - mean_D - mean_CD[class_B]
-        within += float(residual_BD.square().sum()) / len(class_N)
-        along_R += (residual_BD @ v_RD.T).square().sum(dim=0) / len(class_N)
-    between = float(s_R.square().sum())
+    within, between = float(residual_ND.square().sum()) / images, float(s_R.square().sum())
     if between == 0:
         return ClassSpread(within, between, math.inf, math.inf)
+    along_R = (residual_ND @ v_RD.T).square().sum(dim=0) / images
     return ClassSpread(within, between, within / between, float((along_R / s_R.square()).sum()) / len(count_C))
 
 
 def alignment(features_ND: Tensor, labels_N: Tensor) -> float:
-    """Mean squared distance between unit-length features of two images of a class, over all such pairs.
+    """Average the squared distance between unit-length features of two images of a class, over all such pairs.
 
     Wang & Isola 2020 (arXiv 2005.10242, section 4.1, alpha 2), with the images of a class as positives. For n vectors
-    with mean m the sum over ordered pairs is 2 n sum |u - m|^2, so no pair is ever formed.
-
-    Args:
-        features_ND: [N, D]. A zero vector counts as the zero vector.
-        labels_N: [N].
+    with mean m the sum over ordered pairs is 2 n sum |u - m|^2, so no pair is ever formed. A zero vector counts as
+    the zero vector.
 
     Returns:
         0 when each class is a point on the sphere, about 2 when its images are spread evenly over it.
@@ -133,26 +113,18 @@ def alignment(features_ND: Tensor, labels_N: Tensor) -> float:
     Raises:
         UserError: No two images of a class.
     """
-    unit_ND, labels_N = unit_rows(_on_float64_device(features_ND)), _on_float64_device(labels_N)
-    mean_D = exact_mean(unit_ND)
-    class_N, count_C, mean_CD = _class_means(unit_ND, labels_N, mean_D)
+    count_C, _, residual_ND, class_N = _by_class(unit_rows(features_ND), labels_N)
     pairs = float((count_C * (count_C - 1)).sum())
     if not pairs:
         raise UserError('every class has a single image, alignment needs two images of a class')
-    total = 0.0
-    for block_BD, class_B in zip(unit_ND.split(BLOCK_ROWS), class_N.split(BLOCK_ROWS)):
-        square_B = (block_BD.double() - mean_D - mean_CD[class_B]).square().sum(dim=1)
-        total += float((2 * count_C[class_B] * square_B).sum())
-    return total / pairs
+    return float((2 * count_C[class_N] * residual_ND.square().sum(dim=1)).sum()) / pairs
 
 
 def uniformity(features_ND: Tensor) -> float:
-    """Log of the mean Gaussian potential exp(-2 |u - v|^2) of unit-length features over pairs of distinct images.
+    """Compute the log of the mean Gaussian potential exp(-2 |u - v|^2) of unit-length features over pairs of images.
 
-    Wang & Isola 2020 (arXiv 2005.10242, section 4.1, t 2). Memory is bounded: distances are taken in blocks.
-
-    Args:
-        features_ND: [N, D], at least two images. A zero vector counts as the zero vector.
+    Wang & Isola 2020 (arXiv 2005.10242, section 4.1, t 2). Distances are computed in blocks, to bound the memory. A
+    zero vector counts as the zero vector.
 
     Returns:
         From 0, all images at one point, down to about -4 for features even over a sphere of many dimensions.
@@ -168,22 +140,24 @@ def uniformity(features_ND: Tensor) -> float:
     total = 0.0
     rows = max(1, _BLOCK_PAIRS // count)
     for start in range(0, count, rows):
-        # Columns begin at the block's own first image, so that above the diagonal each pair comes once.
+        # Columns begin at the block's first image, so that above the diagonal each pair comes once.
         inner_BN = unit_ND[start : start + rows] @ unit_ND[start:].T
         distance_BN = (square_N[start : start + rows, None] + square_N[start:] - 2 * inner_BN).clamp_min_(0)
         total += float(distance_BN.mul_(-2).exp_().triu_(diagonal=1).sum(dtype=torch.float64))
     return math.log(total / (count * (count - 1) / 2))
 
 
-def _class_means(features_ND: Tensor, labels_N: Tensor, mean_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Place of each image's class among those present [N], their images [C], their means less that of all [C, D]."""
-    _, class_N, count_C = labels_N.unique(return_inverse=True, return_counts=True)
-    count_C = count_C.double()
-    sum_CD = mean_D.new_zeros(len(count_C), len(mean_D))
-    for block_BD, class_B in zip(features_ND.split(BLOCK_ROWS), class_N.split(BLOCK_ROWS)):
-        sum_CD.index_add_(0, class_B, block_BD.double() - mean_D)
-    return class_N, count_C, sum_CD / count_C[:, None]
+def _by_class(features_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Split features into class means and what is left of each image, float64.
 
-
-def _on_float64_device(values: Tensor) -> Tensor:
-    return values.to(with_float64(values.device))
+    Returns:
+        Images of each class present [C], class means less the mean of all images [C, D], features less their class
+        means [N, D], and each image's class among those present [N].
+    """
+    device = float64_device(features_ND.device)
+    _, class_N, count_C = labels_N.to(device).unique(return_inverse=True, return_counts=True)
+    features_ND, count_C = features_ND.to(device), count_C.double()
+    centered_ND = features_ND.double() - exact_mean(features_ND)
+    mean_CD = centered_ND.new_zeros(len(count_C), centered_ND.shape[1]).index_add_(0, class_N, centered_ND)
+    mean_CD /= count_C[:, None]
+    return count_C, mean_CD, centered_ND - mean_CD[class_N], class_N

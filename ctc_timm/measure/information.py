@@ -10,40 +10,42 @@ Which one to trust where: docs/information.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import dataclasses
+from typing import Any
 
 from ..utils.errors import UserError, nearest
-from .estimates import Estimate, Progress, Values
-from .neural import MINE_PRESETS, infonce, mine, smile
+from .estimates import Estimate, Estimator
+from .neural import MINE_PRESETS, InfoNCE, Smile
 from .renyi import Renyi
 
 __all__ = ['ESTIMATORS', 'MINE_PRESETS', 'Estimate', 'Estimator', 'create_estimator']
 
-
-class Estimator(Protocol):
-    """What every estimator can do."""
-
-    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
-        """Estimate the mutual information of x [N, ...] and t [N, D], either of which may be labels [N]."""
-        ...
-
-
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {'mine': mine, 'infonce': infonce, 'smile': smile, 'renyi': Renyi}
+ESTIMATORS: dict[str, Estimator] = {
+    'mine': MINE_PRESETS['small'],
+    'infonce': InfoNCE(),
+    'smile': Smile(),
+    'renyi': Renyi(),
+}
 
 
-def create_estimator(name: str, **options: Any) -> Estimator:
-    """An estimator of mutual information.
+def create_estimator(name: str, preset: str = 'small', **options: Any) -> Estimator:
+    """Create an estimator of mutual information.
 
     Args:
         name: One of `ESTIMATORS`.
-        options: For 'mine' a preset and fields of `neural.Training`, for 'infonce' and 'smile' such fields,
-            for 'renyi' fields of `renyi.RenyiSettings`. All take `seed` and `device`.
+        preset: One of `MINE_PRESETS`, for 'mine'.
+        **options: Fields of `neural.NeuralEstimator` or `renyi.Renyi` to change. All take `seed` and `device`.
 
     Raises:
-        UserError: An unknown name or option, a setting that can't work.
+        UserError: An unknown name, preset or option; a value that can't work.
     """
-    if name not in ESTIMATORS:
-        known = ', '.join(ESTIMATORS)
-        raise UserError(f'there is no estimator {name!r}{nearest(name, ESTIMATORS) or f"; there are {known}"}')
-    return ESTIMATORS[name](**options)
+    for what, value, known in (('estimator', name, ESTIMATORS), ('preset', preset, MINE_PRESETS)):
+        if value not in known:
+            near = nearest(value, known) or f'; there are {", ".join(known)}'
+            raise UserError(f'there is no {what} {value!r}{near}')
+    start = MINE_PRESETS[preset] if name == 'mine' else ESTIMATORS[name]
+    fields = [field.name for field in dataclasses.fields(start)]
+    for option in options:
+        if option not in fields:
+            raise UserError(f'estimator {name!r} has no option {option!r}{nearest(option, fields)}')
+    return dataclasses.replace(start, **options)

@@ -1,64 +1,48 @@
 """k-nearest-neighbor classification by cosine similarity with weighted votes.
 
 Each of a test image's k most similar training images votes for its class with weight exp(similarity / temperature),
-as in Wu et al. 2018 (arXiv 1805.01978, section 3.4), whose temperature of 0.07 is the default. Classes without a vote
-tie, and ties go by class number: with one neighbor, top-5 is top-1 and four arbitrary classes.
+as in Wu et al. 2018 (arXiv 1805.01978, section 3.4), whose temperature of 0.07 is used. Classes without a vote tie,
+and ties go by class number: with one neighbor, top-5 is top-1 and four arbitrary classes.
 
 Letters: N training images, M test images, B of them in a block, D feature size, C classes, K neighbors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from .sets import Labeled, unit_rows
+from .sets import LabeledFeatures, unit_rows
 
 TEMPERATURE = 0.07
 NEIGHBORS = (1, 5, 20)
 BLOCK_SIMILARITIES = 1 << 23
 
 
-def neighbor_votes(
-    train: Labeled,
-    features_MD: Tensor,
-    num_classes: int,
-    neighbors: Sequence[int] = NEIGHBORS,
-    temperature: float = TEMPERATURE,
-) -> list[Tensor]:
-    """Votes of each class for each test image.
+def neighbor_votes(train: LabeledFeatures, features_MD: Tensor, num_classes: int) -> list[Tensor]:
+    """Sum the votes of each class for each test image.
 
     Of training images equally similar, the first ones in the training set are the nearer. A feature vector of zero
-    has similarity zero to everything. Memory is bounded: similarities are taken in blocks of test images.
-
-    Args:
-        train: [N, D] and [N].
-        features_MD: Of the test images.
-        num_classes: C.
-        neighbors: Numbers of neighbors k; all N are taken where k is more.
-        temperature: Of the weights.
+    has similarity zero to everything. Similarities are computed in blocks of test images, to bound the memory.
 
     Returns:
-        For each k, [M, C], float64, the sums of exp((similarity - 1) / temperature): the factor common to all keeps
-        any temperature from overflowing. Zero for a class none of the neighbors is of.
+        For each k of `NEIGHBORS`, [M, C], float64: the sums of exp((similarity - 1) / temperature), in which the
+        factor common to all keeps them from overflowing, and zero for a class that none of the neighbors is of.
     """
     bank_ND = unit_rows(train.features_ND)
-    most = min(max(neighbors), len(train))
-    votes: list[list[Tensor]] = [[] for _ in neighbors]
+    votes: list[list[Tensor]] = [[] for _ in NEIGHBORS]
     for block_BD in unit_rows(features_MD).to(bank_ND.dtype).split(max(1, BLOCK_SIMILARITIES // len(train))):
-        similarity_BK, nearest_BK = _nearest(block_BD @ bank_ND.T, most)
-        weight_BK = ((similarity_BK.double() - 1) / temperature).exp()
+        similarity_BK, nearest_BK = _nearest(block_BD @ bank_ND.T, min(max(NEIGHBORS), len(train)))
+        weight_BK = ((similarity_BK.double() - 1) / TEMPERATURE).exp()
         class_BK = train.labels_N[nearest_BK]
-        for k, parts in zip(neighbors, votes):
+        for k, blocks in zip(NEIGHBORS, votes):
             vote_BC = weight_BK.new_zeros(len(block_BD), num_classes)
-            parts.append(vote_BC.scatter_add_(1, class_BK[:, :k], weight_BK[:, :k]))
-    return [torch.cat(parts) for parts in votes]
+            blocks.append(vote_BC.scatter_add_(1, class_BK[:, :k], weight_BK[:, :k]))
+    return [torch.cat(blocks) for blocks in votes]
 
 
 def _nearest(similarity_BN: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest similarities and where they are, [B, K] each; of equal ones the first."""
+    """Return the highest similarities and their positions, [B, K] each; of equal ones the first."""
     images = similarity_BN.shape[1]
     value_BK, index_BK = similarity_BN.topk(min(count + 1, images), dim=1)
     # topk takes equal values in any order. They are rare, and only rows with some are sorted in full.

@@ -1,6 +1,6 @@
 """Multinomial logistic regression with an L2 penalty, by L-BFGS along a path of strengths.
 
-The features are centerd and divided by one number, the root of their mean variance u, and no further: scaling each
+The features are centered and divided by one number, the root of their mean variance u, and no further: scaling each
 feature by itself would blow up nearly dead ones, and would measure other features than the model gives. With x the
 features so scaled, W and b minimize
 
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .sets import Labeled, gram
+from .sets import LabeledFeatures, gram
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -11, -1))  # 10 down to 1e-5
 DEFAULT_STRENGTH = 1.0  # the best or near it with one image a class, on digits and on CIFAR-10
@@ -34,9 +34,9 @@ _MAX_ITERATIONS = 1000
 
 
 def solve(
-    train: Labeled, num_classes: int, strengths: Sequence[float], exact: bool = True
+    train: LabeledFeatures, num_classes: int, strengths: Sequence[float], exact: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logistic regression along strengths, each started from the last, a `selection.PathSolver`.
+    """Logistic regression along strengths, each started from the last, a `probes.PathSolver`.
 
     A class without images gets a bias of minus infinity: the objective has no minimum for it, only that limit.
 

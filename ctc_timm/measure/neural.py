@@ -1,31 +1,55 @@
 """Estimators that train a critic to tighten a lower bound of mutual information: MINE, InfoNCE, SMILE.
 
-Letters: B batch, X and D coordinates of x and t, E embedding, H hidden.
+A critic scores pairs. Joint pairs are an image's own x and t, marginal pairs the x of one image and the t of another.
+A bound says how much information is needed to distinguish the two kinds as well as the critic does.
+
+Letters: N images, B batch, M marginal pairs, X and D coordinates of x and t, E embedding, H hidden.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..utils.errors import UserError, nearest
-from .bounds import MovingAverage, donsker_varadhan, infonce_bound, jensen_shannon, mine_loss, off_diagonal, smile_bound
-from .estimates import Estimate, Progress, Values, batch_means_error, numbers_of, paired, settings_from, standardized
+from ..utils.errors import UserError
+from .estimates import SMALLEST, Estimate, Estimator, Progress, Values, numbers_of, paired
 
-EVALUATE_EVERY = 5  # steps between two looks at the held-out images
+EVALUATE_EVERY = 5  # steps between two readings of the held-out images
+
+
+def donsker_varadhan(joint_B: Tensor, marginal_M: Tensor) -> Tensor:
+    """Compute mean(joint) - log mean exp(marginal), Donsker and Varadhan's bound (MINE, arXiv 1801.04062, eq. 5)."""
+    return joint_B.mean() - _log_mean_exp(marginal_M)
+
+
+def _log_mean_exp(values: Tensor) -> Tensor:
+    return torch.logsumexp(values.flatten(), dim=0) - math.log(values.numel())
+
+
+def off_diagonal(scores_BB: Tensor) -> Tensor:
+    """Return all scores of pairs from different images, [B * (B - 1)]."""
+    B = len(scores_BB)
+    return scores_BB.flatten()[1:].view(B - 1, B + 1)[:, :-1].flatten()
 
 
 @dataclass(frozen=True)
-class Training:
-    """How a critic is trained, and on what its bound is read.
+class NeuralEstimator(Estimator):
+    """Trains a critic on pairs of x and t, and reads off a bound.
+
+    With `held_out=0` the estimate is the mean of the bound over the last `window` steps, each on the batch just trained
+    on: the published form. A critic can memorize images, so this is no lower bound on a finite sample.
+
+    With `held_out` above 0 that share of the images is kept from training and cut in two halves. Every 5 steps the
+    bound is read on a batch of each, see `read_halves`: stopping early costs no bias, for no image helps to choose its
+    own window.
 
     Attributes:
         hidden: H, width of the perceptron.
@@ -43,8 +67,6 @@ class Training:
         standardize: Give each coordinate of x and t mean zero and deviation one over all N images first.
         held_out: Share of the images kept from training; 0 reads the bound on the images trained on.
         window: Steps over which the bound is averaged.
-        seed: Of weights, split and draws.
-        device: Where the critic is trained.
     """
 
     hidden: int = 256
@@ -60,28 +82,198 @@ class Training:
     standardize: bool = True
     held_out: float = 0.5
     window: int = 200
-    seed: int = 0
-    device: str | torch.device = 'cpu'
+    limits: ClassVar[dict[str, tuple[float, float]]] = {
+        **{'hidden': (1, 1e6), 'layers': (2, 100), 'embed': (1, 1e6), 'batch_size': (2, 1e9), 'steps': (20, 1e9)},
+        **{'window': (20, 1e9), 'learning_rate': (SMALLEST, 1e30), 'clip': (SMALLEST, 1e30)},
+        **{'average_rate': (SMALLEST, 0.999), 'held_out': (0, 0.999)},
+    }
 
     def __post_init__(self) -> None:
-        for name, least in {'hidden': 1, 'layers': 2, 'embed': 1, 'steps': 20, 'batch_size': 2, 'window': 20}.items():
-            if getattr(self, name) < least:
-                raise UserError(f'{name} must be at least {least}, got {getattr(self, name)}')
-        for name in ('learning_rate', 'clip'):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f'{name} must be a positive number, got {getattr(self, name)}')
-        if not 0 < self.average_rate <= 1:
-            raise UserError(f'average_rate must be above 0 and at most 1, got {self.average_rate}')
-        if not 0 <= self.held_out < 1:
-            raise UserError(f'held_out must be at least 0 and below 1, got {self.held_out}')
+        super().__post_init__()
         if self.marginals not in ('draw', 'shift'):
             raise UserError(f"marginals must be 'draw' or 'shift', got {self.marginals!r}")
         if self.window > self.steps:
             raise UserError(f'window must be at most the {self.steps} steps, got {self.window}')
 
+    @abstractmethod
+    def critic(self, x_dim: int, t_dim: int) -> Any:
+        """Create the critic of x [B, X] and t [B, D]."""
+
+    @abstractmethod
+    def scores(self, critic: Any, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
+        """Score joint and marginal pairs; `other_BD` is the t of other images, for critics that take pairs."""
+
+    @abstractmethod
+    def bound(self, scores: Tensor) -> Tensor:
+        """Compute the bound in nats, a scalar."""
+
+    @abstractmethod
+    def loss(self, critic: Any, scores: Tensor) -> Tensor:
+        """Compute what is minimized, a scalar."""
+
+    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
+        """Estimate I(X;T), see `Estimator.estimate`; `progress` is called after every step.
+
+        Returns:
+            The estimate. Its error is that of batch means over the window; with held-out images half the difference of
+            the two readings if that is more.
+
+        Raises:
+            UserError: Inputs as in `paired`; too few images to hold out; a training that diverged.
+        """
+        x_NX, t_ND = (numbers_of(v) for v in paired(x, t))
+        if self.standardize:
+            x_NX, t_ND = standardized(x_NX), standardized(t_ND)
+        x_NX, t_ND = x_NX.to(self.device), t_ND.to(self.device)
+        rng = np.random.default_rng(self.seed)
+        train, halves = self._split(len(x_NX), rng)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            critic = self.critic(x_NX.shape[1], t_ND.shape[1]).to(self.device)
+        optimizer = torch.optim.Adam(critic.parameters(), lr=self.learning_rate)
+
+        def batch(images: np.ndarray) -> Tensor:
+            drawn = rng.choice(images, min(self.batch_size, len(images)), replace=False)
+            return torch.from_numpy(drawn).to(self.device)
+
+        def score(index_B: Tensor, other_B: Tensor) -> Tensor:
+            return self.scores(critic, x_NX[index_B], t_ND[index_B], t_ND[other_B])
+
+        curves: list[list[Tensor]] = [[] for _ in halves] or [[]]
+        for step in range(1, self.steps + 1):
+            if self.decay:
+                optimizer.param_groups[0]['lr'] = self.learning_rate * min(1.0, 2 * (1 - (step - 1) / self.steps))
+            index_B = batch(train)
+            scores = score(index_B, index_B.roll(1) if self.marginals == 'shift' else batch(train))
+            optimizer.zero_grad()
+            self.loss(critic, scores).backward()
+            optimizer.step()
+            with torch.no_grad():
+                if not halves:
+                    curves[0].append(self.bound(scores))
+                elif step % EVALUATE_EVERY == 0:
+                    for curve, half in zip(curves, halves):
+                        index_B = batch(half)
+                        curve.append(self.bound(score(index_B, index_B.roll(1))))
+            if progress:
+                progress(step, self.steps)
+        return self._read([torch.stack(curve).double().cpu().numpy() for curve in curves])
+
+    def _split(self, images: int, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Draw the images to train on, and the two held-out halves when there are any."""
+        if not self.held_out:
+            return np.arange(images), []
+        order = rng.permutation(images)
+        held = round(images * self.held_out)
+        if held < 16 or images - held < 16:
+            raise UserError(
+                f'held_out={self.held_out} of {images} images leaves {held} to read the bound on and '
+                f'{images - held} to train on: at least 16 of each are needed'
+            )
+        return order[held:], [order[: held // 2], order[held // 2 : held]]
+
+    def _read(self, curves: list[np.ndarray]) -> Estimate:
+        if not all(np.isfinite(curve).all() for curve in curves):
+            raise UserError(f'{type(self).__name__} diverged: lower learning_rate, now {self.learning_rate}')
+        if len(curves) == 1:
+            window = curves[0][-self.window :]
+            return Estimate(float(window.mean()), batch_means_error(window), curves[0].tolist())
+        nats, error = read_halves(curves[0], curves[1], max(4, self.window // EVALUATE_EVERY))
+        return Estimate(nats, error, ((curves[0] + curves[1]) / 2).tolist(), EVALUATE_EVERY)
+
+
+class Mine(NeuralEstimator):
+    """Mutual information neural estimation (Belghazi et al., arXiv 1801.04062): a perceptron on x and t side by side.
+
+    Scores are [2, B], joint and marginal.
+    """
+
+    def critic(self, x_dim: int, t_dim: int) -> Any:
+        critic: Any = perceptron(x_dim + t_dim, self.hidden, 1, self.layers)
+        critic.log_average = None
+        return critic
+
+    def scores(self, critic: Any, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
+        # The first layer of [x, t] is a sum of two products; that of x, nearly all of it when x is an image, serves
+        # the joint and the marginal pair.
+        of_x_HX, of_t_HD = critic[0].weight.split([x_BX.shape[1], t_BD.shape[1]], dim=1)
+        from_x_BH = F.linear(x_BX, of_x_HX, critic[0].bias)
+        hidden_2BH = torch.stack([from_x_BH + F.linear(t, of_t_HD) for t in (t_BD, other_BD)])
+        return critic[1:](hidden_2BH).squeeze(-1)
+
+    def bound(self, scores: Tensor) -> Tensor:
+        return donsker_varadhan(scores[0], scores[1])
+
+    def loss(self, critic: Any, scores: Tensor) -> Tensor:
+        """Compute -(mean(joint) - E / average), the average held constant (eq. 12).
+
+        The gradient of the log of a batch mean E = mean exp(marginal) is biased, grad(E) / E with a noisy E below; so
+        E below is its moving average over steps, the present batch taken in first. It is kept as its logarithm.
+        """
+        log_mean = _log_mean_exp(scores[1])
+        log_average = log_mean.detach()
+        if critic.log_average is not None:
+            before = critic.log_average + math.log1p(-self.average_rate)
+            log_average = torch.logaddexp(before, log_average + math.log(self.average_rate))
+        critic.log_average = log_average
+        return -(scores[0].mean() - (log_mean - log_average).exp())
+
+
+@dataclass(frozen=True)
+class InfoNCE(NeuralEstimator):
+    """InfoNCE (van den Oord et al., arXiv 1807.03748): little noise, but never above log(batch_size) nats.
+
+    The score is the inner product of an embedding of x and one of t, over sqrt(E); scores are [B, B].
+    """
+
+    batch_size: int = 512
+    steps: int = 1000
+    window: int = 50
+
+    def critic(self, x_dim: int, t_dim: int) -> Any:
+        return nn.ModuleList([perceptron(dim, self.hidden, self.embed, self.layers) for dim in (x_dim, t_dim)])
+
+    def scores(self, critic: Any, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
+        return critic[0](x_BX) @ critic[1](t_BD).T / math.sqrt(self.embed)
+
+    def bound(self, scores: Tensor) -> Tensor:
+        """Compute mean_i(s_ii - log mean_j exp s_ij) (arXiv 1905.06922, eq. 10)."""
+        return (scores.diagonal() - scores.logsumexp(dim=1)).mean() + math.log(len(scores))
+
+    def loss(self, critic: Any, scores: Tensor) -> Tensor:
+        return -self.bound(scores)
+
+
+class Smile(InfoNCE):
+    """SMILE (Song and Ermon, arXiv 1910.06222): InfoNCE's critic, trained by Jensen and Shannon's bound.
+
+    The clipped bound that is read trades the noise of MINE's for bias: above about `clip` nats it overshoots.
+    """
+
+    def bound(self, scores: Tensor) -> Tensor:
+        """Compute Donsker and Varadhan's bound with marginal scores clipped to [-clip, clip] (eq. 16)."""
+        return donsker_varadhan(scores.diagonal(), off_diagonal(scores).clamp(-self.clip, self.clip))
+
+    def loss(self, critic: Any, scores: Tensor) -> Tensor:
+        """Compute mean softplus(-joint) + mean softplus(marginal); its best critic is the log density ratio."""
+        return F.softplus(-scores.diagonal()).mean() + F.softplus(off_diagonal(scores)).mean()
+
+
+# What the CTC paper (arXiv 2203.03871) used for I(X;T), on raw pixels and pooled features, and for I(T;Y), on pooled
+# features and one-hot labels: hours on a processor. 'small' is for processors, calibrated in docs/information.md.
+_PUBLISHED = Mine(
+    hidden=1024, layers=4, learning_rate=8e-5, decay=False, steps=10_000, batch_size=5000, average_rate=0.01,
+    marginals='draw', standardize=False, held_out=0.0, window=500,
+)  # fmt: skip
+MINE_PRESETS = {
+    'small': Mine(),
+    'published_xt': _PUBLISHED,
+    'published_ty': replace(_PUBLISHED, learning_rate=1e-5, steps=20_000),
+}
+
 
 def perceptron(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:
-    """`layers` linear layers with ReLU between them."""
+    """Create `layers` linear layers with ReLU between them."""
     sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
     modules: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
     for before, after in zip(sizes[1:-1], sizes[2:]):
@@ -89,78 +281,17 @@ def perceptron(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequen
     return nn.Sequential(*modules)
 
 
-class Objective(nn.Module):
-    """A critic with the bound it is read by and the loss it is trained on."""
-
-    @abstractmethod
-    def scores(self, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
-        """Scores of joint and marginal pairs; `other_BD` is the t of other images, for critics that take pairs."""
-
-    @abstractmethod
-    def bound(self, scores: Tensor) -> Tensor:
-        """The bound in nats, a scalar."""
-
-    @abstractmethod
-    def loss(self, scores: Tensor) -> Tensor:
-        """What is minimized, a scalar."""
-
-
-class PairObjective(Objective):
-    """MINE: a perceptron on x and t side by side; scores [2, B], joint and marginal."""
-
-    def __init__(self, x_dim: int, t_dim: int, training: Training) -> None:
-        super().__init__()
-        self.critic = perceptron(x_dim + t_dim, training.hidden, 1, training.layers)
-        self.average = MovingAverage(training.average_rate)
-
-    def scores(self, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
-        # The first layer of [x, t] is a sum of two products; that of x, nearly all of it when x is an image, serves
-        # the joint and the marginal pair.
-        first: Any = self.critic[0]
-        of_x_HX, of_t_HD = first.weight.split([x_BX.shape[1], t_BD.shape[1]], dim=1)
-        from_x_BH = F.linear(x_BX, of_x_HX, first.bias)
-        hidden_2BH = torch.stack([from_x_BH + F.linear(t, of_t_HD) for t in (t_BD, other_BD)])
-        return self.critic[1:](hidden_2BH).squeeze(-1)
-
-    def bound(self, scores: Tensor) -> Tensor:
-        return donsker_varadhan(scores[0], scores[1])
-
-    def loss(self, scores: Tensor) -> Tensor:
-        return mine_loss(scores[0], scores[1], self.average)
-
-
-class ContrastObjective(Objective):
-    """InfoNCE: the inner product of an embedding of x and one of t, over sqrt(E); scores [B, B]."""
-
-    def __init__(self, x_dim: int, t_dim: int, training: Training) -> None:
-        super().__init__()
-        self.of_x = perceptron(x_dim, training.hidden, training.embed, training.layers)
-        self.of_t = perceptron(t_dim, training.hidden, training.embed, training.layers)
-        self.clip = training.clip
-
-    def scores(self, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
-        x_BE, t_BE = self.of_x(x_BX), self.of_t(t_BD)
-        return x_BE @ t_BE.T / math.sqrt(x_BE.shape[1])
-
-    def bound(self, scores: Tensor) -> Tensor:
-        return infonce_bound(scores)
-
-    def loss(self, scores: Tensor) -> Tensor:
-        return -infonce_bound(scores)
-
-
-class SmileObjective(ContrastObjective):
-    """SMILE: the same critic, trained by Jensen and Shannon's bound and read by the clipped one."""
-
-    def bound(self, scores: Tensor) -> Tensor:
-        return smile_bound(scores.diagonal(), off_diagonal(scores), self.clip)
-
-    def loss(self, scores: Tensor) -> Tensor:
-        return -jensen_shannon(scores.diagonal(), off_diagonal(scores))
+def standardized(values_ND: Tensor) -> Tensor:
+    """Give each coordinate mean zero and deviation one; a constant one becomes zero. [N, D]"""
+    centered_ND = values_ND - values_ND.mean(dim=0)
+    deviation_D = centered_ND.square().mean(dim=0).sqrt()
+    # What is left of a constant after rounding must not be blown up to a deviation of one.
+    constant_D = deviation_D <= 1e-6 * values_ND.abs().amax(dim=0)
+    return torch.where(constant_D, 0.0, centered_ND / deviation_D.masked_fill(constant_D, 1.0))
 
 
 def read_halves(first: np.ndarray, second: np.ndarray, length: int) -> tuple[float, float]:
-    """The bound of each held-out half where the other half's is best over `length` points, averaged.
+    """Read the bound of each held-out half where the other half's is best over `length` points, and average.
 
     A critic that scores all pairs alike has the bound zero. It counts as a choice too, so where no window of the other
     half is above zero the reading is zero.
@@ -174,166 +305,31 @@ def read_halves(first: np.ndarray, second: np.ndarray, length: int) -> tuple[flo
         The mean of the two readings, and its error: that of batch means, or half the readings' difference if more.
     """
     readings, errors = [], []
-    for own, other in ((first, second), (second, first)):
-        means = np.convolve(other, np.full(length, 1 / length), mode='valid')
+    for read, chosen_by in ((first, second), (second, first)):
+        means = np.convolve(chosen_by, np.full(length, 1 / length), mode='valid')
         start = int(means.argmax())
-        window = own[start : start + length]
+        window = read[start : start + length]
         readings.append(float(window.mean()) if means[start] > 0 else 0.0)
-        errors.append(batch_means_error(window.tolist(), batches=10))
+        errors.append(batch_means_error(window, batches=10))
     return sum(readings) / 2, max(math.hypot(*errors), abs(readings[0] - readings[1])) / 2
 
 
-class NeuralEstimator:
-    """Trains a critic on pairs of x and t and reads off a bound.
+def batch_means_error(values: Sequence[float] | np.ndarray, batches: int = 20) -> float:
+    """Compute the standard error of the mean of an autocorrelated series, by non-overlapping batch means.
 
-    With `held_out=0` the estimate is the mean of the bound over the last `window` steps, each on the batch just trained
-    on: the published form. A critic can learn images by heart, so this is no lower bound on a finite sample.
-
-    With `held_out` above 0 that share of the images is kept from training and cut in two halves. Every 5 steps the
-    bound is read on a batch of each. The window at which one half is best is where the other is read, or zero if no
-    window of the one half is above it, and the estimate is the mean of the two readings: stopping early costs no bias,
-    for no image helps to choose its own window.
+    Neighboring values of a training curve resemble each other, so deviation / sqrt(number) would claim too much.
+    The means of long enough stretches are nearly independent; their deviation over sqrt(stretches) is the error.
 
     Args:
-        name: In error messages.
-        objective: Makes the critic from X, D and the settings.
-        training: Settings.
+        values: The series; a remainder that fills no stretch is left out at its start.
+        batches: Number of stretches, fewer when the series is shorter than two values each.
+
+    Returns:
+        The error in the unit of the values; infinity for a series shorter than four values.
     """
-
-    def __init__(self, name: str, objective: Callable[[int, int, Training], Objective], training: Training) -> None:
-        self.name = name
-        self.objective = objective
-        self.training = training
-
-    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
-        """Estimate I(X;T).
-
-        Args:
-            x: [N, ...] numbers, flattened, or class labels [N], one-hot encoded.
-            t: Likewise, for the same images.
-            progress: Called as `progress(step, steps)` after every step.
-
-        Returns:
-            The estimate. Its error is that of batch means over the window; with held-out images half the difference of
-            the two readings if that is more.
-
-        Raises:
-            UserError: Inputs as in `paired`; too few images to hold out; a training that diverged.
-        """
-        s = self.training
-        x_NX, t_ND = (numbers_of(v) for v in paired(x, t))
-        if s.standardize:
-            x_NX, t_ND = standardized(x_NX), standardized(t_ND)
-        x_NX, t_ND = x_NX.to(s.device), t_ND.to(s.device)
-        rng = np.random.default_rng(s.seed)
-        train, halves = self._split(len(x_NX), rng)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(s.seed)
-            objective = self.objective(x_NX.shape[1], t_ND.shape[1], s).to(s.device)
-        optimizer = torch.optim.Adam(objective.parameters(), lr=s.learning_rate)
-
-        def batch(images: np.ndarray) -> Tensor:
-            drawn = rng.choice(images, min(s.batch_size, len(images)), replace=False)
-            return torch.from_numpy(drawn).to(s.device)
-
-        curves: list[list[Tensor]] = [[] for _ in halves] or [[]]
-        for step in range(s.steps):
-            if s.decay:
-                optimizer.param_groups[0]['lr'] = s.learning_rate * min(1.0, 2 * (1 - step / s.steps))
-            own_B = batch(train)
-            other_B = own_B.roll(1) if s.marginals == 'shift' else batch(train)
-            scores = objective.scores(x_NX[own_B], t_ND[own_B], t_ND[other_B])
-            loss = objective.loss(scores)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                if not halves:
-                    curves[0].append(objective.bound(scores))
-                elif (step + 1) % EVALUATE_EVERY == 0:
-                    for curve, half in zip(curves, halves):
-                        own_B = batch(half)
-                        scores = objective.scores(x_NX[own_B], t_ND[own_B], t_ND[own_B.roll(1)])
-                        curve.append(objective.bound(scores))
-            if progress:
-                progress(step + 1, s.steps)
-        return self._read([torch.stack(curve).double().cpu().numpy() for curve in curves])
-
-    def _split(self, images: int, rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Positions of the images to train on, and of the two held-out halves when there are any."""
-        if not self.training.held_out:
-            return np.arange(images), []
-        order = rng.permutation(images)
-        held = round(images * self.training.held_out)
-        if held < 16 or images - held < 16:
-            raise UserError(
-                f'held_out={self.training.held_out} of {images} images leaves {held} to read the bound on and '
-                f'{images - held} to train on: at least 16 of each are needed'
-            )
-        return order[held:], [order[: held // 2], order[held // 2 : held]]
-
-    def _read(self, curves: list[np.ndarray]) -> Estimate:
-        if not all(np.isfinite(curve).all() for curve in curves):
-            raise UserError(f'{self.name} diverged: lower learning_rate, now {self.training.learning_rate}')
-        if len(curves) == 1:
-            window = curves[0][-self.training.window :]
-            return Estimate(float(window.mean()), batch_means_error(window.tolist()), curves[0].tolist())
-        nats, error = read_halves(curves[0], curves[1], max(4, self.training.window // EVALUATE_EVERY))
-        return Estimate(nats, error, ((curves[0] + curves[1]) / 2).tolist(), EVALUATE_EVERY)
-
-
-_PUBLISHED = Training(
-    hidden=1024, layers=4, learning_rate=8e-5, decay=False, steps=10_000, batch_size=5000, average_rate=0.01,
-    marginals='draw', standardize=False, held_out=0.0, window=500,
-)  # fmt: skip
-MINE_PRESETS = {
-    'small': Training(),
-    'published_xt': _PUBLISHED,
-    'published_ty': settings_from(_PUBLISHED, 'mine', {'learning_rate': 1e-5, 'steps': 20_000}),
-}
-
-
-def mine(preset: str = 'small', **options: Any) -> NeuralEstimator:
-    """Mutual information neural estimation (Belghazi et al., arXiv 1801.04062).
-
-    Args:
-        preset: 'published_xt' is what the CTC paper (arXiv 2203.03871) used for I(X;T), on raw pixels and pooled
-            features, and 'published_ty' for I(T;Y), on pooled features and one-hot labels: hours on a processor.
-            'small' is for processors, calibrated in docs/information.md, and reads the bound on held-out images.
-        options: Fields of `Training` to change.
-
-    Raises:
-        UserError: An unknown preset or option, a setting that can't work.
-    """
-    if preset not in MINE_PRESETS:
-        raise UserError(f'mine has no preset {preset!r}{nearest(preset, MINE_PRESETS)}')
-    return NeuralEstimator('mine', PairObjective, settings_from(MINE_PRESETS[preset], 'mine', options))
-
-
-_CONTRAST = Training(batch_size=512, steps=1000, window=50)
-
-
-def infonce(**options: Any) -> NeuralEstimator:
-    """InfoNCE (van den Oord et al., arXiv 1807.03748): little noise, but never above log(batch_size) nats.
-
-    Args:
-        options: Fields of `Training` to change.
-
-    Raises:
-        UserError: An unknown option, a setting that can't work.
-    """
-    return NeuralEstimator('infonce', ContrastObjective, settings_from(_CONTRAST, 'infonce', options))
-
-
-def smile(**options: Any) -> NeuralEstimator:
-    """SMILE (Song and Ermon, arXiv 1910.06222): clipping trades the noise of MINE's bound for bias.
-
-    The clipped value is no lower bound: above about `clip` nats it overshoots.
-
-    Args:
-        options: Fields of `Training` to change.
-
-    Raises:
-        UserError: An unknown option, a setting that can't work.
-    """
-    return NeuralEstimator('smile', SmileObjective, settings_from(_CONTRAST, 'smile', options))
+    batches = min(batches, len(values) // 2)
+    if batches < 2:
+        return math.inf
+    length = len(values) // batches
+    means = np.asarray(values[len(values) - batches * length :], dtype=np.float64).reshape(batches, length).mean(axis=1)
+    return float(means.std(ddof=1) / math.sqrt(batches))

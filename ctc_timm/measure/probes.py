@@ -1,121 +1,100 @@
 """Probes: how much a simple classifier gets out of frozen features. Four methods behind one interface.
 
-`ridge` and `logistic` choose their regularisation on a fifth of the training set and are refitted on all of it; `knn`
-and `sgd` have nothing to choose, except that the published protocol, `sgd-best`, takes the best epoch on the test set.
+    for row in probe('ridge', LabeledFeatures(train_ND, labels_N), LabeledFeatures(test_MD, labels_M), num_classes=10):
+        print(row['method'], row['top1'])
 
-Letters: N images, M test images, D feature size, C classes.
+`ridge` and `logistic` choose their regularization on a fifth of the training set, never on the test set, and are
+refitted on all of it. `knn` and `sgd` have nothing to choose, except that the published protocol, `sgd-best`, takes the
+best epoch on the test set.
+
+Letters: N training images, M test images, D feature size, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import logistic, ridge
 from .knn import NEIGHBORS, neighbor_votes
-from .scores import Score, bootstrap_scores, point_scores
-from .selection import fit, one_split
-from .sets import Labeled, check_sets, with_float64
-from .sgd import train_head
+from .scores import bootstrap_scores, point_scores, ranks
+from .sets import LabeledFeatures, check_sets, float64_device
+from .sgd import EPOCHS, train_head
 
 METHODS = ('ridge', 'logistic', 'knn', 'sgd')
+NEVER = -1
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What one probe says about the test images.
+class Prediction(NamedTuple):
+    """A probe's class scores of the test images.
 
     Attributes:
         method: `ridge`, `logistic`, `knn-1`, `knn-5`, `knn-20`, `sgd-last` or `sgd-best`.
-        logits_MC: Class scores, for `knn` the votes, [M, C], where they were computed.
+        logits_MC: For `knn` the votes, [M, C], on the device where they were computed.
         settings: What was chosen: `strength` and `selection_accuracy` (percent, None when the training set was too
             small to hold images out), `neighbors` (fewer than asked for when there are fewer training images), or
             `epoch`.
-        curve: For `sgd`, test top-1 after each epoch, percent.
     """
 
     method: str
     logits_MC: Tensor
     settings: dict[str, float | int | None]
-    curve: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class ProbeResult(Prediction):
-    """A prediction with its scores.
+class PathSolver(Protocol):
+    """Fits linear classifiers along a path of strengths, in the order given."""
 
-    Attributes:
-        scores: For each of `scores.METRICS`, percent with the 95% bootstrap interval over test images.
-    """
-
-    scores: dict[str, Score] = field(default_factory=dict)
-
-    def row(self) -> dict[str, str | float | int | None]:
-        """Plain values for JSON and CSV: method, top1, top1_low, top1_high, ..., and the settings."""
-        return {'method': self.method, **score_columns(self.scores), **self.settings}
-
-
-def score_columns(scores: dict[str, Score]) -> dict[str, float | None]:
-    """Scores as flat columns: name, name_low and name_high of each."""
-    return {name + end: value for name, score in scores.items() for end, value in zip(('', '_low', '_high'), score)}
+    def __call__(
+        self, train: LabeledFeatures, num_classes: int, strengths: Sequence[float], exact: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield weights [D, C] and bias [C] for each strength; `exact` or just well enough to rank strengths."""
+        ...
 
 
 def probe(
     method: str,
-    train: Labeled,
-    test: Labeled,
+    train: LabeledFeatures,
+    test: LabeledFeatures,
     num_classes: int,
     seed: int = 0,
     device: torch.device | str = 'cpu',
     what: str = 'the target',
     class_names: Sequence[str] | None = None,
-) -> list[ProbeResult]:
+) -> list[dict[str, Any]]:
     """Fit a probe on frozen features and score it on test images.
-
-        for result in probe('ridge', Labeled(train_ND, labels_N), Labeled(test_MD, labels_M), num_classes=10):
-            print(result.row())
 
     Args:
         method: One of `METHODS`.
-        train: Features and labels to fit on.
-        test: Features and labels to score on; no setting is chosen on them but the epoch of `sgd-best`.
+        train: What to fit on.
+        test: What to score on; nothing is chosen on it but the epoch of `sgd-best`.
         num_classes: C.
         seed: Of the training split, the SGD head and the bootstrap.
         device: Where to compute. Ridge and logistic regression need float64 and take the CPU in place of a device
             without it.
-        what: Name of the data set, for messages.
+        what: The data set, for messages.
         class_names: Name of each class, for messages.
 
     Returns:
-        One result; three for `knn`, one a number of neighbors; two for `sgd`, the last and the best epoch.
+        Rows of plain values: method, top1, top1_low, top1_high, ... (see `bootstrap_scores`), and what was chosen. One
+        row; three for `knn`, one a number of neighbors; two for `sgd`, the last and the best epoch.
 
     Raises:
         UserError: See `check_sets`.
         ValueError: An unknown method.
     """
     check_sets(train, test, num_classes, what, class_names)
+    predictions = predict(method, train, test, num_classes, hold_out(train.labels_N, seed), seed, device)
     return [
-        ProbeResult(
-            **vars(found), scores=bootstrap_scores(found.logits_MC, test.labels_N.to(found.logits_MC.device), seed)
-        )
-        for found in predict(method, train, test, num_classes, one_split(train.labels_N, seed), seed, device)
+        {'method': p.method, **bootstrap_scores(p.logits_MC, test.labels_N.to(p.logits_MC.device), seed), **p.settings}
+        for p in predictions
     ]
 
 
-def ridge_scores(
-    train: Labeled, test: Labeled, num_classes: int, seed: int = 0, device: torch.device | str = 'cpu'
-) -> dict[str, float]:
-    """The ridge probe's top-1, top-5 and mean per-class accuracy without intervals, cheap enough during training.
-
-    Args:
-        train: Features and labels to fit on.
-        test: Features and labels to score on.
-        num_classes: C.
-        seed: Of the training split.
-        device: See `probe`.
+def ridge_scores(train: LabeledFeatures, test: LabeledFeatures, num_classes: int) -> dict[str, float]:
+    """Score the ridge probe with seed 0 on the CPU without intervals, cheap enough during training.
 
     Returns:
         For each of `scores.METRICS`, percent, the same as `probe('ridge', ...)` gives.
@@ -124,36 +103,30 @@ def ridge_scores(
         UserError: See `check_sets`.
     """
     check_sets(train, test, num_classes, 'the target')
-    (found,) = predict('ridge', train, test, num_classes, one_split(train.labels_N, seed), seed, device)
-    return point_scores(found.logits_MC, test.labels_N.to(found.logits_MC.device))
+    (prediction,) = predict('ridge', train, test, num_classes, hold_out(train.labels_N, 0))
+    return point_scores(prediction.logits_MC, test.labels_N.to(prediction.logits_MC.device))
 
 
 def predict(
     method: str,
-    train: Labeled,
-    test: Labeled,
+    train: LabeledFeatures,
+    test: LabeledFeatures,
     num_classes: int,
     fold_N: Tensor,
     seed: int = 0,
     device: torch.device | str = 'cpu',
 ) -> list[Prediction]:
-    """A probe's predictions for sets that have been checked.
+    """Fit a probe and predict, for sets that have been checked; arguments as of `probe`.
 
     Args:
-        method: One of `METHODS`.
-        train: Features and labels to fit on.
-        test: Features and labels to predict.
-        num_classes: C.
-        fold_N: Training images to hold out while a strength is chosen, from `selection`.
-        seed: Of the SGD head.
-        device: See `probe`.
+        fold_N: Of `hold_out` or `cross_folds`: the training images held out while a strength is chosen.
 
     Raises:
         ValueError: An unknown method.
     """
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')
-    device = torch.device(device) if method in ('knn', 'sgd') else with_float64(device)
+    device = torch.device(device) if method in ('knn', 'sgd') else float64_device(device)
     train, test = train.to(device), test.to(device)
     if method == 'knn':
         votes = neighbor_votes(train, test.features_ND, num_classes)
@@ -161,12 +134,60 @@ def predict(
             Prediction(f'knn-{k}', votes_MC, {'neighbors': min(k, len(train))}) for k, votes_MC in zip(NEIGHBORS, votes)
         ]
     if method == 'sgd':
-        run = train_head(train, test, num_classes, seed)
+        last_MC, best_MC, best_epoch = train_head(train, test, num_classes, seed)
         return [
-            Prediction('sgd-last', run.last_MC, {'epoch': len(run.curve)}, run.curve),
-            Prediction('sgd-best', run.best_MC, {'epoch': run.best_epoch}, run.curve),
+            Prediction('sgd-last', last_MC, {'epoch': EPOCHS}),
+            Prediction('sgd-best', best_MC, {'epoch': best_epoch}),
         ]
     solver = ridge if method == 'ridge' else logistic
-    linear = fit(solver.solve, train, num_classes, fold_N, solver.STRENGTHS, solver.DEFAULT_STRENGTH)
-    settings = {'strength': linear.strength, 'selection_accuracy': linear.selection_accuracy}
-    return [Prediction(method, linear.logits(test.features_ND), settings)]
+    strength, accuracy = _choose(solver.solve, train, num_classes, fold_N.to(device), solver.STRENGTHS)
+    strength = solver.DEFAULT_STRENGTH if strength is None else strength
+    weights_DC, bias_C = next(solver.solve(train, num_classes, [strength]))
+    logits_MC = torch.addmm(bias_C, test.features_ND.double(), weights_DC)
+    return [Prediction(method, logits_MC, {'strength': strength, 'selection_accuracy': accuracy})]
+
+
+def _choose(
+    solve: PathSolver, train: LabeledFeatures, num_classes: int, fold_N: Tensor, strengths: Sequence[float]
+) -> tuple[float | None, float | None]:
+    """Find the strength of the highest accuracy over the held-out images, the strongest if several.
+
+    Returns:
+        The strength and its accuracy in percent; None for both when no image is held out.
+    """
+    held_out = int((fold_N != NEVER).sum())
+    if not held_out:
+        return None, None
+    hits = [0] * len(strengths)
+    for fold in range(int(fold_N.max()) + 1):
+        rest, held = train.select(fold_N != fold), train.select(fold_N == fold)
+        for i, (weights_DC, bias_C) in enumerate(solve(rest, num_classes, strengths, exact=False)):
+            logits_MC = torch.addmm(bias_C, held.features_ND.double(), weights_DC)
+            hits[i] += int((ranks(logits_MC, held.labels_N) == 0).sum())
+    return strengths[hits.index(max(hits))], 100 * max(hits) / held_out
+
+
+def hold_out(labels_N: Tensor, seed: int) -> Tensor:
+    """Draw a fifth of each class, rounded up: [N], 0 for these images and `NEVER` for the others."""
+    return torch.where(cross_folds(labels_N, 5, seed) == 0, 0, NEVER)
+
+
+def cross_folds(labels_N: Tensor, folds: int, seed: int) -> Tensor:
+    """Deal the images of each class out over folds: [N], on the CPU; `NEVER` for the only image of a class.
+
+    scikit-learn's `StratifiedKFold` would hold out a class's only image, and leave none to train on.
+    """
+    place_N = shuffled_places(labels_N, seed)
+    counts_C = torch.bincount(labels_N.cpu())
+    return torch.where(counts_C[labels_N.cpu()] > 1, place_N % folds, NEVER)
+
+
+def shuffled_places(labels_N: Tensor, seed: int) -> Tensor:
+    """Shuffle the images of each class, and number them from 0 within it: [N], on the CPU."""
+    labels_N = labels_N.cpu()
+    shuffled_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
+    order_N = shuffled_N[labels_N[shuffled_N].argsort(stable=True)]  # class by class, random within each
+    counts_C = torch.bincount(labels_N)
+    place_N = torch.empty_like(labels_N)
+    place_N[order_N] = torch.arange(len(labels_N)) - (counts_C.cumsum(0) - counts_C)[labels_N[order_N]]
+    return place_N

@@ -7,123 +7,109 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .estimates import Estimate, Progress, Values, labels_of, paired, settings_from, standardized
+from .estimates import MIN_IMAGES, SMALLEST, Estimate, Estimator, Progress, Values, labels_of, paired
 
-WIDTHS = ('neighbors', 'median')
+NEIGHBORS = 10
 
 
 @dataclass(frozen=True)
-class RenyiSettings:
-    """Settings of `Renyi`.
+class Renyi(Estimator):
+    """Matrix-based Renyi mutual information (Sanchez Giraldo et al., arXiv 1211.2459; Yu et al., arXiv 1808.07912).
+
+        A = K / trace(K),  K_ij = exp(-|x_i - x_j|^2 / (2 width^2));  B likewise from t
+        S(A) = log(sum of eigenvalues of A to the alpha) / (1 - alpha)
+        I = S(A) + S(B) - S(A o B / trace(A o B)),  o entry by entry
+
+    The width is the mean distance of an image to its 10 nearest others. Labels [N] and one-hot rows [N, C] have the
+    equality kernel, for which S is the entropy of the class shares. The value lies between 0 and log N and depends on
+    N and the widths: compare it between checkpoints on the same images, do not read it as Shannon's information. The
+    standard error is the grouped jackknife's: with G random groups, each left out in turn,
+    sqrt((G - 1) / G * sum (value - mean)^2). Disjoint parts would claim less: small samples resolve less structure, so
+    their values vary less.
 
     Attributes:
         alpha: Order of the entropy; near 1 it is close to Shannon's.
-        width: Rule for the kernel's width, for x and t each from its own distances: 'neighbors', the mean distance
-            of an image to its 10 nearest others; 'median', the median distance of two images.
-        width_factor: What the rule's width is multiplied by.
-        standardize: Give each coordinate mean zero and deviation one first. Without, coordinates count by their scale,
-            as they do for a linear classifier.
         shuffles: Subtract the mean value with t shuffled this many times, each at the cost of one more spectrum: in
             high dimension independent variables show a value well above zero. 0 is the published definition.
-        max_images: A random subset of this size is taken from more images: the cost grows with the cube.
-        groups: Random groups of images, each left out in turn for the standard error; 0 for none.
-        seed: Of subset, shuffles and groups.
-        device: Where the spectra are computed; Apple's has no float64, there the processor is used.
+        max_images: A random subset of this size is drawn from more images: the cost grows with the cube.
+        groups: Random groups of images, each left out in turn for the standard error; 0 for an infinite error.
+        device: Apple's has no float64, there the CPU is used.
     """
 
     alpha: float = 1.01
-    width: str = 'neighbors'
-    width_factor: float = 1.0
-    standardize: bool = False
     shuffles: int = 0
     max_images: int = 2000
     groups: int = 4
-    seed: int = 0
-    device: str | torch.device = 'cpu'
+    limits: ClassVar[dict[str, tuple[float, float]]] = {
+        'alpha': (SMALLEST, 1e6),
+        'shuffles': (0, 1e6),
+        'max_images': (MIN_IMAGES, 1e6),
+        'groups': (0, 1e6),
+    }
 
-    def __post_init__(self) -> None:
-        for name in ('alpha', 'width_factor'):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f'{name} must be a positive number, got {getattr(self, name)}')
+    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
+        """Estimate I(X;T), see `Estimator.estimate`; the curve is empty."""
         if self.groups == 1:
             raise UserError('groups must be 0 or at least 2, got 1')
-        if self.width not in WIDTHS:
-            raise UserError(f'width must be one of {", ".join(WIDTHS)}, got {self.width!r}')
-        for name, least in {'shuffles': 0, 'groups': 0, 'max_images': 32}.items():
-            if getattr(self, name) < least:
-                raise UserError(f'{name} must be at least {least}, got {getattr(self, name)}')
+        rng = np.random.default_rng(self.seed)
+        x, t = (self._on_device(values) for values in paired(x, t))
+        if len(x) > self.max_images:
+            subset = torch.from_numpy(rng.permutation(len(x))[: self.max_images]).to(x.device)
+            x, t = x[subset], t[subset]
+        first, second = _Variable.of(x), _Variable.of(t)
+        nats = self._value(first, second, rng)
+        group_N = rng.permutation(len(x)) % max(1, self.groups)
+        left_out = []
+        for group in range(self.groups):
+            if progress:
+                progress(1 + group, 1 + self.groups)
+            rows = torch.from_numpy(np.flatnonzero(group_N != group)).to(x.device)
+            left_out.append(self._value(first.select(rows), second.select(rows), rng))
+        if progress:
+            progress(1 + self.groups, 1 + self.groups)
+        return Estimate(nats, math.sqrt((self.groups - 1) * np.var(left_out)) if left_out else math.inf)
 
+    def _on_device(self, values: Tensor) -> Tensor:
+        device = torch.device(self.device)
+        values = values.to('cpu' if device.type == 'mps' else device)
+        # Rounding noise in the eigenvalues comes out times 1 / (1 - alpha): single precision is too coarse.
+        return values if values.ndim == 1 else values.double()
 
-def squared_distances(values_ND: Tensor) -> Tensor:
-    """Squared Euclidean distances of all rows, [N, N]; exactly zero for equal rows."""
-    centerd_ND = values_ND - values_ND.mean(dim=0)
-    square_N = centerd_ND.square().sum(dim=1)
-    squared_NN = square_N[:, None] + square_N - 2 * centerd_ND @ centerd_ND.T
-    # Equal rows come out as rounding noise of either sign.
-    return squared_NN.masked_fill(squared_NN <= 1e-12 * square_N.max(), 0.0).fill_diagonal_(0.0)
-
-
-def kernel_width(squared_NN: Tensor, rule: str) -> float:
-    """Width of the Gaussian kernel by one of `WIDTHS`, in the unit of the distances; zero if most rows are equal."""
-    N = len(squared_NN)
-    if rule == 'median':
-        above = torch.triu_indices(N, N, offset=1, device=squared_NN.device)
-        return float(squared_NN[above[0], above[1]].median().sqrt())
-    nearest = squared_NN.topk(min(11, N), dim=1, largest=False).values[:, 1:]
-    return float(nearest.sqrt().mean())
-
-
-def gram(squared_NN: Tensor, rule: str, factor: float = 1.0) -> Tensor:
-    """exp(-distance^2 / (2 width^2)), [N, N]; at width zero its limit, one for equal rows and zero for others."""
-    width = factor * kernel_width(squared_NN, rule)
-    if width == 0:
-        return (squared_NN == 0).to(squared_NN.dtype)
-    return (squared_NN / (-2 * width**2)).exp()
-
-
-def entropy(spectrum: Tensor, alpha: float) -> float:
-    """log(sum p^alpha) / (1 - alpha) of eigenvalues made to sum to one; Shannon's at alpha = 1. In nats."""
-    shares = spectrum.clamp_min(0)
-    shares = shares / shares.sum()
-    if alpha == 1:
-        return -float(torch.xlogy(shares, shares).sum())
-    return float(shares.pow(alpha).sum().log()) / (1 - alpha)
+    def _value(self, first: _Variable, second: _Variable, rng: np.random.Generator) -> float:
+        marginal = _entropy(first.spectrum(), self.alpha) + _entropy(second.spectrum(), self.alpha)
+        value = marginal - _entropy(first.joint_spectrum(second), self.alpha)
+        for _ in range(self.shuffles):
+            shuffled = second.select(torch.from_numpy(rng.permutation(second.images)))
+            value -= (marginal - _entropy(first.joint_spectrum(shuffled), self.alpha)) / self.shuffles
+        return value
 
 
 class _Variable:
-    """One of x and t: labels [N], whose kernel is one for equal labels and zero else, or a Gaussian kernel [N, N]."""
+    """One of x and t: labels [N], whose kernel is one for equal labels and zero else, or distances [N, N]."""
 
-    def __init__(self, labels_N: Tensor | None, squared_NN: Tensor, settings: RenyiSettings) -> None:
-        self.settings = settings
+    def __init__(self, labels_N: Tensor | None, squared_NN: Tensor) -> None:
         self.labels_N = labels_N
         self.squared_NN = squared_NN  # empty where there are labels
-        labeled = labels_N is not None
-        self.gram_NN = squared_NN if labeled else gram(squared_NN, settings.width, settings.width_factor)
+        self.gram_NN = squared_NN if labels_N is not None else _gaussian_kernel(squared_NN)
+        self.images = len(squared_NN if labels_N is None else labels_N)
 
     @classmethod
-    def of(cls, values: Tensor, settings: RenyiSettings) -> _Variable:
+    def of(cls, values: Tensor) -> _Variable:
         labels_N = labels_of(values)
-        if labels_N is not None:
-            return cls(labels_N, torch.empty(0, 0), settings)
-        return cls(None, squared_distances(standardized(values) if settings.standardize else values), settings)
+        return cls(labels_N, _squared_distances(values) if labels_N is None else torch.empty(0, 0))
 
-    def taken(self, rows: Tensor) -> _Variable:
-        """The same for some of the images, or in another order; the width is found anew."""
+    def select(self, rows: Tensor) -> _Variable:
+        """Return some of the images, or all in another order; the width is that of their distances."""
         if self.labels_N is not None:
-            return _Variable(self.labels_N[rows], self.squared_NN, self.settings)
-        return _Variable(None, self.squared_NN[rows][:, rows], self.settings)
-
-    @property
-    def images(self) -> int:
-        """N."""
-        return len(self.squared_NN if self.labels_N is None else self.labels_N)
+            return _Variable(self.labels_N[rows], self.squared_NN)
+        return _Variable(None, self.squared_NN[rows][:, rows])
 
     def spectrum(self) -> Tensor:
         if self.labels_N is not None:  # the equality kernel's eigenvalues are the sizes of the classes
@@ -131,7 +117,7 @@ class _Variable:
         return torch.linalg.eigvalsh(self.gram_NN)
 
     def joint_spectrum(self, other: _Variable) -> Tensor:
-        """Eigenvalues of the product, entry by entry, of both Gram matrices."""
+        """Compute the eigenvalues of the product, entry by entry, of both Gram matrices."""
         if self.labels_N is None and other.labels_N is None:
             return torch.linalg.eigvalsh(self.gram_NN * other.gram_NN)
         if self.labels_N is None:
@@ -143,73 +129,26 @@ class _Variable:
         return torch.cat([torch.linalg.eigvalsh(other.gram_NN[rows][:, rows]) for rows in classes])
 
 
-class Renyi:
-    """Matrix-based Renyi mutual information (Sanchez Giraldo et al., arXiv 1211.2459; Yu et al., arXiv 1808.07912).
+def _squared_distances(values_ND: Tensor) -> Tensor:
+    """Compute the squared Euclidean distances of all rows, [N, N]; exactly zero for equal rows."""
+    centered_ND = values_ND - values_ND.mean(dim=0)
+    square_N = centered_ND.square().sum(dim=1)
+    squared_NN = square_N[:, None] + square_N - 2 * centered_ND @ centered_ND.T
+    # Equal rows come out as rounding noise of either sign.
+    return squared_NN.masked_fill(squared_NN <= 1e-12 * square_N.max(), 0.0).fill_diagonal_(0.0)
 
-        A = K / trace(K),  K_ij = exp(-|x_i - x_j|^2 / (2 width^2));  B likewise from t
-        S(A) = log(sum of eigenvalues of A to the alpha) / (1 - alpha)
-        I = S(A) + S(B) - S(A o B / trace(A o B)),  o entry by entry
 
-    Labels [N] and one-hot rows [N, C] have the equality kernel, for which S is the entropy of the class shares. The
-    value lies between 0 and log N and depends on N and the widths: compare it between checkpoints on the same images,
-    do not read it as Shannon's information. The standard error is the grouped jackknife's: with G random groups, each
-    left out in turn, sqrt((G - 1) / G * sum (value - mean)^2). Disjoint parts would claim less: small samples resolve
-    less structure, so their values vary less.
+def _gaussian_kernel(squared_NN: Tensor) -> Tensor:
+    """Compute exp(-distance^2 / (2 width^2)), [N, N]; at width zero its limit, one for equal rows and zero else."""
+    nearest = squared_NN.topk(min(NEIGHBORS + 1, len(squared_NN)), dim=1, largest=False).values[:, 1:]
+    width = float(nearest.sqrt().mean())
+    return (squared_NN / (-2 * width**2)).exp() if width else (squared_NN == 0).to(squared_NN.dtype)
 
-    Args:
-        options: Fields of `RenyiSettings` to change.
 
-    Raises:
-        UserError: An unknown option, a setting that can't work.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        self.settings = settings_from(RenyiSettings(), 'renyi', options)
-
-    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
-        """Estimate I(X;T).
-
-        Args:
-            x: [N, ...] numbers, flattened; class labels [N]; or one-hot rows [N, C].
-            t: Likewise, for the same images.
-            progress: Called as `progress(done, of)` after all images and after each group left out.
-
-        Returns:
-            The estimate, with an empty curve; its error is infinite for `groups=0`.
-
-        Raises:
-            UserError: Inputs as in `paired`.
-        """
-        s = self.settings
-        rng = np.random.default_rng(s.seed)
-        x, t = (self._placed(values) for values in paired(x, t))
-        if len(x) > s.max_images:
-            subset = torch.from_numpy(rng.permutation(len(x))[: s.max_images]).to(x.device)
-            x, t = x[subset], t[subset]
-        first, second = _Variable.of(x, s), _Variable.of(t, s)
-        nats = self._value(first, second, rng)
-        if progress:
-            progress(1, 1 + s.groups)
-        group_N = rng.permutation(len(x)) % max(1, s.groups)
-        values = []
-        for group in range(s.groups):
-            rows = torch.from_numpy(np.flatnonzero(group_N != group)).to(x.device)
-            values.append(self._value(first.taken(rows), second.taken(rows), rng))
-            if progress:
-                progress(2 + group, 1 + s.groups)
-        return Estimate(nats, math.sqrt((s.groups - 1) * np.var(values)) if values else math.inf)
-
-    def _placed(self, values: Tensor) -> Tensor:
-        device = torch.device(self.settings.device)
-        values = values.to('cpu' if device.type == 'mps' else device)
-        # Rounding noise in the eigenvalues comes out times 1 / (1 - alpha): single precision is too coarse.
-        return values if values.ndim == 1 else values.double()
-
-    def _value(self, first: _Variable, second: _Variable, rng: np.random.Generator) -> float:
-        s = self.settings
-        own = entropy(first.spectrum(), s.alpha) + entropy(second.spectrum(), s.alpha)
-        value = own - entropy(first.joint_spectrum(second), s.alpha)
-        for _ in range(s.shuffles):
-            shuffled = second.taken(torch.from_numpy(rng.permutation(second.images)))
-            value -= (own - entropy(first.joint_spectrum(shuffled), s.alpha)) / s.shuffles
-        return value
+def _entropy(spectrum: Tensor, alpha: float) -> float:
+    """Compute log(sum p^alpha) / (1 - alpha) of eigenvalues made to sum to one; Shannon's at alpha = 1. In nats."""
+    shares = spectrum.clamp_min(0)
+    shares = shares / shares.sum()
+    if alpha == 1:
+        return -float(torch.xlogy(shares, shares).sum())
+    return float(shares.pow(alpha).sum().log()) / (1 - alpha)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import write_text
+
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a file that is complete or not there; JSON knows no infinity and no NaN, which become null."""
+    """Write a file that is complete or not there; infinity and NaN, which JSON lacks, become null."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + '.tmp')
-    temporary.write_text(
-        json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8'
-    )
-    os.replace(temporary, file)
+    write_text(file, json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
 
 
 def _finite(content: Any) -> Any:
@@ -30,66 +29,74 @@ def _finite(content: Any) -> Any:
 
 
 def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows that need not all have the same columns; those come in the order they are first met."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Write rows that need not all have the same columns; a column comes where it is first met."""
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), restval='')
+    writer.writeheader()
+    writer.writerows(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + '.tmp')
-    with temporary.open('w', encoding='utf-8', newline='') as stream:
-        writer = csv.DictWriter(stream, fieldnames=columns, restval='')
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, file)
+    write_text(file, text.getvalue())
 
 
 class RowStore:
-    """Rows by key, one a line, each on disk as soon as it is finished.
+    """Rows by what they depend on, one a line, each on disk as soon as it is finished.
 
     Args:
-        file: Where they are; a last line that was cut off is left out and written over.
+        file: Where they are. Lines that cannot be read, such as a last one that was cut off, are ignored.
+        write: False where another process writes.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, write: bool = True) -> None:
         self.file = file
         self.rows: dict[str, dict[str, Any]] = {}
-        if not file.is_file():
-            return
-        for line in file.read_text(encoding='utf-8', errors='replace').splitlines():
+        text = file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''
+        self._separator = '' if text.endswith('\n') or not text else '\n'  # ends a line that was cut off
+        self._write = write
+        for line in text.splitlines():
             try:
                 stored = json.loads(line)
                 self.rows[str(stored['key'])] = dict(stored['row'])
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
 
-    def add(self, key: str, row: dict[str, Any], write: bool = True) -> None:
-        """Keep a row, on disk too unless another process writes it."""
+    def get(self, values: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row; measure and keep it where it is missing.
+
+        Args:
+            values: All that the row depends on, plain values.
+            measure: Computes it.
+        """
+        text = json.dumps(values, sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if key not in self.rows:
+            self.add(key, measure())
+        return self.rows[key]
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        """Keep a row under a key."""
         self.rows[key] = row
-        if not write:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        cut_off = self.file.is_file() and not self.file.read_bytes().endswith(b'\n') and self.file.stat().st_size
-        with self.file.open('a', encoding='utf-8') as stream:
-            stream.write(('\n' if cut_off else '') + json.dumps({'key': key, 'row': row}) + '\n')
+        if self._write:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open('a', encoding='utf-8') as stream:
+                stream.write(self._separator + json.dumps({'key': key, 'row': row}) + '\n')
+            self._separator = ''
 
 
 def table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Rows as text for a terminal.
+    """Format rows for a terminal, words to the left and numbers to the right.
 
     Args:
         rows: Of plain values; None and missing ones show as nothing.
         columns: Heading of each column by its name.
     """
-    lines = [list(columns.values())]
-    for row in rows:
-        lines.append([_cell(row.get(name)) for name in columns])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    left = [all(isinstance(row.get(name), str) for row in rows) for name in columns]
-    aligned = [
-        '  '.join(
-            cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in zip(line, widths, left)
-        )
-        for line in lines
-    ]
-    return '\n'.join(line.rstrip() for line in aligned)
+    rows = list(rows)
+    lines = [list(columns.values()), *([_cell(row.get(name)) for name in columns] for row in rows)]
+    aligned = []
+    for name, cells in zip(columns, zip(*lines)):
+        width = max(map(len, cells))
+        to_left = all(isinstance(row.get(name), str) for row in rows)
+        aligned.append([cell.ljust(width) if to_left else cell.rjust(width) for cell in cells])
+    return '\n'.join('  '.join(line).rstrip() for line in zip(*aligned))
 
 
 def _cell(value: Any) -> str:

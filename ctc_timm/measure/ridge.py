@@ -1,6 +1,6 @@
 """Ridge regression onto one-hot classes: a linear probe in closed form, the whole path from one eigendecomposition.
 
-With the N images' features X and targets Y, both less their means, ridge regression minimizes
+With the N images' features X and one-hot classes Y, both less their means, ridge regression minimizes
 
     |Y - X W|^2 / N + p |W|^2,    solved by    (X'X / N + p I) W = X'Y / N,
 
@@ -15,9 +15,9 @@ With fewer images than features the other product is the small one, X X' / N = U
     W = X'U diag(1 / (e + p)) U' Y / N.
 
 Both read W = basis diag(1 / (e + p)) projected. A strength is p over the mean eigenvalue of X'X / N, the mean
-variance of a feature, so that it means the same whatever the features' scale. All in float64.
+variance of a feature, so that it means the same at every scale of the features. All in float64.
 
-Letters: N images, D feature size, C classes, S strengths, R directions.
+Letters: N images, D feature size, C classes, R directions.
 """
 
 from __future__ import annotations
@@ -27,37 +27,29 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .sets import BLOCK_ROWS, Labeled, gram
+from .sets import BLOCK_ROWS, LabeledFeatures, gram
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(8, -13, -1))  # 1e4 down to 1e-6
 DEFAULT_STRENGTH = 10.0  # the best or near it with one image a class, on digits and on CIFAR-10
 
 
-def ridge_path(features_ND: Tensor, targets_NC: Tensor, strengths_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Ridge regression at every strength.
+def solve(
+    train: LabeledFeatures, num_classes: int, strengths: Sequence[float], exact: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Fit ridge classifiers along a path of strengths; a `probes.PathSolver`.
 
     Args:
-        features_ND: [N, D].
-        targets_NC: What to regress onto, one-hot classes for a classifier, [N, C].
-        strengths_S: Positive, in mean eigenvalues of the features' covariance, [S].
+        train: [N, D] and [N].
+        num_classes: C.
+        strengths: Positive, in mean eigenvalues of the features' covariance.
+        exact: Has no effect, every solution is exact.
 
-    Returns:
-        weights [S, D, C] and biases [S, C], float64; predictions are `features @ weights[s] + biases[s]`.
+    Yields:
+        weights [D, C] and bias [C], float64, for each strength; one pair is held at a time.
     """
-    pairs = list(_path(features_ND, targets_NC, strengths_S.tolist()))
-    return torch.stack([weights_DC for weights_DC, _ in pairs]), torch.stack([bias_C for _, bias_C in pairs])
-
-
-def solve(
-    train: Labeled, num_classes: int, strengths: Sequence[float], exact: bool = True
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ridge classifiers along strengths, a `selection.PathSolver`; one is held at a time, and all are exact."""
-    targets_NC = torch.eye(num_classes, device=train.labels_N.device)[train.labels_N]
-    return _path(train.features_ND, targets_NC, strengths)
-
-
-def _path(features_ND: Tensor, targets_NC: Tensor, strengths: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    features_ND = train.features_ND
     count, size = features_ND.shape
+    targets_NC = torch.eye(num_classes, device=train.labels_N.device)[train.labels_N]
     mean_D, gram_RR = gram(features_ND)
     mean_C = targets_NC.double().mean(dim=0)
     eigenvalues_R, vectors_RR = torch.linalg.eigh(gram_RR)
@@ -66,7 +58,7 @@ def _path(features_ND: Tensor, targets_NC: Tensor, strengths: Sequence[float]) -
         basis_DR = (features_ND.double() - mean_D).T @ vectors_RR
         projected_RC = vectors_RR.T @ (targets_NC.double() - mean_C) / count
     else:
-        cross_DC = torch.zeros(size, targets_NC.shape[1], dtype=torch.float64, device=features_ND.device)
+        cross_DC = torch.zeros(size, num_classes, dtype=torch.float64, device=features_ND.device)
         for block_BD, block_BC in zip(features_ND.split(BLOCK_ROWS), targets_NC.split(BLOCK_ROWS)):
             cross_DC.addmm_((block_BD.double() - mean_D).T, block_BC.double() - mean_C)
         basis_DR, projected_RC = vectors_RR, vectors_RR.T @ cross_DC / count

@@ -1,78 +1,55 @@
-"""Scores of a probe on test images, in percent, and how sure they are.
+"""Scores of a classifier on test images, in percent, with their intervals.
 
 Letters: N test images, C classes, R resamples.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 METRICS = ('top1', 'top5', 'mean_per_class')
 RESAMPLES = 1000
 
 
-class Score(NamedTuple):
-    """A number in percent and the ends of its 95% interval, None where there is no interval."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
 def ranks(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
-    """How many classes come before the true one, [N]: 0 is a top-1 hit, below 5 a top-5 hit.
+    """Count the classes that come before the true one, [N]: 0 is a top-1 hit, below 5 a top-5 hit.
 
     Equal scores are ordered by class number, the lower first. A true class with a NaN score is no hit of either
     kind, so that a diverged probe scores nothing.
-
-    Args:
-        logits_NC: Any scores, the higher the likelier, [N, C].
-        labels_N: [N].
     """
-    own_N1 = logits_NC.gather(1, labels_N[:, None])
+    true_N1 = logits_NC.gather(1, labels_N[:, None])
     lower_NC = torch.arange(logits_NC.shape[1], device=logits_NC.device) < labels_N[:, None]
-    before_N = ((logits_NC > own_N1) | ((logits_NC == own_N1) & lower_NC)).sum(dim=1)
-    return torch.where(own_N1[:, 0].isnan(), max(logits_NC.shape[1], 5), before_N)
+    before_N = ((logits_NC > true_N1) | ((logits_NC == true_N1) & lower_NC)).sum(dim=1)
+    return torch.where(true_N1[:, 0].isnan(), max(logits_NC.shape[1], 5), before_N)
 
 
 def point_scores(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Top-1, top-5 and mean per-class accuracy.
+    """Compute top-1, top-5 and mean per-class accuracy in percent, by the names of `METRICS`.
 
-    Args:
-        logits_NC: [N, C].
-        labels_N: [N].
-
-    Returns:
-        For each of `METRICS`, percent. Top-5 is 100 with at most five classes. The mean is over the classes
-        that have images.
+    Top-5 is 100 with at most five classes. The mean is over the classes that have images.
     """
     return {name: float(value) for name, value in _percent(_outcomes(logits_NC, labels_N)).items()}
 
 
 def bootstrap_scores(
     logits_NC: Tensor, labels_N: Tensor, seed: int = 0, resamples: int = RESAMPLES
-) -> dict[str, Score]:
-    """The scores with percentile bootstrap intervals over test images (Efron & Tibshirani 1993, section 13.3).
+) -> dict[str, float]:
+    """Compute the scores with 95% percentile bootstrap intervals (Efron & Tibshirani 1993, section 13.3).
 
     Drawing N images with replacement only matters through how many fall in each cell of class and outcome
     (top-1 hit, other top-5 hit, miss), and those counts are multinomial. They are drawn directly: the same
     distribution as resampling images, without an [R, N] table of draws. A class that a resample misses
     altogether leaves that resample's mean per-class.
 
-    Args:
-        logits_NC: [N, C].
-        labels_N: [N].
-        seed: Of the resampling.
-        resamples: R.
-
     Returns:
-        For each of `METRICS`, the score of the images themselves and the interval that 95% of the resamples'
-        scores lie in.
+        For each of `METRICS` three columns: name, name_low and name_high.
     """
     outcomes_C3 = _outcomes(logits_NC, labels_N)
     filled = np.flatnonzero(outcomes_C3)
@@ -80,15 +57,34 @@ def bootstrap_scores(
     drawn = np.zeros((resamples, outcomes_C3.size), dtype=np.int64)
     drawn[:, filled] = np.random.default_rng(seed).multinomial(len(labels_N), share, size=resamples)
     resampled = _percent(drawn.reshape(resamples, *outcomes_C3.shape))
-    scores = {}
+    columns: dict[str, float] = {}
     for name, value in _percent(outcomes_C3).items():
         low, high = np.percentile(resampled[name], [2.5, 97.5])
-        scores[name] = Score(float(value), float(low), float(high))
-    return scores
+        columns |= {name: float(value), f'{name}_low': float(low), f'{name}_high': float(high)}
+    return columns
+
+
+def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Average scores over runs or draws, with Student's 95% interval of the mean; one row has no interval.
+
+    Args:
+        rows: The scores of each by the names of `METRICS`; other columns are ignored.
+
+    Returns:
+        For each of `METRICS` three columns: name, name_low and name_high, None where there is no interval.
+    """
+    columns: dict[str, float | None] = {}
+    for name in METRICS:
+        values = [row[name] for row in rows]
+        columns |= {name: fmean(values), f'{name}_low': None, f'{name}_high': None}
+        if len(values) > 1:
+            half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+            columns |= {f'{name}_low': fmean(values) - half, f'{name}_high': fmean(values) + half}
+    return columns
 
 
 def _outcomes(logits_NC: Tensor, labels_N: Tensor) -> NDArray[np.int64]:
-    """Images of each class that are top-1 hits, other top-5 hits and misses, [C, 3]."""
+    """Count the images of each class that are top-1 hits, other top-5 hits and misses, [C, 3]."""
     rank_N = ranks(logits_NC, labels_N)
     outcome_N = (rank_N >= 1).long() + (rank_N >= 5).long()
     classes = logits_NC.shape[1]
@@ -96,7 +92,7 @@ def _outcomes(logits_NC: Tensor, labels_N: Tensor) -> NDArray[np.int64]:
 
 
 def _percent(outcomes: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """The scores of counts [..., C, 3], each [...]."""
+    """Compute the scores of counts [..., C, 3], each [...]."""
     images = outcomes.sum(axis=-1)
     total = images.sum(axis=-1)
     per_class = outcomes[..., 0] / np.maximum(images, 1)

@@ -1,4 +1,4 @@
-"""Frozen features with labels: what every measure takes in, and whether it can be measured at all.
+"""Frozen features with labels: what every measure takes, and whether it can be measured at all.
 
 Letters: N images, D feature size, C classes.
 """
@@ -17,19 +17,21 @@ BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
-class Labeled:
+class LabeledFeatures:
     """Features of images and the class of each.
 
     Attributes:
-        features_ND: Floating point, [N, D].
+        features_ND: Pooled, before the classifier, [N, D].
         labels_N: int64, [N], counted from 0.
+        logits_NC: Of the model's own classifier, [N, C], where they were computed.
 
     Raises:
-        ValueError: Features that are no matrix, or not one label an image.
+        ValueError: The shapes do not fit.
     """
 
     features_ND: Tensor
     labels_N: Tensor
+    logits_NC: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.features_ND.ndim != 2 or self.labels_N.shape != self.features_ND.shape[:1]:
@@ -41,27 +43,29 @@ class Labeled:
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def take(self, chosen: Tensor) -> Labeled:
-        """The images at these positions, or where this mask is true."""
-        return Labeled(self.features_ND[chosen], self.labels_N[chosen])
+    def select(self, chosen: Tensor) -> LabeledFeatures:
+        """Return the images at these positions, or where this mask is true, without logits."""
+        return LabeledFeatures(self.features_ND[chosen], self.labels_N[chosen])
 
-    def to(self, device: torch.device | str) -> Labeled:
-        """The same on a device."""
-        return Labeled(self.features_ND.to(device), self.labels_N.to(device))
+    def to(self, device: torch.device | str) -> LabeledFeatures:
+        """Return features and labels on a device, without logits."""
+        return LabeledFeatures(self.features_ND.to(device), self.labels_N.to(device))
 
 
 def check_sets(
-    train: Labeled, test: Labeled, num_classes: int, what: str, class_names: Sequence[str] | None = None
+    train: LabeledFeatures,
+    test: LabeledFeatures,
+    num_classes: int,
+    what: str,
+    class_names: Sequence[str] | None = None,
 ) -> None:
-    """Refuse sets on which no probe can be fitted or measured.
-
-    A class with no image in either set is allowed: it takes no part.
+    """Refuse sets on which no probe can be fitted or measured. A class without an image in either set is allowed.
 
     Args:
         train: What the probe is fitted on.
         test: What it is measured on.
         num_classes: C.
-        what: Name of the data set, the start of each message.
+        what: The data set, which begins each message.
         class_names: Name of each class, for the messages.
 
     Raises:
@@ -75,13 +79,12 @@ def check_sets(
         low, high = int(part.labels_N.min()), int(part.labels_N.max())
         if low < 0 or high >= num_classes:
             raise UserError(
-                f'{what}: {name} labels run from {low} to {high}, with {num_classes} classes '
-                f'they must lie between 0 and {num_classes - 1}'
+                f'{what}: {name} labels run from {low} to {high}, but must lie between 0 and {num_classes - 1}'
             )
     has = {name: torch.bincount(part.labels_N, minlength=num_classes).cpu() > 0 for name, part in parts.items()}
     if int((has['training'] | has['test']).sum()) < 2:
         only = class_label(int(train.labels_N[0]), class_names)
-        raise UserError(f'{what}: every image is of {only}, a probe needs at least two classes')
+        raise UserError(f'{what}: every image is of {only}, but a probe needs at least two classes')
     for name, other in (('test', 'training'), ('training', 'test')):
         absent = (has[other] & ~has[name]).nonzero().flatten().tolist()
         if absent:
@@ -96,14 +99,10 @@ def check_sets(
 
 
 def check_finite(features_ND: Tensor, what: str) -> None:
-    """Refuse features with NaN or infinite entries.
-
-    Args:
-        features_ND: [N, D].
-        what: Start of the message.
+    """Refuse features with NaN or infinite entries, [N, D].
 
     Raises:
-        UserError: With how many images have such features.
+        UserError: Begins with `what`, and gives the number of such images.
     """
     bad = int((~torch.isfinite(features_ND).all(dim=1)).sum())
     if bad:
@@ -114,12 +113,12 @@ def check_finite(features_ND: Tensor, what: str) -> None:
 
 
 def class_label(number: int, class_names: Sequence[str] | None) -> str:
-    """A class as messages name it: ``class 3`` or ``class 3 ('cat')``."""
+    """Return a class as messages name it: `class 3` or `class 3 ('cat')`."""
     return f'class {number}' if class_names is None else f'class {number} ({class_names[number]!r})'
 
 
 def unit_rows(features_ND: Tensor) -> Tensor:
-    """Each row over its length, [N, D], in float32 or better; a zero row has no direction and stays zero.
+    """Normalize each row to unit length, in float32 or better; a zero row stays zero.
 
     A row is divided by its largest entry first, so that no scale of the features over- or underflows.
     """
@@ -129,17 +128,17 @@ def unit_rows(features_ND: Tensor) -> Tensor:
     return rows_ND / rows_ND.norm(dim=1, keepdim=True).clamp_min(1)
 
 
-def with_float64(device: torch.device | str) -> torch.device:
-    """The device itself, or the CPU in place of one without float64 (Apple's)."""
+def float64_device(device: torch.device | str) -> torch.device:
+    """Return the device, or the CPU in place of one without float64 (Apple's)."""
     device = torch.device(device)
     return torch.device('cpu') if device.type == 'mps' else device
 
 
 def exact_mean(features_ND: Tensor) -> Tensor:
-    """Mean over images, [D], float64, from which a constant feature differs by exactly zero.
+    """Average over images, [D], float64, such that a constant feature differs from its mean by exactly zero.
 
-    Summed as differences from the first image: a plain mean would leave a rounding error in a dead feature,
-    which anything that divides by a variance could blow up.
+    The differences from the first image are summed: a plain mean leaves a rounding error in a dead feature, which a
+    division by its variance would blow up.
     """
     origin_D = features_ND[0].double()
     total_D = torch.zeros_like(origin_D)
@@ -149,10 +148,7 @@ def exact_mean(features_ND: Tensor) -> Tensor:
 
 
 def gram(features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the features and the smaller of their two second-moment matrices, float64.
-
-    Args:
-        features_ND: [N, D].
+    """Compute the mean of the features and the smaller of their two second-moment matrices, float64.
 
     Returns:
         mean [D], and with X the features less their mean, the covariance X'X / N, [D, D], or when there are fewer
@@ -161,10 +157,10 @@ def gram(features_ND: Tensor) -> tuple[Tensor, Tensor]:
     count, size = features_ND.shape
     mean_D = exact_mean(features_ND)
     if count < size:
-        centerd_ND = features_ND.double() - mean_D
-        return mean_D, centerd_ND @ centerd_ND.T / count
+        centered_ND = features_ND.double() - mean_D
+        return mean_D, centered_ND @ centered_ND.T / count
     gram_DD = torch.zeros(size, size, dtype=torch.float64, device=features_ND.device)
     for block_BD in features_ND.split(BLOCK_ROWS):  # a float64 copy of all the features would be large
-        centerd_BD = block_BD.double() - mean_D
-        gram_DD.addmm_(centerd_BD.T, centerd_BD)
+        centered_BD = block_BD.double() - mean_D
+        gram_DD.addmm_(centered_BD.T, centered_BD)
     return mean_D, gram_DD / count

@@ -1,56 +1,37 @@
 """The published transfer protocol: a new linear head trained by SGD on frozen features.
 
 Learning rate 0.4, momentum 0.9, weight decay 5e-4 on weights and bias, a cosine over 30 epochs, batches of 512, no
-augmentation, the features as they are. It is not free of their scale, as the other probes are. The published numbers
-are those of the epoch that is best on the test set, which flatters them; the last epoch has no such choice in it.
+augmentation, the features as they are. Unlike the other probes it depends on their scale. The published numbers are
+those of the epoch that is best on the test set, which flatters them; the last epoch involves no such choice.
 
 Letters: N training images, M test images, D feature size, C classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .scores import point_scores
-from .sets import Labeled
+from .sets import LabeledFeatures
 
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.4, 0.9, 5e-4
 EPOCHS, BATCH_SIZE = 30, 512
 
 
-@dataclass(frozen=True)
-class SgdRun:
-    """What training a head gave.
-
-    Attributes:
-        last_MC: Test logits after the last epoch, [M, C].
-        best_MC: Test logits after the epoch of the highest test top-1, the first if several.
-        best_epoch: That epoch, counted from 1.
-        curve: Test top-1 after each epoch, percent.
-    """
-
-    last_MC: Tensor
-    best_MC: Tensor
-    best_epoch: int
-    curve: tuple[float, ...]
-
-
-def train_head(train: Labeled, test: Labeled, num_classes: int, seed: int = 0) -> SgdRun:
+def train_head(
+    train: LabeledFeatures, test: LabeledFeatures, num_classes: int, seed: int = 0
+) -> tuple[Tensor, Tensor, int]:
     """Train a linear head by the published protocol.
 
     The head starts as `torch.nn.Linear` initializes it after `torch.manual_seed(seed)`, and each epoch's order is the
     next `torch.randperm(N)`. Both are drawn on the CPU, the same for every device, and the caller's random state is
     left as it was. The learning rate changes once an epoch, 0.2 (1 + cos(pi e / 30)) in epoch e from 0.
 
-    Args:
-        train: What to train on.
-        test: What to measure on, after each epoch.
-        num_classes: C.
-        seed: Of initialization and order.
+    Returns:
+        Test logits [M, C] after the last epoch, those after the epoch of the highest test top-1 (the first if
+        several), and that epoch, counted from 1.
     """
     device = train.features_ND.device
     features_ND, test_MD = train.features_ND.float(), test.features_ND.float()
@@ -60,9 +41,8 @@ def train_head(train: Labeled, test: Labeled, num_classes: int, seed: int = 0) -
         orders = [torch.randperm(len(train)) for _ in range(EPOCHS)]
     optimizer = torch.optim.SGD(head.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
-    curve: list[float] = []
-    best_MC = last_MC = torch.empty(0)
-    for order_N in orders:
+    best, best_epoch = -1.0, 0
+    for epoch, order_N in enumerate(orders, 1):
         for batch_B in order_N.to(device).split(BATCH_SIZE):
             optimizer.zero_grad()
             with torch.enable_grad():
@@ -71,7 +51,7 @@ def train_head(train: Labeled, test: Labeled, num_classes: int, seed: int = 0) -
         schedule.step()
         with torch.no_grad():
             last_MC = head(test_MD)
-        curve.append(point_scores(last_MC, test.labels_N)['top1'])
-        if curve[-1] > max(curve[:-1], default=-1.0):
-            best_MC = last_MC
-    return SgdRun(last_MC, best_MC, curve.index(max(curve)) + 1, tuple(curve))
+        top1 = point_scores(last_MC, test.labels_N)['top1']
+        if top1 > best:
+            best, best_epoch, best_MC = top1, epoch, last_MC
+    return last_MC, best_MC, best_epoch

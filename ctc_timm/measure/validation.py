@@ -1,94 +1,59 @@
-"""`validate.py`: accuracy of a model from anywhere on a data set, to results.json and CSV."""
+"""Accuracy of a model from anywhere on a data set, to results.json and CSV."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from ..cli.arguments import KeyValues, Parser, positive_int
-from ..cli.model_flags import add_source_arguments
-from ..data.datasets import DatasetSplit, check_labels, open_split
+from accelerate.logging import get_logger
+
+from ..data.datasets import check_labels, open_split
 from ..data.loaders import create_eval_loader
 from ..data.transforms import data_config
-from ..models.backbones import check_input
-from ..models.loading import LoadedModel, load_model, named_source
-from ..utils.distributed import add_precision_arguments, create_accelerator
+from ..models.backbones import architecture, check_input
+from ..models.loading import load_model, named_source
+from ..utils.distributed import create_accelerator
 from ..utils.text import sanitize
 from .evaluation import evaluate
+from .results import write_csv, write_json
+from .settings import ValidateSettings
+
+logger = get_logger(__name__)
 
 
-def add_arguments(parser: Parser) -> None:
-    """Declare the flags of a validation, by timm's names."""
-    group = add_source_arguments(parser)
-    group.add_argument('--num-classes', type=positive_int, metavar='N', help="outputs; the weights' own when not given")
-    group.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='more for the model'
-    )
-    group.add_argument('--channels-last', action='store_true', help='channels-last memory layout')
-    add_precision_arguments(group)
-    group = parser.add_argument_group('Validation')
-    group.add_argument('--split', default='', metavar='NAME', help='same as --val-split')
-    group.add_argument(
-        '--output',
-        default='',
-        metavar='DIR',
-        help="where the results go; the run's validation/ or results/NAME when not given",
-    )
-
-
-def validate(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print and write.
+def validate(settings: ValidateSettings) -> dict[str, Any]:
+    """Measure accuracy, write results.json, results.csv and per_class.csv, and log.
 
     Returns:
         What results.json holds.
 
     Raises:
-        UserError: A model or data that can't be had, or that do not fit each other.
+        UserError: A model or data that can't be opened, or that do not fit each other.
     """
-    source, architecture, flag = named_source(args)
-    accelerator = create_accelerator(args)
-    split = args.split or args.val_split
+    data, chosen = settings.data, settings.validation
+    accelerator = create_accelerator(settings.precision)
+    split = chosen.split or data.val_split
     with accelerator.main_process_first():
-        opened = open_split(args, split)
-    options = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
-    loaded = load_model(source, architecture, flag, **options)
-    num_classes: int = loaded.model.num_classes
-    check_labels(opened, num_classes, split)
-    config = data_config(args, loaded.model)
+        source = open_split(data, split)
+    options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
+    loaded = load_model(*named_source(settings.source), **options)
+    check_labels(source, loaded.model.num_classes, split)
+    config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
     model = loaded.model.to(accelerator.device)
-    loader = create_eval_loader(opened.dataset, args, config, accelerator.device, accelerator.num_processes > 1)
-    metrics = evaluate(model, loader, accelerator, num_classes, args.channels_last)
-    results = _results(loaded, model, opened, split, config, metrics)
-    if accelerator.is_main_process:
-        folder = Path(args.output) if args.output else (loaded.run or Path('results') / loaded.name) / 'validation'
-        _write(folder, results)
-        print(_table(results, folder))
-    accelerator.wait_for_everyone()
-    return results
-
-
-def _results(
-    loaded: LoadedModel,
-    model: Any,
-    opened: DatasetSplit,
-    split: str,
-    config: dict[str, Any],
-    metrics: dict[str, Any],
-) -> dict[str, Any]:
+    several = accelerator.num_processes > 1
+    loader = create_eval_loader(source.dataset, settings.loader, config, accelerator.device, distributed=several)
+    metrics = evaluate(model, loader, accelerator, model.num_classes, settings.built.channels_last)
     per_class = [
-        {'class': index, 'name': opened.class_names.get(index, str(index)), 'top1': accuracy}
-        for index, accuracy in enumerate(metrics['per_class'])
-        if accuracy is not None
+        {'class': index, 'name': source.class_names.get(index, str(index)), 'top1': top1}
+        for index, top1 in enumerate(metrics['per_class'])
+        if top1 is not None
     ]
-    return {
-        'model': model.pretrained_cfg.get('architecture', type(model).__name__),
+    results = {
+        'model': architecture(model),
         'weights': loaded.weights,
         'parameters': sum(p.numel() for p in model.parameters()),
-        'dataset': opened.name,
+        'dataset': source.name,
         'split': split,
         'num_images': metrics['num_images'],
         'input_size': list(config['input_size']),
@@ -100,20 +65,18 @@ def _results(
         'mean_per_class': sum(row['top1'] for row in per_class) / max(len(per_class), 1),
         'per_class': per_class,
     }
+    if accelerator.is_main_process:
+        folder = Path(chosen.output or (loaded.run or Path('results') / loaded.name) / 'validation')
+        write_json(folder / 'results.json', results)
+        write_csv(folder / 'results.csv', [{k: v for k, v in results.items() if not isinstance(v, list)}])
+        write_csv(folder / 'per_class.csv', per_class)
+        logger.info(f'{table_of(results)}\n  written to {folder / "results.json"}, results.csv, per_class.csv')
+    accelerator.wait_for_everyone()
+    return results
 
 
-def _write(folder: Path, results: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'results.json').write_text(json.dumps(results, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    flat = {k: v for k, v in results.items() if not isinstance(v, list)}
-    for name, rows in (('results.csv', [flat]), ('per_class.csv', results['per_class'])):
-        with (folder / name).open('w', encoding='utf-8', newline='') as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def _table(results: dict[str, Any], folder: Path) -> str:
+def table_of(results: dict[str, Any]) -> str:
+    """Format what results.json holds for a terminal."""
     worst = sorted(results['per_class'], key=lambda row: row['top1'])[:3]
     hardest = ', '.join(f'{sanitize(row["name"])} {row["top1"]:.1f} %' for row in worst)
     return (
@@ -123,6 +86,5 @@ def _table(results: dict[str, Any], folder: Path) -> str:
         f'  top-5           {results["top5"]:7.3f} %\n'
         f'  mean per class  {results["mean_per_class"]:7.3f} %\n'
         f'  loss            {results["loss"]:7.4f}\n'
-        f'  hardest         {hardest}\n'
-        f'  written to {folder / "results.json"}, results.csv, per_class.csv'
+        f'  hardest         {hardest}'
     )

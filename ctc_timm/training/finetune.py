@@ -24,10 +24,9 @@ from ..data.datasets import DatasetSplit, is_streaming, open_split
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config
 from ..measure.features import SplitImages, weights_hash
-from ..measure.probes import score_columns
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
-from ..measure.sets import Labeled, check_sets
+from ..measure.sets import LabeledFeatures, check_sets
 from ..measure.transfer_sets import slug
 from ..models.backbones import architecture, has_classification_head
 from ..models.creation import model_options
@@ -159,7 +158,8 @@ class FineTuning:
         classes = max(train.num_classes or 0, test.num_classes or 0)
         known = {**test.class_names, **train.class_names}
         names = [known.get(i, str(i)) for i in range(classes)]
-        fitted, measured = (Labeled(torch.empty(len(labels), 0), labels) for labels in (train.labels_N, test.labels_N))
+        labels = (train.labels_N, test.labels_N)
+        fitted, measured = (LabeledFeatures(torch.empty(len(labels_N), 0), labels_N) for labels_N in labels)
         name = 'dataset' if self.settings.data.dataset else 'data_dir'
         check_sets(fitted, measured, classes, f'`{name}` {self.target}', names)
         return classes
@@ -277,7 +277,7 @@ class FineTuning:
             'train_fraction': plan.fraction,
             'seed': plan.seed,
             'epoch': trainer.state.epoch - 1,
-            **score_columns(bootstrap_scores(logits_NC, labels_N)),
+            **bootstrap_scores(logits_NC, labels_N),
         }
         if trainer.state.best is not None:
             row |= {'best_epoch_top1': trainer.state.best[0], 'best_epoch': trainer.state.best[1]}

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..measure.few_shot import mean_score
 from ..measure.plots.finetune import plot_finetune
-from ..measure.probes import score_columns
 from ..measure.results import table, write_csv, write_json
-from ..measure.scores import METRICS
+from ..measure.scores import mean_scores
 from ..utils.errors import UserError
 
 RESULTS, SETTINGS = 'results.json', 'settings.json'
@@ -57,8 +55,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     means = []
     for fraction in sorted({row['train_fraction'] for row in rows}):
         same = [row for row in rows if row['train_fraction'] == fraction]
-        scores = {metric: mean_score([row[metric] for row in same]) for metric in METRICS}
-        means.append({**{key: same[0][key] for key in _SHARED}, 'seeds': len(same), **score_columns(scores)})
+        means.append({**{key: same[0][key] for key in _SHARED}, 'seeds': len(same), **mean_scores(same)})
     return means
 
 

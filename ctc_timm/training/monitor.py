@@ -20,7 +20,6 @@ from ..data.settings import DataSettings, LoaderSettings
 from ..measure.features import compute_features
 from ..measure.geometry import class_spread, effective_rank
 from ..measure.probes import ridge_scores
-from ..measure.sets import Labeled
 from ..measure.transfer_sets import TransferSet
 from ..runs import Run
 from ..utils.errors import UserError
@@ -90,12 +89,14 @@ class Monitor:
         fitted = max(1, round(monitor.monitor_images * FITTED))
         self.target = TransferSet(
             monitor.monitor_target,
-            _namespace(data, loader, max_train=fitted, max_test=max(1, monitor.monitor_images - fitted)),
+            data,
+            loader,
             config['input_size'][0],
             accelerator,
-            flag='`monitor_target`',
+            most=(fitted, max(1, monitor.monitor_images - fitted)),
+            setting='monitor_target',
         )
-        self._splits = self.target.train.images(config), self.target.test.images(config)
+        self._splits = self.target.images(config)
         self._accelerator = accelerator
         self._every = every
         self.seconds = 0.0
@@ -117,8 +118,7 @@ class Monitor:
             UserError: Features that are not finite.
         """
         started = time.monotonic()
-        seen = (compute_features(model, images, self._accelerator) for images in self._splits)
-        train, test = (Labeled(features.features_ND, features.labels_N) for features in seen)
+        train, test = (compute_features(model, images, self._accelerator) for images in self._splits)
         self.target.check(train, test)
         values = (
             ridge_scores(train, test, self.target.num_classes)['top1'],
@@ -127,15 +127,6 @@ class Monitor:
         )
         self.seconds += time.monotonic() - started
         return dict(zip(COLUMNS, values))
-
-
-def _namespace(*groups: Any, **more: Any) -> Any:
-    from types import SimpleNamespace
-
-    values: dict[str, Any] = {'data': None}
-    for group in groups:
-        values |= dataclasses.asdict(group)
-    return SimpleNamespace(**values, **more)
 
 
 def check_monitored(monitor: MonitorSettings, resumed: Run) -> None:

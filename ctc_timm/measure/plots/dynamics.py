@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .style import COLORS, GRAY, MARKERS, drawing, literal, save
+from .style import GRAY, Axes, Figure, drawing, epoch_axis, literal, look, mark_stage_change, plt, save
 
-# isort: split
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-Trajectory = tuple[str, str, str]
+Results = dict[str, Any]
+Rows = list[dict[str, Any]]
 GEOMETRY = {
     'effective_rank': 'effective rank',
     'spread': 'within / between spread',
@@ -23,21 +18,21 @@ GEOMETRY = {
 }
 
 
-def first_column(probes: Sequence[str]) -> str:
-    """The column of the first probe's top-1 accuracy."""
-    return {'knn': 'knn-20', 'sgd': 'sgd-last'}.get(probes[0], probes[0]) + '_top1'
+def main_column(kind: str, probes: Sequence[str]) -> str:
+    """Return the column of the accuracy on a set: top-1 of the model or of the first probe, or the detector's AP."""
+    probe = {'knn': 'knn-20', 'sgd': 'sgd-last'}.get(probes[0], probes[0])
+    return {'source': 'top1', 'detection': 'box_ap'}.get(kind, f'{probe}_top1')
 
 
-def by_trajectory(rows: Sequence[dict[str, Any]]) -> dict[Trajectory, list[dict[str, Any]]]:
-    """Rows of each run on each set, in the order of epochs, by (run, 'source', 'target' or 'detection', data set)."""
-    found: dict[Trajectory, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row['epoch']):
+def by_trajectory(rows: Rows) -> dict[tuple[str, str, str], Rows]:
+    """Group rows by (run, 'source', 'target' or 'detection', data set), each group in the order of epochs."""
+    found: dict[tuple[str, str, str], Rows] = {}
+    for row in rows:
         found.setdefault((row['run'], row['set'], row['dataset']), []).append(row)
-    order = list(dict.fromkeys((row['run'], row['set'], row['dataset']) for row in rows))
-    return {key: found[key] for key in order}
+    return {key: sorted(group, key=lambda row: row['epoch']) for key, group in found.items()}
 
 
-def plot_dynamics(results: dict[str, Any], folder: Path) -> list[Path]:
+def plot_dynamics(results: Results, folder: Path) -> list[Path]:
     """Draw everything that the rows allow.
 
     Args:
@@ -48,165 +43,134 @@ def plot_dynamics(results: dict[str, Any], folder: Path) -> list[Path]:
         The pictures: tradeoff.png, compression.png, path.png if there are targets with probes, and information.png if
         it was measured.
     """
-    drawn: dict[str, Callable[[dict[str, Any]], Figure]] = {
-        'tradeoff': _tradeoff,
-        **({'path': _path} if results['targets'] else {}),
-        'compression': _compression,
-    }
+    drawn = {'tradeoff': _tradeoff}
+    if results['targets']:
+        drawn['path'] = _path
+    drawn['compression'] = _compression
     if results['information'] != 'none':
         drawn['information'] = _information
     with drawing():
         return [save(draw(results), folder / f'{name}.png') for name, draw in drawn.items()]
 
 
-def _looks(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Color and marker of each run."""
+def _sets(results: Results) -> list[tuple[str, str]]:
+    """List the source, under no name as each run has its own, and the targets."""
+    return [('source', ''), *(('target', name) for name in results['targets'])]
+
+
+def _trajectories(results: Results, kind: str, dataset: str) -> Iterator[tuple[str, dict[str, Any], Rows]]:
+    """Yield each run's name, the look of its line, and its rows on a set."""
     names = [run['name'] for run in results['runs']]
-    return {
-        name: {'color': COLORS[i % len(COLORS)], 'marker': MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)
-    }
+    for (run, found, name), rows in by_trajectory(results['rows']).items():
+        if found == kind and dataset in ('', name):
+            yield run, {**look(names.index(run)), 'label': literal(run)}, rows
 
 
-def _sets(results: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """The source, whatever it is of each run, and each target."""
-    return [('source', None), *(('target', name) for name in results['targets'])]
+def _title(ax: Axes, results: Results, kind: str, dataset: str, more: str = '') -> None:
+    names = [dataset] if dataset else dict.fromkeys(row['dataset'] for row in results['rows'] if row['set'] == kind)
+    ax.set_title(f'{kind}: {literal(", ".join(Path(name).name for name in names))}{more}', fontsize=10)
 
 
-def _of(results: dict[str, Any], kind: str, dataset: str | None) -> dict[str, list[dict[str, Any]]]:
-    """The trajectory of each run on a set."""
-    found = by_trajectory(results['rows'])
-    return {run: rows for (run, k, name), rows in found.items() if k == kind and dataset in (None, name)}
+def _plot_over_epochs(ax: Axes, results: Results, kind: str, dataset: str, column: str) -> None:
+    """Draw a column of every run, with its interval where it has one, and where the temporal stages start."""
+    for _, style, rows in _trajectories(results, kind, dataset):
+        epochs = [row['epoch'] for row in rows]
+        ax.plot(epochs, [row[column] for row in rows], **style)
+        if f'{column}_low' in rows[0]:
+            low, high = ([row[f'{column}_{end}'] for row in rows] for end in ('low', 'high'))
+            ax.fill_between(epochs, low, high, color=style['color'], alpha=0.15, linewidth=0)
+    for i, run in enumerate(results['runs']):
+        mark_stage_change(ax, run['stage_change'], look(i)['color'])
 
 
-def _title(results: dict[str, Any], kind: str, dataset: str | None) -> str:
-    if dataset is None:
-        names = dict.fromkeys(row['dataset'] for row in results['rows'] if row['set'] == 'source')
-        dataset = ', '.join(Path(name).name for name in names)
-    return f'{kind}: {literal(Path(dataset).name)}'
-
-
-def _mark_changes(ax: Axes, results: dict[str, Any]) -> None:
-    """A line in each run's color where its temporal stage starts."""
-    for run in results['runs']:
-        if run['stage_change'] is not None:
-            ax.axvline(run['stage_change'], color=_looks(results)[run['name']]['color'], linestyle='-.', linewidth=1)
-
-
-def _legend(figure: Figure, ax: Axes, results: dict[str, Any]) -> None:
+def _add_legend(figure: Figure, ax: Axes, more: dict[str, dict[str, Any]]) -> None:
+    """Put the legend of a panel above all, with more entries that no line of the panel has."""
+    for label, style in more.items():
+        ax.plot([], [], label=label, **{'color': GRAY, **style})
     handles, labels = ax.get_legend_handles_labels()
-    if any(run['stage_change'] is not None for run in results['runs']):
-        (line,) = ax.plot([], [], color=GRAY, linestyle='-.', linewidth=1)
-        handles, labels = [*handles, line], [*labels, 'temporal stage starts']
     figure.legend(handles, labels, loc='outside upper center', ncols=min(len(labels), 3))
 
 
-def _tradeoff(results: dict[str, Any]) -> Figure:
+def _stage_entry(results: Results) -> dict[str, dict[str, Any]]:
+    changes = any(run['stage_change'] is not None for run in results['runs'])
+    return {'temporal stage starts': {'linestyle': '-.', 'linewidth': 1}} if changes else {}
+
+
+def _tradeoff(results: Results) -> Figure:
     sets = [*_sets(results), *(('detection', name) for name in results.get('detection', ()))]
     figure, panels = plt.subplots(len(sets), 1, figsize=(7, 2.6 * len(sets) + 0.6), sharex=True, squeeze=False)
-    looks = _looks(results)
-    probe = first_column(results['probes'])
     for ax, (kind, dataset) in zip(panels.flat, sets):
-        column = {'source': 'top1', 'detection': 'box_ap'}.get(kind, probe)
-        for run, rows in _of(results, kind, dataset).items():
-            epochs = [row['epoch'] for row in rows]
-            ax.plot(epochs, [row[column] for row in rows], **looks[run], markersize=4, label=literal(run))
-            if kind != 'detection':
-                bounds = ([row[f'{column}_{end}'] for row in rows] for end in ('low', 'high'))
-                ax.fill_between(epochs, *bounds, color=looks[run]['color'], alpha=0.15, linewidth=0)
-        _mark_changes(ax, results)
-        if kind == 'detection':
-            ax.set_title(f'{_title(results, kind, dataset)} (Faster R-CNN on the frozen body)', fontsize=10)
-            ax.set_ylabel('box AP (%)')
-            continue
-        how = 'own classifier' if kind == 'source' else f'{probe.removesuffix("_top1")} on frozen features'
-        ax.set_title(f'{_title(results, kind, dataset)} ({how}, 95% interval)', fontsize=10)
-        ax.set_ylabel('top-1 accuracy (%)')
-    panels[-1, 0].set_xlabel('epoch')
-    panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, panels[0, 0], results)
+        column = main_column(kind, results['probes'])
+        _plot_over_epochs(ax, results, kind, dataset, column)
+        how = {
+            'source': "model's classifier, 95% interval",
+            'detection': 'Faster R-CNN on the frozen backbone',
+            'target': f'{column.removesuffix("_top1")} on frozen features, 95% interval',
+        }[kind]
+        _title(ax, results, kind, dataset, f' ({how})')
+        ax.set_ylabel('box AP (%)' if kind == 'detection' else 'top-1 accuracy (%)')
+    epoch_axis(panels[-1, 0])
+    _add_legend(figure, panels[0, 0], _stage_entry(results))
     return figure
 
 
-def _path(results: dict[str, Any]) -> Figure:
+def _path(results: Results) -> Figure:
     targets = results['targets']
     figure, panels = plt.subplots(1, len(targets), figsize=(5.2 * len(targets) + 0.6, 5), squeeze=False)
-    looks = _looks(results)
-    probe = first_column(results['probes'])
-    source = _of(results, 'source', None)
+    column = main_column('target', results['probes'])
+    source = {run: rows for run, _, rows in _trajectories(results, 'source', '')}
     changes = {run['name']: run['stage_change'] for run in results['runs']}
     for ax, target in zip(panels.flat, targets):
-        for run, rows in _of(results, 'target', target).items():
-            x = [row['top1'] for row in source[run]]
-            y = [row[probe] for row in rows]
-            color = looks[run]['color']
-            ax.plot(x, y, **looks[run], markersize=4, linewidth=1.2, alpha=0.8, label=literal(run))
-            ax.plot(x[0], y[0], 'o', markersize=11, markerfacecolor='none', color=color)
-            ax.plot(x[-1], y[-1], '*', markersize=15, color=color, markeredgecolor='black')
+        for run, style, rows in _trajectories(results, 'target', target):
+            x, y = [row['top1'] for row in source[run]], [row[column] for row in rows]
+            ax.plot(x, y, linewidth=1.2, alpha=0.8, **style)
+            ax.plot(x[0], y[0], 'o', markersize=11, markerfacecolor='none', color=style['color'])
+            ax.plot(x[-1], y[-1], '*', markersize=15, color=style['color'], markeredgecolor='black')
             if changes[run] is not None:
-                at = next(i for i, row in enumerate(rows) if row['epoch'] > changes[run])
-                ax.plot(x[at - 1 : at], y[at - 1 : at], 'x', markersize=11, markeredgewidth=2.5, color='black')
+                i = sum(row['epoch'] < changes[run] for row in rows)
+                ax.plot(x[i - 1 : i], y[i - 1 : i], 'x', markersize=11, markeredgewidth=2.5, color='black')
         ax.set_xlabel('source top-1 accuracy (%)')
-        ax.set_ylabel(f'target top-1 accuracy (%), {probe.removesuffix("_top1")}')
-        ax.set_title(_title(results, 'target', target), fontsize=10)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    for marker, label in (('o', 'first epoch'), ('x', 'end of instance stage'), ('*', 'last epoch')):
-        if marker != 'x' or any(change is not None for change in changes.values()):
-            hollow = {'markerfacecolor': 'none'} if marker == 'o' else {}
-            handles += panels[0, 0].plot([], [], marker, color=GRAY, markersize=9, **hollow)
-            labels.append(label)
-    figure.legend(handles, labels, loc='outside upper center', ncols=min(len(labels), 3))
+        ax.set_ylabel(f'target top-1 accuracy (%), {column.removesuffix("_top1")}')
+        _title(ax, results, 'target', target)
+    marks: dict[str, dict[str, Any]] = {'first epoch': {'marker': 'o', 'markerfacecolor': 'none'}}
+    if _stage_entry(results):
+        marks['end of instance stage'] = {'marker': 'x'}
+    marks['last epoch'] = {'marker': '*'}
+    _add_legend(
+        figure, panels[0, 0], {name: {'linestyle': 'none', 'markersize': 9, **mark} for name, mark in marks.items()}
+    )
     return figure
 
 
-def _information(results: dict[str, Any]) -> Figure:
+def _information(results: Results) -> Figure:
     sets = _sets(results)
     figure, panels = plt.subplots(1, len(sets), figsize=(4.6 * len(sets) + 1, 4.6), squeeze=False)
-    looks = _looks(results)
     epochs = [row['epoch'] for row in results['rows']]
-    points = None
+    scale: dict[str, Any] = {'cmap': 'cividis', 'vmin': min(epochs), 'vmax': max(epochs)}
     for ax, (kind, dataset) in zip(panels.flat, sets):
-        for run, rows in _of(results, kind, dataset).items():
+        for _, style, rows in _trajectories(results, kind, dataset):
             x, y = ([row[f'information_{name}'] for row in rows] for name in ('xt', 'ty'))
-            ax.plot(x, y, color=looks[run]['color'], linewidth=1, alpha=0.6)
-            points = ax.scatter(
-                x,
-                y,
-                c=[row['epoch'] for row in rows],
-                cmap='cividis',
-                vmin=min(epochs),
-                vmax=max(epochs),
-                marker=looks[run]['marker'],
-                edgecolors=looks[run]['color'],
-                s=45,
-                label=literal(run),
-                zorder=3,
-            )
+            ax.plot(x, y, color=style['color'], linewidth=1, alpha=0.6)
+            shape = {'marker': style['marker'], 'edgecolors': style['color'], 's': 45, 'zorder': 3}
+            points = ax.scatter(x, y, c=[row['epoch'] for row in rows], label=style['label'], **shape, **scale)
         ax.set_xlabel('I(X;T) (nats)')
         ax.set_ylabel('I(T;Y) (nats)')
-        ax.set_title(f'{_title(results, kind, dataset)}, {results["information"]}', fontsize=10)
-    assert points is not None
+        _title(ax, results, kind, dataset, f', {results["information"]}')
     figure.colorbar(points, ax=panels[0, -1], label='epoch')
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside upper center', ncols=min(len(labels), 3))
+    _add_legend(figure, panels[0, 0], {})
     return figure
 
 
-def _compression(results: dict[str, Any]) -> Figure:
+def _compression(results: Results) -> Figure:
     sets = _sets(results)
     size = (4.2 * len(sets) + 0.6, 2.2 * len(GEOMETRY) + 0.6)
     figure, panels = plt.subplots(len(GEOMETRY), len(sets), figsize=size, sharex=True, squeeze=False)
-    looks = _looks(results)
-    for column, (kind, dataset) in enumerate(sets):
-        for ax, (name, label) in zip(panels[:, column], GEOMETRY.items()):
-            for run, rows in _of(results, kind, dataset).items():
-                ax.plot(
-                    [r['epoch'] for r in rows], [r[name] for r in rows], **looks[run], markersize=4, label=literal(run)
-                )
-            _mark_changes(ax, results)
-            if column == 0:
-                ax.set_ylabel(label)
-        panels[0, column].set_title(_title(results, kind, dataset), fontsize=10)
-        panels[-1, column].set_xlabel('epoch')
-        panels[-1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, panels[0, 0], results)
+    for i, (kind, dataset) in enumerate(sets):
+        for ax, name in zip(panels[:, i], GEOMETRY):
+            _plot_over_epochs(ax, results, kind, dataset, name)
+        _title(panels[0, i], results, kind, dataset)
+        epoch_axis(panels[-1, i])
+    for ax, label in zip(panels[:, 0], GEOMETRY.values()):
+        ax.set_ylabel(label)
+    _add_legend(figure, panels[0, 0], _stage_entry(results))
     return figure

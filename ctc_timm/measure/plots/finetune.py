@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .style import BLUE, GRAY, drawing, literal, save
-
-# isort: split
-from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
+
+from .style import BLUE, GRAY, drawing, error_lengths, literal, plt, save
 
 
 def plot_finetune(results: dict[str, Any], folder: Path) -> Path:
@@ -22,28 +20,18 @@ def plot_finetune(results: dict[str, Any], folder: Path) -> Path:
     Returns:
         finetune.png.
     """
-    means = results['summary']
+    means, rows = results['summary'], results['rows']
     several = any(mean['seeds'] > 1 for mean in means)
     fractions = [mean['train_fraction'] for mean in means]
-    if several:
-        label, ends = 'mean over seeds, 95% interval', means
-    else:
-        label, ends = 'a run, 95% interval over test images', results['rows']
-    below, above = zip(*(_lengths(end) for end in ends))
+    label = 'mean over seeds, 95% interval' if several else 'a run, 95% interval over test images'
+    lengths = error_lengths(means if several else rows)
     with drawing():
         figure, ax = plt.subplots(figsize=(6, 4))
-        ax.errorbar(
-            fractions,
-            [mean['top1'] for mean in means],
-            yerr=(below, above),
-            color=BLUE,
-            marker='o',
-            capsize=4,
-            label=label,
-        )
+        style: dict[str, Any] = {'color': BLUE, 'marker': 'o', 'capsize': 4}
+        ax.errorbar(fractions, [mean['top1'] for mean in means], yerr=lengths, label=label, **style)
         if several:
-            runs = [(row['train_fraction'], row['top1']) for row in results['rows']]
-            ax.plot(*zip(*runs), color=GRAY, marker='x', linestyle='none', label='a run')
+            runs = [row['train_fraction'] for row in rows], [row['top1'] for row in rows]
+            ax.plot(*runs, color=GRAY, marker='x', linestyle='none', label='a run')
         low, high = ax.get_ylim()
         ax.set_ylim(max(low, 0), min(high, 101))  # the interval of two seeds can reach far beyond
         ax.set_xscale('log')
@@ -57,10 +45,3 @@ def plot_finetune(results: dict[str, Any], folder: Path) -> Path:
         target = results['target'].rstrip('/').split('/')[-1]
         figure.suptitle(f'{means[0]["method"]}: {results["model"]} on {literal(target)}', fontsize=11)
         return save(figure, folder / 'finetune.png')
-
-
-def _lengths(row: dict[str, Any]) -> tuple[float, float]:
-    """Of the interval below and above a value; none where there is no interval."""
-    if row['top1_low'] is None:
-        return 0.0, 0.0
-    return max(row['top1'] - row['top1_low'], 0.0), max(row['top1_high'] - row['top1'], 0.0)
