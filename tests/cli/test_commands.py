@@ -1,4 +1,4 @@
-"""The real scripts: launched as users launch them, their weights read by plain timm, and what they refuse."""
+"""The commands: launched as users launch them, their weights read by plain timm, and what they refuse."""
 
 from __future__ import annotations
 
@@ -24,16 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Script = Callable[..., Any]
 LAUNCH = ['-m', 'accelerate.commands.launch', '--num_processes', '1', '--num_machines', '1', '--dynamo_backend', 'no']
 TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-MODEL = [
-    '--model',
-    'test_resnet',
-    '--train-split',
-    'train[:256]',
-    '--val-split',
-    'validation[:71]',
-    '--num-negatives',
-    '32',
-]
+MODEL = '--model test_resnet --train-split train[:256] --val-split validation[:71] --num-negatives 32'.split()
 
 PLAIN_TIMM = """
 import sys
@@ -73,13 +64,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run through `accelerate launch`: the default recipe, cut to two epochs and one of the temporal stage."""
     output = tmp_path_factory.mktemp('runs')
     words = f'--epochs 3 --output {output} --keep-every 1 --validation-batch-size 50'.split()
-    ended = execute(*LAUNCH, 'train.py', *words, *MODEL)
+    ended = execute(*LAUNCH, '-m', 'ctc_timm', 'train', *words, *MODEL)
     assert ended.returncode == 0, ended.stderr[-2000:]
     (run,) = output.iterdir()
     assert [row['epoch'] for row in rows(run)] == ['0', '1', '2']
     stages = [json.loads(line).get('stage') for line in (run / 'metrics.jsonl').read_text().splitlines()]
     assert [stage for stage in stages if stage] == ['instance', 'instance', 'temporal']
-    for hint in ('validate.py', 'local-dir:', 'best.safetensors', 'training.png'):
+    for hint in ('ctc-timm validate', 'local-dir:', 'best.safetensors', 'training.png'):
         assert hint in ended.stdout
     return run
 
@@ -136,7 +127,7 @@ def test_resume_goes_on_in_the_temporal_stage(script: Script, trained: Path) -> 
         words += ['--epochs', str(len(before) + 1)]
         ended = script('train.py', *words)
         assert ended.code == 0, ended.err
-        assert f'at epoch {len(before)} of {len(before) + 1}' in ended.out and 'banks are filled' not in ended.out
+        assert f'at epoch {len(before)} of {len(before) + 1}' in ended.out and 'fills the banks' not in ended.out
         after = rows(trained)
         assert after[:-1] == before and after[-1]['epoch'] == str(len(before))
         before = after
@@ -193,12 +184,12 @@ REFUSED = [
     ('train.py --model qwen3_vit_88m_enc --img-size 32', '--model qwen3_vit_88m_enc: has no classification head'),
     ('train.py --model-kwargs num_classes=0', '--model cifar_resnet20: has no classification head'),
     ('train.py --model-kwargs depth=3', "unexpected keyword argument 'depth'"),
-    ('train.py --model resnet18_ctc --pretrained', '--model resnet18_ctc: no CTC weights are catalogd'),
+    ('train.py --model resnet18_ctc --pretrained', '--model resnet18_ctc: no CTC weights are cataloged'),
     ('train.py --model local-dir:{}/nowhere', '--model local-dir:{}/nowhere'),
     ('train.py --model vit_tiny_patch16_224 --img-size 8', '--img-size: vit_tiny_patch16_224 cannot take 3x8x8'),
     ('train.py --in-chans 1', '--mean 0.305 0.305 0.305: 3 values for 1 channel(s)'),
-    ('train.py -c {}/nowhere.yaml', '--config {}/nowhere.yaml: no such file'),
-    ('train.py -c {}/typo.yaml', "{}/typo.yaml: 'num-negative' is no flag; nearest: num_negatives"),
+    ('train.py -c {}/nowhere.yaml', '--config {}/nowhere.yaml: no such recipe or file'),
+    ('train.py -c {}/typo.yaml', "{}/typo.yaml: 'num-negative' is not a setting; nearest: num_negatives"),
     ('train.py -c {}/zero.yaml', '{}/zero.yaml: --num-negatives: must be at least 1, got 0'),
     ('train.py --data-dir {}/nowhere', '--data-dir {}/nowhere: no such folder'),
     ('train.py --data-dir {}/images/train --model test_resnet', "no split 'validation' in it"),
@@ -211,7 +202,7 @@ REFUSED = [
     ('train.py -b 5000', '--batch-size 5000 times 1 process(es) is more than the 1437'),
     ('train.py -b 33 --mixup 0.2', '--batch-size 33: must be even'),
     ('train.py --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),
-    ('train.py --opt adamw --opt-betas 0.9', '--opt-betas [0.9]'),
+    ('train.py --opt adamw --opt-betas 0.9', '--opt-betas (0.9,)'),
     ('train.py --aa foo', '--aa foo: Unknown AA policy foo'),
     ('train.py --log-with foo', '--log-with foo: no such tracker'),
     ('train.py --torchcompile foo', '--torchcompile foo: no such backend'),
