@@ -6,9 +6,10 @@ runs/NAME/
   summary.csv        a row an epoch
   metrics.jsonl      log rows
   best.safetensors   last.safetensors   weights/epoch-0005.safetensors
-  state/             what a resume needs: epoch-0003, or within epoch 4 epoch-0004-step-000120
+  state/             what a resume needs, after epoch 3 in epoch-0003, and within epoch 4, after the run's 120th
+                     optimizer step, in epoch-0004-step-000120
   plots/             pictures
-  validation/  linear_probe/  features/  dynamics/  finetune/    measurements
+  validation/  linear_probe/  features/  dynamics/    measurements
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from timm.utils import update_summary
 from torch import Tensor, nn
@@ -38,10 +40,16 @@ from .utils.files import atomic_rename, write_text
 from .utils.text import file_name
 from .utils.yaml_files import read_mapping
 
-HASH = 'tensors_sha256'  # of a weights file's metadata
-_STATE = re.compile(r'epoch-(\d+)(?:-step-(\d+))?')
-_WEIGHTS = re.compile(r'epoch-(\d+)\.safetensors')
+HASH = 'tensors_sha256'  # in a weights file's metadata
+_EPOCH = re.compile(r'epoch-(\d+)(?:-step-(\d+))?')
 _LARGEST_EPOCH = 10**9
+_SHOWN = {
+    'loss': 'val loss {:.4f}',
+    'top1': 'top-1 {:.2f}%',
+    'top5': 'top-5 {:.2f}%',
+    'monitor_ridge_top1': 'target {:.2f}%',
+}
+T = TypeVar('T')
 
 
 class Run:
@@ -69,8 +77,7 @@ class Run:
     def __fspath__(self) -> str:
         return str(self.path)
 
-    def __str__(self) -> str:
-        return str(self.path)
+    __str__ = __fspath__
 
     def __repr__(self) -> str:
         return f'Run({str(self.path)!r})'
@@ -83,12 +90,18 @@ class Run:
 
     def kept_weights(self) -> dict[int, Path]:
         """Weights files that were kept, by epoch."""
-        found = {_WEIGHTS.fullmatch(path.name): path for path in sorted(self.weights_folder.glob('*'))}
-        return {int(match[1]): path for match, path in found.items() if match is not None}
+        files = sorted(self.weights_folder.glob('epoch-*.safetensors'))
+        return {int(file.stem[6:]): file for file in files if file.stem[6:].isdigit()}
 
     def states(self) -> list[Path]:
         """States for a resume, the oldest first."""
-        return sorted((p for p in self.state_folder.glob('epoch-*') if _STATE.fullmatch(p.name)), key=_place)
+        found = [folder for folder in self.state_folder.glob('epoch-*') if _EPOCH.fullmatch(folder.name)]
+        return sorted(found, key=lambda folder: _place(folder.name))
+
+    def state(self, epoch: int, batch: int, updates: int) -> Path:
+        """The folder of the state that goes on with a batch of an epoch."""
+        name = f'epoch-{epoch:04d}-step-{updates:06d}' if batch else f'epoch-{epoch - 1:04d}'
+        return self.state_folder / name
 
     def unfinished(self) -> list[Path]:
         """Files and folders that an interruption left half-written."""
@@ -98,15 +111,11 @@ class Run:
         """Make the folder and write args.yaml."""
         for folder in (self.path, self.weights_folder, self.state_folder, self.plots):
             folder.mkdir(parents=True, exist_ok=True)
-        plain_values = {key: plain(value) for key, value in values.items()}
-        write_text(self.args_file, yaml.safe_dump(plain_values, sort_keys=True, allow_unicode=True))
+        plain = json.loads(json.dumps(values, default=str))
+        write_text(self.args_file, yaml.safe_dump(plain, sort_keys=True, allow_unicode=True))
 
     def args(self) -> dict[str, Any]:
-        """Read the settings that the run was started with.
-
-        Raises:
-            UserError: args.yaml is not there or can't be read.
-        """
+        """The settings that the run was started with."""
         return read_mapping(self.args_file)
 
     def write_config(self, model: nn.Module, data_config: dict[str, Any]) -> None:
@@ -116,13 +125,7 @@ class Run:
         atomic_rename(temporary, self.config_file)
 
     def save_weights(self, name: str, model: nn.Module, metadata: Mapping[str, Any]) -> None:
-        """Write `<name>.safetensors`.
-
-        Args:
-            name: 'best', 'last' or 'weights/epoch-0005'.
-            model: Whose state dict is written.
-            metadata: Of the file, beside the hash of its tensors.
-        """
+        """Write `<name>.safetensors`: 'best', 'last' or 'weights/epoch-0005', with a hash of its tensors."""
         file = self.path / f'{name}.safetensors'
         temporary = file.with_suffix('.tmp')
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
@@ -141,114 +144,85 @@ class Run:
 
     def rows(self) -> list[dict[str, str]]:
         """Rows of summary.csv, none before the first epoch."""
-        return read_summary(self.summary_file) if self.summary_file.exists() else []
+        return read_summary(self.summary_file)
 
     def log_rows(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl."""
-        return read_metrics(self.metrics_file) if self.metrics_file.exists() else []
+        """Rows of metrics.jsonl, none before the first."""
+        return read_metrics(self.metrics_file)
 
     def clean_up(self, epoch: int, batch: int = 0) -> None:
-        """Remove half-written files, and log rows after the resume point.
-
-        Args:
-            epoch: Where training goes on, from 0.
-            batch: Batches of that epoch that are done.
-        """
+        """Remove half-written files, and log rows after the resume point: an epoch, from 0, and its batches so far."""
         for path in self.unfinished():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        # A kill may have cut the last line of a file short. It is dropped too.
         if self.summary_file.exists():
-            header, *lines = whole_lines(self.summary_file) or [b'']
+            header, *lines = _lines(self.summary_file) or [b'']
             kept = [line for row, line in zip(self.rows(), lines) if int(row['epoch']) < epoch]
             _write_lines(self.summary_file, [header, *kept] if kept else [])
         if self.metrics_file.exists():
-            rows = zip(self.log_rows(), whole_lines(self.metrics_file))
+            rows = zip(self.log_rows(), _lines(self.metrics_file))
             seen = [line for row, line in rows if (row['epoch'], row.get('batch', float('inf'))) <= (epoch, batch)]
             _write_lines(self.metrics_file, seen)
 
     def summary(self) -> RunSummary:
-        """Collect what the run reached and where its files are.
+        """What the run reached and where its files are.
 
         Raises:
-            UserError: Its files are damaged, or it is no run.
+            UserError: It is no run, or its files are damaged.
         """
-        args, rows = self.args(), self.rows()
-        best = weights_metadata(self.best_weights) if self.best_weights.is_file() else {}
-        best_epoch = int(best['epoch']) if best.get('epoch', '').isdigit() else None
+        args, file = self.args(), self.best_weights
+        facts = weights_metadata(file) if file.is_file() else {}
+        evaluations = {int(row['epoch']): _evaluation(row) for row in self.rows()}
+        best_epoch = int(facts.get('epoch', -1))
         return RunSummary(
             path=self.path,
-            model=str(best.get('architecture') or best.get('body') or args.get('model') or ''),
-            mode=str(best.get('mode') or args.get('mode') or ''),
-            epochs=len(rows),
-            best_epoch=best_epoch,
-            best=next((_evaluation(row) for row in rows if int(row['epoch']) == best_epoch), {}),
-            last=_evaluation(rows[-1]) if rows else {},
+            model=facts.get('architecture') or facts.get('body') or str(args.get('model', '')),
+            mode=facts.get('mode') or str(args.get('mode', '')),
+            epochs=len(evaluations),
+            best_epoch=best_epoch if evaluations.get(best_epoch) else None,
+            best=evaluations.get(best_epoch, {}),
+            last=evaluations.get(len(evaluations) - 1, {}),
             weights=[file for file in (self.path / 'best.safetensors', self.last_weights) if file.is_file()],
-            kept=len(self.kept_weights()),
             pictures=sorted(self.plots.glob('*.png')),
         )
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run reached, readable by `print`.
-
-    Attributes:
-        path: Its folder.
-        model: Architecture.
-        mode: 'ctc', 'vanilla', or the name of another task.
-        epochs: That are done.
-        best_epoch: From 0; None before the first evaluation.
-        best: Validation metrics of that epoch, by name; accuracies in percent.
-        last: Validation metrics of the last epoch; empty where it was not evaluated.
-        weights: Files of the best and the last epoch.
-        kept: How many epochs' weights are kept in weights/.
-        pictures: Files in plots/.
-    """
+    """What a run reached, readable by `print`."""
 
     path: Path
-    model: str
-    mode: str
-    epochs: int
-    best_epoch: int | None
-    best: dict[str, float]
-    last: dict[str, float]
-    weights: list[Path]
-    kept: int
+    model: str  # architecture
+    mode: str  # 'ctc', 'vanilla', or the name of another task
+    epochs: int  # done
+    best_epoch: int | None  # from 0; None before the first evaluation
+    best: dict[str, float]  # metrics of that epoch, by name; accuracies in percent
+    last: dict[str, float]  # of the last epoch; empty where it was not evaluated
+    weights: list[Path]  # files of the best and the last epoch
     pictures: list[Path]
 
     def __str__(self) -> str:
-        lines = [f'{self.path}: {self.model}, {self.mode}, {self.epochs} epochs']
-        if self.best:
-            lines.append(f'  best      {format_metrics(self.best)} at epoch {self.best_epoch}')
-        if self.last and self.best_epoch != self.epochs - 1:
-            lines.append(f'  last      {format_metrics(self.last)}')
-        files = [str(file) for file in self.weights] + [f'{self.path / "weights"}/ ({self.kept} epochs)'] * bool(
-            self.kept
-        )
-        for name, paths in (('weights', files), ('pictures', map(str, self.pictures))):
-            if text := ', '.join(paths):
-                lines.append(f'  {name:<9} {text}')
-        return '\n'.join(lines)
+        best = f'{format_metrics(self.best)} at epoch {self.best_epoch}' if self.best else 'not evaluated'
+        lines = {'best': best, 'last': format_metrics(self.last)}
+        for name, files in (('weights', self.weights), ('pictures', self.pictures)):
+            lines[name] = ', '.join(map(str, files))
+        head = f'{self.path}: {self.model}, {self.mode}, {self.epochs} epochs'
+        return '\n'.join([head, *(f'  {name:<9} {text}' for name, text in lines.items() if text)])
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Validation metrics as a person reads them: 'val loss 0.4135, top-1 93.21%'."""
-    known = {'loss': 'val loss {:.4f}', 'top1': 'top-1 {:.2f}%', 'top5': 'top-5 {:.2f}%'}
-    known['monitor_ridge_top1'] = 'target {:.2f}%'
-    return ', '.join(known.get(name, f'{name} {{:.4f}}').format(value) for name, value in metrics.items())
+    """Write metrics for people: 'val loss 0.4135, top-1 93.21%'."""
+    return ', '.join(_SHOWN.get(name, f'{name} {{:.4f}}').format(value) for name, value in metrics.items())
 
 
 def _evaluation(row: Mapping[str, str]) -> dict[str, float]:
     return {key.removeprefix('eval_'): float(row[key]) for key in row if key.startswith('eval_') and row[key]}
 
 
-def _place(state: Path) -> tuple[int, int]:
-    """Where in the run a state stands, by its name: the epoch to go on with, and the step."""
-    match = _STATE.fullmatch(state.name)
-    assert match is not None
-    epoch, step = int(match[1]), int(match[2] or 0)
-    return (epoch, step) if match[2] else (epoch + 1, 0)
+def _place(name: str) -> tuple[int, int]:
+    """The order of states by name: the epoch to go on with and the step; of weights, the epoch."""
+    match = _EPOCH.match(name)
+    epoch, step = (int(match[1]), match[2]) if match else (-1, None)
+    return (epoch, int(step)) if step else (epoch + 1, 0)
 
 
 def run_of_state(state: Path) -> Run:
@@ -257,36 +231,22 @@ def run_of_state(state: Path) -> Run:
 
 
 def run_name(experiment: str, output: str, words: Sequence[str]) -> str:
-    """Name a run's folder inside `output`.
-
-    Args:
-        experiment: The user's name for it, or empty.
-        output: Where runs go, for messages.
-        words: Of the name that is made where the user gives none, after the time: model, data, mode.
+    """Name a run's folder inside `output`: as the user does, or by time, model, data and mode.
 
     Raises:
         UserError: A name that would leave the output folder.
     """
     if not experiment:
         return file_name('-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), *words]))
-    name = Path(experiment)
-    if name.is_absolute() or '..' in name.parts:
+    if Path(experiment).is_absolute() or '..' in Path(experiment).parts:
         raise UserError(f'`experiment` {experiment}: must be a name inside `output` {output}')
-    return str(name)
+    return experiment
 
 
-def plain(value: Any) -> Any:
-    """A value as YAML's safe writer and reader hold it."""
-    if isinstance(value, (tuple, list)):
-        return [plain(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def whole_lines(file: Path) -> list[bytes]:
-    """The lines of a file that end as lines do, with their ends."""
-    return [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b'\n')]
+def _lines(file: Path) -> list[bytes]:
+    """A file's complete lines, with their ends; a kill may have cut the last one short."""
+    content = file.read_bytes() if file.exists() else b''
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b'\n')]
 
 
 def _write_lines(file: Path, lines: list[bytes]) -> None:
@@ -295,76 +255,68 @@ def _write_lines(file: Path, lines: list[bytes]) -> None:
     atomic_rename(temporary, file)
 
 
-def read_summary(file: Path) -> list[dict[str, str]]:
-    """Read the rows of a summary.csv, one an epoch.
-
-    Raises:
-        UserError: A line that is no row of numbers.
-    """
-    rows: list[dict[str, str]] = []
-    columns: list[str] = []
-    for number, line in enumerate(whole_lines(file), 1):
-        try:
-            (cells,) = csv.reader([line.decode('utf-8')], strict=True)
-            if not columns:
-                if 'epoch' not in cells or len(set(cells)) < len(cells):
-                    raise ValueError('no header')
-                columns = cells
-                continue
-            row = dict(zip(columns, cells, strict=True))
-            if not 0 <= int(row['epoch']) <= _LARGEST_EPOCH:
-                raise ValueError('no epoch')
-            for cell in cells:
-                float(cell or 0)
-        except (ValueError, csv.Error):
-            raise UserError(f'{file}: line {number} is damaged') from None
-        rows.append(row)
-    return rows
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl, one a whole line.
-
-    Raises:
-        UserError: A line that is no mapping with an epoch.
-    """
-
-    def is_count(value: Any) -> bool:
-        return type(value) is int and 0 <= value <= _LARGEST_EPOCH
-
+def _parse(file: Path, parse: Callable[[bytes], T | None]) -> list[T]:
+    """The values of a file's lines; one that can't be parsed, or gives None, raises a UserError."""
     rows = []
-    for number, line in enumerate(whole_lines(file), 1):
+    for number, line in enumerate(_lines(file), 1):
         try:
-            row = json.loads(line)
-            sound = isinstance(row, dict) and is_count(row.get('epoch')) and is_count(row.get('batch', 0))
-        except (ValueError, RecursionError):
-            sound = False
-        if not sound:
+            row = parse(line)
+        except (ValueError, KeyError, TypeError, RecursionError, csv.Error):
+            row = None
+        if row is None:
             raise UserError(f'{file}: line {number} is damaged')
         rows.append(row)
     return rows
 
 
-def weights_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the metadata of a weights file.
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_EPOCH
 
-    Raises:
-        UserError: It can't be read.
-    """
-    try:
-        with safe_open(file, framework='pt') as weights:
-            return weights.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f'{os.fspath(file)}: not a sound safetensors file: {one_line(error)}') from None
+
+def read_summary(file: Path) -> list[dict[str, str]]:
+    """Read a summary.csv: a row an epoch, of numbers and empty cells, under a header with 'epoch'."""
+    columns: list[str] = []
+
+    def parse(line: bytes) -> dict[str, str] | None:
+        (cells,) = csv.reader([line.decode('utf-8')], strict=True)
+        if not columns:
+            columns.extend(cells)
+            return {} if 'epoch' in cells and len(set(cells)) == len(cells) else None
+        for cell in cells:
+            float(cell or 0)
+        row = dict(zip(columns, cells, strict=True))
+        return row if _is_count(int(row['epoch'])) else None
+
+    return _parse(file, parse)[1:]
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read a metrics.jsonl: mappings with an 'epoch', and with a 'batch' within it."""
+
+    def parse(line: bytes) -> dict[str, Any] | None:
+        row = json.loads(line)
+        return row if _is_count(row['epoch']) and _is_count(row.get('batch', 0)) else None
+
+    return _parse(file, parse)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of tensors, in the order of their names."""
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a weights file.
+
+    Raises:
+        UserError: It is no safetensors file.
+    """
+    with _translate_errors(file), safe_open(file, framework='pt') as weights:
+        return weights.metadata() or {}
 
 
 def check_hash(file: str | os.PathLike[str]) -> None:
@@ -373,13 +325,18 @@ def check_hash(file: str | os.PathLike[str]) -> None:
     Raises:
         UserError: The tensors differ, or it is no safetensors file.
     """
-    try:
-        with safe_open(file, framework='pt') as stored:
-            expected = (stored.metadata() or {}).get(HASH)
-            if expected is None:
-                return
-            actual = tensors_hash({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f'{os.fspath(file)}: not a sound safetensors file: {one_line(error)}') from None
+    expected = weights_metadata(file).get(HASH)
+    if expected is None:
+        return
+    with _translate_errors(file):
+        actual = tensors_hash(load_file(file))
     if actual != expected:
         raise UserError(f'{os.fspath(file)}: was changed after it was written (its hash differs); take another one')
+
+
+@contextmanager
+def _translate_errors(file: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f'{os.fspath(file)}: not a sound safetensors file: {one_line(error)}') from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from .monitor import Monitor, check_monitored, monitor_interval
 from .optimization import create_optimizer, resolve_lr
 from .schedules import TwoStageSchedule, temporal_start
 from .settings import TrainSettings
-from .tasks import PrepareBatch, create_task, streaming_error
+from .tasks import PrepareBatch, create_task
 from .trainer import Trainer
 
 logger = get_logger(__name__)
@@ -46,41 +46,25 @@ logger = get_logger(__name__)
 def train(settings: TrainSettings) -> Run:
     """Train a model to the end, or what is left of a run.
 
-    Args:
-        settings: All of them.
-
-    Returns:
-        The finished run.
-
     Raises:
         UserError: Settings or data that cannot work; nothing has been written then.
         RunError: Files can't be written, or too many steps in a row had a loss or gradient that is not finite.
         Stopped: A signal asked the run to stop; its state is saved.
     """
     trainer = build_trainer(settings)
-    _announce(trainer, settings)
+    facts, data, accelerator = trainer.facts, settings.data, trainer.accelerator
+    images = f'{facts["num_instances"]:,} images' if facts['num_instances'] else 'a stream of images'
+    logger.info(
+        f'{facts["mode"]}: {facts["architecture"]}, {facts["num_classes"]} classes, on {images} of '
+        f'{data.dataset or data.data_dir}, {trainer.schedule.num_epochs} epochs, batch {settings.loader.batch_size} on '
+        f'{accelerator.num_processes} process(es), {accelerator.device}, to {trainer.run}'
+    )
     began = time.monotonic()
     trainer.fit()
-    if trainer.accelerator.is_main_process:
-        plot_run(trainer.run)
     best = trainer.state.best
     reached = f'best top-1 {best[0]:.2f}% at epoch {best[1]}' if best else 'not evaluated'
     logger.info(f'done in {clock(time.monotonic() - began)}: {reached}')
     return trainer.run
-
-
-def _announce(trainer: Trainer, settings: TrainSettings) -> None:
-    """Log what is about to be trained, on what, and where to."""
-    facts, data = trainer.facts, settings.data
-    model = trainer.task.get_eval_model()
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6 if model is not None else 0
-    images = f'{facts["num_instances"]:,} images' if facts['num_instances'] else 'a stream of images'
-    logger.info(
-        f'{facts["mode"]}: {facts["architecture"]} ({parameters:.2f}M parameters, {facts["num_classes"]} classes) on '
-        f'{images} of {data.dataset or data.data_dir}, {trainer.schedule.num_epochs} epochs, batch '
-        f'{settings.loader.batch_size} on {trainer.accelerator.num_processes} process(es), '
-        f'{trainer.accelerator.device}, to {trainer.run}'
-    )
 
 
 def build_trainer(
@@ -89,7 +73,6 @@ def build_trainer(
     model: Any = None,
     splits: tuple[DatasetSplit, DatasetSplit] | None = None,
     frozen: Collection[str] = (),
-    recorded: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """Build every part of a training run, and continue it or create its folder.
 
@@ -98,42 +81,46 @@ def build_trainer(
         model: What to train, with its head; made from the settings when None.
         splits: Training and validation split; opened from the settings when None.
         frozen: Names of modules that stay in evaluation mode, see `freezing.freeze`; for mode 'vanilla'.
-        recorded: More values by name for args.yaml.
 
     Raises:
         UserError: Settings or data that cannot work; nothing has been written then.
     """
-    data, ctc, seed = settings.data, settings.ctc, settings.run.seed
-    values = {**values_of(settings), **(recorded or {})}
-    two_stages = ctc.mode == 'ctc'
+    data, loading, seed = settings.data, settings.loader, settings.run.seed
+    two_stages = settings.ctc.mode == 'ctc'
     if two_stages and is_streaming(data.dataset):
-        raise streaming_error(data.dataset)
-
+        raise UserError(
+            f"`dataset` {data.dataset}: a stream gives its images no stable index, which `mode='ctc'` needs; use a "
+            f"map-style reader such as hfds/NAME or `data_dir='FOLDER'`, or `mode='vanilla'`"
+        )
     accelerator = open_accelerator(settings.precision, settings.run.log_with, settings.folder.output, two_stages)
     run, point = locate_run(settings)
     device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     random_seed(seed)
 
     with accelerator.main_process_first():
-        training, validation = splits or _open_splits(data, settings.loader.batch_size)
-    if settings.loader.cache_dataset:
+        training, validation = splits or _open_splits(data, loading.batch_size)
+    if loading.cache_dataset:
         training = cache_split(training, quiet=rank > 0)
-    num_instances = 0 if training.labels_N is None else len(training.labels_N)
     if model is None:
-        model = create_model(
-            settings.model, settings.architecture, data, settings.model.num_classes or training.num_classes
-        )
+        classes = settings.model.num_classes or training.num_classes
+        model = create_model(settings.model, settings.architecture, data, classes)
     check_labels(training, model.num_classes, data.train_split)
     check_labels(validation, model.num_classes, data.val_split)
     config = data_config(data, model)
     check_input(model, config['input_size'])
     model = prepare_model(model, settings.execution, settings.batch_norm, device, world_size)
-
+    labels_N = training.labels_N
+    facts = {
+        'architecture': architecture(model),
+        'num_classes': model.num_classes,
+        'num_instances': 0 if labels_N is None else len(labels_N),
+        'mode': settings.ctc.mode,
+    }
     task = create_task(
-        ctc,
+        settings.ctc,
         settings.loss,
         model,
-        training.labels_N,
+        labels_N,
         device,
         soft_targets=settings.mixup.active,
         seed=seed,
@@ -144,79 +131,62 @@ def build_trainer(
     if settings.monitor.monitor_target:
         if point.state is not None:
             check_monitored(settings.monitor, run)
-        every = monitor_interval(settings.monitor, settings.schedule.epochs, num_instances)
-        monitor = Monitor(settings.monitor, data, settings.loader, config, accelerator, every)
+        every = monitor_interval(settings.monitor, settings.schedule.epochs, facts['num_instances'])
+        monitor = Monitor(settings.monitor, data, loading, config, accelerator, every)
     mixup = create_mixup(settings.mixup, model.num_classes, settings.loss.smoothing)
-    if mixup is not None and settings.loader.batch_size % 2:
-        raise UserError(f'`batch_size` {settings.loader.batch_size}: must be even with `mixup` or `cutmix`')
-    loader: Any
-    if training.labels_N is None:
-        loader = StreamLoader(training.dataset, settings.loader, settings.augmentation, config, device)
+    if mixup is not None and loading.batch_size % 2:
+        raise UserError(f'`batch_size` {loading.batch_size}: must be even with `mixup` or `cutmix`')
+    loader: StreamLoader | TrainLoader
+    if labels_N is None:
+        loader = StreamLoader(training.dataset, loading, settings.augmentation, config, device)
     else:
-        loader = TrainLoader(
-            training.dataset, settings.loader, settings.augmentation, config, device, seed, rank, world_size
-        )
+        loader = TrainLoader(training.dataset, loading, settings.augmentation, config, device, seed, rank, world_size)
     evaluator = SplitEvaluator(validation, settings, config, model.num_classes, accelerator)
 
-    if settings.execution.torchcompile:
-        check_compiler(settings.execution.torchcompile)
-        task.compile(backend=settings.execution.torchcompile, mode=settings.execution.torchcompile_mode)
-    if settings.ema.model_ema:
-        task.setup_ema(
-            decay=settings.ema.model_ema_decay,
-            use_warmup=settings.ema.model_ema_warmup,
-            device=torch.device('cpu') if settings.ema.model_ema_force_cpu else None,
-        )
-    stepping = replace(settings.optimizer, lr=resolve_lr(settings.optimizer, settings.loader.batch_size, world_size))
+    execution, average = settings.execution, settings.ema
+    if execution.torchcompile:
+        check_compiler(execution.torchcompile)
+        task.compile(backend=execution.torchcompile, mode=execution.torchcompile_mode)
+    if average.model_ema:
+        place = torch.device('cpu') if average.model_ema_force_cpu else None
+        task.setup_ema(decay=average.model_ema_decay, use_warmup=average.model_ema_warmup, device=place)
+    stepping = replace(settings.optimizer, lr=resolve_lr(settings.optimizer, loading.batch_size, world_size))
     module = task.get_trainable_module()
     assert module is not None
     optimizer = create_optimizer(stepping, module)
-    steps = math.ceil(len(loader) / stepping.grad_accum_steps)  # a last, smaller group of batches is a step too
+    updates = math.ceil(len(loader) / stepping.grad_accum_steps)  # a last, smaller group of batches is a step too
     stages = settings.stages if two_stages else None
-    schedule = TwoStageSchedule(optimizer, settings.schedule, stages, steps, seed)
-
-    def training_images() -> RefreshLoader:
-        return RefreshLoader(open_split(data, data.train_split), settings.loader, config, device, world_size > 1)
-
     trainer = Trainer(
         task,
         loader,
         evaluator,
         optimizer,
-        schedule,
+        TwoStageSchedule(optimizer, settings.schedule, stages, updates, seed),
         run,
         accelerator,
         settings.run,
         stepping,
-        batch_size=settings.loader.batch_size,
-        facts={
-            'architecture': architecture(model),
-            'num_classes': model.num_classes,
-            'num_instances': num_instances,
-            'mode': ctc.mode,
-        },
-        mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, settings.execution.channels_last),
+        batch_size=loading.batch_size,
+        facts=facts,
+        mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
         monitor=monitor,
-        training_images=training_images,
+        training_images=lambda: RefreshLoader(
+            open_split(data, data.train_split), loading, config, device, distributed=world_size > 1
+        ),
         dist_bn=settings.batch_norm.dist_bn,
+        plot=plot_run,
     )
-    values['lr'] = stepping.lr
-    if stages is not None:  # kept with the run, so that a resume for more epochs does not move it
-        values['temporal_start_epoch'] = temporal_start(stages, settings.schedule.epochs)
-    trainer.open_run(point, values, lambda: run.write_config(model, config))
+    # Values that were computed are kept with the run, so that a resume for more epochs does not move them.
+    start = temporal_start(stages, settings.schedule.epochs) if stages else settings.stages.temporal_start_epoch
+    resolved = replace(settings, lr=stepping.lr, temporal_start_epoch=start)
+    trainer.open_run(point, values_of(resolved), lambda: run.write_config(model, config))
     return trainer
 
 
 def open_accelerator(
     precision: PrecisionSettings, log_with: str | None, output: str | Path, find_unused_parameters: bool
 ) -> Accelerator:
-    """Set up Accelerate for training.
-
-    Args:
-        precision: Mixed precision.
-        log_with: Accelerate's tracker, if any.
-        output: Where runs go.
-        find_unused_parameters: Whether some parameters may have no gradient in some step.
+    """Set up Accelerate for training, with a tracker if one is named; `output` is where runs go.
 
     Raises:
         UserError: No such tracker or precision here.

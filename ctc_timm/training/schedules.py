@@ -31,25 +31,6 @@ class CosineOpenLRScheduler(CosineLRScheduler):
         return super()._get_lr(t + 1)
 
 
-def _create(
-    optimizer: Optimizer, options: dict[str, Any], epochs: int, updates_per_epoch: int
-) -> tuple[Scheduler | None, int]:
-    """A schedule over so many epochs, and how many it takes with warm-up prefix, cycles and cool-down."""
-    options = {**options, 'num_epochs': epochs}
-    if options['sched'] != 'cosine_open':
-        return create_scheduler_v2(optimizer, **options, updates_per_epoch=updates_per_epoch)
-    per_epoch = 1 if options['step_on_epochs'] else updates_per_epoch
-    scheduler = CosineOpenLRScheduler(
-        optimizer,
-        t_initial=epochs * per_epoch + 1,
-        lr_min=options['min_lr'],
-        warmup_t=options['warmup_epochs'] * per_epoch,
-        warmup_lr_init=options['warmup_lr'],
-        t_in_epochs=options['step_on_epochs'],
-    )
-    return scheduler, epochs + options['cooldown_epochs']
-
-
 class TwoStageSchedule:
     """Sets each parameter group's learning rate and weight decay.
 
@@ -76,61 +57,69 @@ class TwoStageSchedule:
         updates_per_epoch: int,
         seed: int = 42,
     ) -> None:
-        self.optimizer = optimizer
-        self.updates_per_epoch = updates_per_epoch
-        self.on_updates = settings.sched_on_updates
+        self.optimizer, self.updates_per_epoch, self.on_updates = (
+            optimizer,
+            updates_per_epoch,
+            settings.sched_on_updates,
+        )
         self.two_stages = stages is not None
         self.temporal_lr_scale = stages.temporal_lr_scale if stages else 1.0
         self.weight_decay_scale = stages.instance_weight_decay_scale if stages else 1.0
-        self._settings = settings
-        self._weight_decays = [group['weight_decay'] for group in optimizer.param_groups]
-        self._lrs = [group['lr'] * group.get('lr_scale', 1.0) for group in optimizer.param_groups]
-        self.first: Scheduler | None = None
-        self.second: Scheduler | None = None
+        self._name, self._rate = settings.sched, settings.decay_rate
+        self._base = [(g['lr'] * g.get('lr_scale', 1.0), g['weight_decay']) for g in optimizer.param_groups]
         start = settings.epochs if stages is None else temporal_start(stages, settings.epochs)
         options = scheduler_kwargs(SimpleNamespace(**dataclasses.asdict(settings), seed=seed))
+        if start == settings.epochs:
+            self._first, self.num_epochs = self._create(options, start)
+            self._second, self.temporal_start = None, self.num_epochs
+            return
+        self._first, self.temporal_start = (
+            self._create({**options, 'cooldown_epochs': 0}, start) if start else (None, 0)
+        )
+        self._second, length = self._create({**options, 'warmup_epochs': 0}, settings.epochs - start)
+        self.num_epochs = self.temporal_start + length
+
+    def _create(self, options: dict[str, Any], epochs: int) -> tuple[Scheduler | None, int]:
+        """A schedule, and how many epochs it takes with warm-up prefix, cycles and cool-down."""
+        options = {**options, 'num_epochs': epochs}
         try:
-            if start == settings.epochs:
-                self.first, self.num_epochs = _create(optimizer, options, start, updates_per_epoch)
-                self.temporal_start = self.num_epochs
-                return
-            self.temporal_start = 0
-            if start:
-                first = {**options, 'cooldown_epochs': 0}
-                self.first, self.temporal_start = _create(optimizer, first, start, updates_per_epoch)
-            second = {**options, 'warmup_epochs': 0}
-            self.second, length = _create(optimizer, second, settings.epochs - start, updates_per_epoch)
-            self.num_epochs = self.temporal_start + length
+            if options['sched'] != 'cosine_open':
+                return create_scheduler_v2(self.optimizer, **options, updates_per_epoch=self.updates_per_epoch)
+            per_epoch = 1 if options['step_on_epochs'] else self.updates_per_epoch
+            scheduler = CosineOpenLRScheduler(
+                self.optimizer,
+                t_initial=epochs * per_epoch + 1,
+                lr_min=options['min_lr'],
+                warmup_t=options['warmup_epochs'] * per_epoch,
+                warmup_lr_init=options['warmup_lr'],
+                t_in_epochs=options['step_on_epochs'],
+            )
         except (AssertionError, ValueError, OverflowError) as error:
-            raise UserError(f'`sched` {settings.sched}: {error or "the schedule refuses its settings"}') from None
+            raise UserError(f'`sched` {self._name}: {error or "the schedule refuses its settings"}') from None
+        return scheduler, epochs + options['cooldown_epochs']
 
     def stage(self, epoch: int) -> str:
         """'instance' or 'temporal'."""
         return 'temporal' if epoch >= self.temporal_start else 'instance'
 
     def step(self, epoch: int, update: int = 0) -> None:
-        """Set the groups for an update of an epoch, both counted from 0.
-
-        With schedules that step on epochs only the epoch counts.
+        """Set the groups for an update of an epoch, both counted from 0; the update counts with `sched_on_updates`.
 
         Raises:
             UserError: The learning rate overflows.
         """
-        temporal = self.stage(epoch) == 'temporal'
-        scheduler = self.second if temporal else self.first
+        temporal = epoch >= self.temporal_start
+        scheduler = self._second if temporal else self._first
         local_epoch = epoch - self.temporal_start if temporal else epoch
-        if scheduler is not None:
-            try:
-                if self.on_updates:
-                    scheduler.step_update(local_epoch * self.updates_per_epoch + update)
-                else:
-                    scheduler.step(local_epoch)
-            except OverflowError:
-                raise UserError(
-                    f'`decay_rate` {self._settings.decay_rate:g} with `sched` {self._settings.sched}: the learning '
-                    f'rate overflows at epoch {epoch}'
-                ) from None
-        for group, decay, lr in zip(self.optimizer.param_groups, self._weight_decays, self._lrs):
+        try:
+            if scheduler is not None and self.on_updates:
+                scheduler.step_update(local_epoch * self.updates_per_epoch + update)
+            elif scheduler is not None:
+                scheduler.step(local_epoch)
+        except OverflowError:
+            what = f'`sched` {self._name} with `decay_rate` {self._rate:g}'
+            raise UserError(f'{what}: the learning rate overflows at epoch {epoch}') from None
+        for group, (lr, decay) in zip(self.optimizer.param_groups, self._base):
             if scheduler is None:
                 group['lr'] = lr
             if temporal:

@@ -190,13 +190,6 @@ class MonitorSettings:
 
 
 @dataclass(frozen=True)
-class HubSettings:
-    """Publishing at the end."""
-
-    push_to_hub: str = setting('', 'publish the run there when it is done', metavar='USER/NAME')
-
-
-@dataclass(frozen=True)
 class PushSettings:
     """What is done with a finished run."""
 
@@ -226,7 +219,6 @@ class TrainSettings:
     folder: FolderSettings = group('Run folder', FolderSettings)
     run: RunSettings = group('Run', RunSettings)
     hub: PushSettings = group('Hub', PushSettings)
-    hub: HubSettings = group('Hub', HubSettings)
 
 
 @dataclass(frozen=True)

@@ -15,25 +15,17 @@ from accelerate import Accelerator
 from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor, nn
 
-from ..utils.tasks import TrainerTask
+from ..utils.tasks import Batch, TrainerTask
 from .optimization import clip_gradients
 from .settings import OptimizerSettings
 
-Batch = tuple[Any, ...]
-
 
 class Step(NamedTuple):
-    """The outcome of an optimizer step.
+    """The outcome of an optimizer step."""
 
-    Attributes:
-        bad: Whether it was discarded, as its loss or gradient was not finite.
-        losses: Sum over its batches, by name; of this rank.
-        stop: Whether any rank was asked to stop, as far as this one knows.
-    """
-
-    bad: bool
-    losses: dict[str, Tensor]
-    stop: bool
+    bad: bool  # whether it was discarded, as its loss or gradient was not finite
+    losses: dict[str, Tensor]  # sum over its batches, by name; of this rank
+    stop: bool  # whether any rank was asked to stop, as far as this one knows
 
 
 class Steps:
@@ -55,25 +47,15 @@ class Steps:
         optimizer: Any,
         settings: OptimizerSettings,
         check: bool,
-        mixup: Callable[[Batch, int], Batch] | None = None,
+        mixup: Callable[[Batch, int], Batch] | None,
     ) -> None:
-        self.accelerator = accelerator
-        self.task = task
-        self.optimizer = optimizer
-        self.settings = settings
-        self.mixup = mixup
+        self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
+        self.settings, self.mixup = settings, mixup
         self._statistics = _Statistics(unwrap_model(task.get_trainable_module())) if check else None
         self._losses: dict[str, Tensor] = {}
 
     def forward_backward(self, batch: Batch, epoch: int, accumulation_steps: int, last: bool) -> None:
-        """Add the gradients of one batch.
-
-        Args:
-            batch: Of the loader, on the device.
-            epoch: Mixing ends after some.
-            accumulation_steps: Batches in this step.
-            last: Whether this is the last of them.
-        """
+        """Add the gradients of a batch of the loader, which is one of `accumulation_steps` of a step."""
         if self.mixup is not None:
             batch = self.mixup(batch, epoch)
         if not self._losses and self._statistics is not None:
@@ -88,12 +70,10 @@ class Steps:
                 self._losses[name] = self._losses.get(name, 0) + value.detach()
 
     def update(self, number: int, stop: bool, ask: bool) -> Step:
-        """Take the optimizer's step with the gradients that are there.
+        """Take the optimizer's step, numbered from 1, with the gradients that are there.
 
-        Args:
-            number: Of the step, from 1.
-            stop: Whether this process was asked to stop.
-            ask: Whether to exchange that with the other ranks even where nothing is checked.
+        `stop` says that this process was asked to stop, `ask` to exchange that with the other ranks even where nothing
+        is checked.
         """
         losses, self._losses = self._losses, {}
         bad, stop = self._agree(losses['loss'], stop, ask)
@@ -155,10 +135,7 @@ class _Statistics:
 def share_statistics(task: TrainerTask, accelerator: Accelerator, how: str) -> None:
     """Give all ranks the same running statistics before an evaluation, as timm does.
 
-    Args:
-        task: Its model, and the moving average of that where it is on the accelerator's device.
-        accelerator: Of the run.
-        how: 'reduce' for their mean, 'broadcast' for the first one's, '' to leave them.
+    How: 'reduce' for their mean, 'broadcast' for those of the first rank, '' to leave them.
     """
     if accelerator.num_processes == 1 or not how:
         return

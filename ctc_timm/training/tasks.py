@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from ..contrast.task import CTCTask
 from ..data.mixup import InstanceMixup
-from ..utils.errors import UserError
 from ..utils.tasks import TrainerTask
 from .settings import CTCSettings, LossSettings
 
@@ -67,14 +67,6 @@ class PrepareBatch:
         return images, targets, index, lam
 
 
-def streaming_error(dataset: str) -> UserError:
-    """The error for CTC on a streaming set."""
-    return UserError(
-        f"`dataset` {dataset}: a streaming data set gives its images no stable index, which `mode='ctc'` needs; use a "
-        f"map-style reader such as hfds/NAME or `data_dir='FOLDER'`, or `mode='vanilla'`"
-    )
-
-
 def create_task(
     ctc: CTCSettings,
     loss: LossSettings,
@@ -90,49 +82,30 @@ def create_task(
     """Create the task that the settings describe.
 
     Args:
-        ctc: The method's settings, with `mode`.
+        ctc: The method's settings; its fields but `mode` are arguments of `CTCTask`.
         loss: Of the classification loss.
         model: With a head.
-        labels_N: Class of each training image, [N]; None for streaming sets, which need mode 'vanilla'.
+        labels_N: Class of each training image, [N]; None for streams, which need mode 'vanilla'.
         device: Where to train.
         soft_targets: Whether batches are mixed.
         seed: Of banks and negatives.
         rank: This process.
-        frozen: Names of modules that stay in evaluation mode; for mode 'vanilla'.
+        frozen: See `SupervisedTask`.
 
     Raises:
-        UserError: A set of one class, a temperature too low.
+        UserError: What CTC refuses: a stream, one class, a temperature too low.
     """
-    criterion: dict[str, Any] = dict(
-        loss_type='bce' if loss.bce_loss else None,
-        smoothing=loss.smoothing,
-        soft_targets=soft_targets,
-        bce_target_thresh=loss.bce_target_thresh if loss.bce_loss else None,
-        bce_sum=loss.bce_sum,
-    )
+    criterion = {
+        'loss_type': 'bce' if loss.bce_loss else None,
+        'smoothing': loss.smoothing,
+        'soft_targets': soft_targets,
+        'bce_target_thresh': loss.bce_target_thresh if loss.bce_loss else None,
+        'bce_sum': loss.bce_sum,
+    }
+    common: dict[str, Any] = {'criterion_kwargs': criterion, 'device': device, 'verbose': False}
     if ctc.mode == 'vanilla':
-        return SupervisedTask(model, frozen, criterion_kwargs=criterion, device=device, verbose=False)
+        return SupervisedTask(model, frozen, **common)
     assert labels_N is not None
-    return CTCTask(
-        model,
-        labels_N,
-        criterion_kwargs=criterion,
-        embed_dim=ctc.embed_dim,
-        num_negatives=ctc.num_negatives,
-        negatives=ctc.negatives,
-        positives=ctc.positives,
-        past_features=ctc.past_features,
-        instance_weight=ctc.instance_weight,
-        temporal_weight=ctc.temporal_weight,
-        instance_temperature=ctc.instance_temperature,
-        temporal_temperature=ctc.temporal_temperature,
-        instance_momentum=ctc.instance_momentum,
-        temporal_momentum=ctc.temporal_momentum,
-        train_projector=ctc.train_projector,
-        bank_dtype=getattr(torch, ctc.bank_dtype),
-        split_banks=ctc.split_banks,
-        seed=seed,
-        rank=rank,
-        device=device,
-        verbose=False,
-    )
+    options = {**dataclasses.asdict(ctc), 'bank_dtype': getattr(torch, ctc.bank_dtype)}
+    del options['mode']
+    return CTCTask(model, labels_N, **options, seed=seed, rank=rank, **common)

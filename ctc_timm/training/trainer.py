@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,91 +15,43 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ..runs import Run
-from ..utils.errors import UserError
+from ..utils.errors import RunError, UserError
 from ..utils.progress import clock, progress_bar
-from ..utils.tasks import TrainerTask
+from ..utils.tasks import Batch, Evaluator, Loader, TrainerTask, Watcher
 from . import report
 from .checkpoints import ResumePoint, TrainState, load_state, prune_states, raise_on_all_ranks, save_state
 from .schedules import TwoStageSchedule
 from .settings import OptimizerSettings, RunSettings
-from .signals import StopSignal
-from .step import Batch, Steps, share_statistics
+from .signals import Interrupted, StopSignal
+from .step import Steps, share_statistics
 
 logger = get_logger(__name__)
 
 
-class Loader(Protocol):
-    """Batches of one epoch after another.
-
-    Attributes:
-        skipped: Images of this rank replaced so far as they could not be read; None where that is not counted.
-        unreadable: Names of those images, each once; known at the end of an epoch.
-    """
-
-    @property
-    def skipped(self) -> int | None: ...
-
-    unreadable: list[str]
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Which epoch the next iteration goes through, and at which batch it begins."""
-
-    def image_names(self, batch: Batch) -> list[str]:
-        """Names of a batch's images; its first item, the images themselves, may be None."""
-
-
-class Evaluator(Protocol):
-    """Measures a model on the validation split.
-
-    Attributes:
-        columns: Names of the numbers that go into summary.csv.
-        best_metric: The one that decides which epoch is the best; larger is better.
-    """
-
-    columns: tuple[str, ...]
-    best_metric: str
-
-    def __call__(self, model: nn.Module) -> dict[str, float]: ...
-
-
-class Watcher(Protocol):
-    """Measures something else now and then, see `monitor.Monitor`."""
-
-    columns: tuple[str, ...]
-    seconds: float
-
-    def due(self, epoch: int, last: bool) -> bool: ...
-
-    def measure(self, model: nn.Module) -> dict[str, float]: ...
-
-
 class Trainer:
-    """Trains a task.
+    """Trains a task, whatever it is.
 
         trainer = Trainer(task, loader, evaluator, optimizer, schedule, run, accelerator, ...)
         trainer.open_run(resume_point, values)
         trainer.fit()
 
     Args:
-        task: With its module on the device, not yet prepared.
+        task: With its module on the device.
         loader: Training batches.
         evaluator: Measures the task's evaluation model.
-        optimizer: Over the task's trainable module, not yet prepared.
+        optimizer: Over the task's trainable module.
         schedule: Of that optimizer.
         run: The run's folder, the same on all ranks.
-        accelerator: Device, precision, processes.
+        accelerator: Device, precision, processes; module and optimizer are prepared here.
         settings: What the run saves, logs and tolerates.
         stepping: Gradient accumulation and clipping.
         batch_size: Images of a batch of each process.
-        facts: What a state must agree on with the run that continues it; they are metadata of all weights too.
+        facts: What a state must agree on with the run that continues it; metadata of all weights too.
         mixup: mixup(batch, epoch) gives the batch that the task takes; None leaves the loader's.
         monitor: Measures transfer now and then.
         training_images: Gives one pass over the training set without augmentation, for tasks that ask for it.
         dist_bn: How ranks share batch norm statistics before an evaluation, see `share_statistics`.
+        plot: Draws the finished run.
 
     Attributes:
         state: Where the run stands.
@@ -123,37 +75,30 @@ class Trainer:
         monitor: Watcher | None = None,
         training_images: Callable[[], Iterable[Any]] = tuple,
         dist_bn: str = '',
+        plot: Callable[[Run], object] | None = None,
     ) -> None:
         self.task, self.loader, self.evaluator, self.schedule = task, loader, evaluator, schedule
-        self.run, self.accelerator, self.settings = run, accelerator, settings
-        self.monitor, self.training_images, self.dist_bn = monitor, training_images, dist_bn
-        self.facts = dict(facts)
-        self.accumulation_steps = stepping.grad_accum_steps
+        self.run, self.accelerator, self.settings, self.facts = run, accelerator, settings, dict(facts)
+        self.monitor, self.training_images, self.dist_bn, self.plot = monitor, training_images, dist_bn, plot
         self.global_batch = batch_size * accelerator.num_processes
+        self.accumulation_steps = stepping.grad_accum_steps
         task.trainable_module = accelerator.prepare_model(task.get_trainable_module())
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
         # Up to here ranks are alike, as the moving average copies the model; and what was drawn so far depends on
         # what had been imported before.
         random_seed(settings.seed, 1 + accelerator.process_index)
-        check = settings.max_bad_steps > 0
-        self.steps = Steps(accelerator, task, self.optimizer, stepping, check, mixup)
+        self.steps = Steps(accelerator, task, self.optimizer, stepping, settings.max_bad_steps > 0, mixup)
         task.start_training()
-        self.stop = StopSignal()
-        self.state = TrainState()
+        self.stop, self.state = StopSignal(), TrainState()
         self._skipped_before = self._named = 0
 
     def open_run(
         self, point: ResumePoint, values: Mapping[str, Any], write_config: Callable[[], object] | None = None
     ) -> None:
-        """Continue from a state, or create the run's folder; nothing has been written before.
-
-        Args:
-            point: Of `checkpoints.find_resume`.
-            values: Settings by name, for args.yaml and trackers.
-            write_config: Writes config.json, where the run has one.
+        """Continue from a state, or create the run's folder with args.yaml and config.json.
 
         Raises:
-            UserError: The state does not fit.
+            UserError: The state does not fit; nothing has been written.
             RunError: The folder can't be written to.
         """
         if point.state:
@@ -171,10 +116,14 @@ class Trainer:
     def _resume(self, point: ResumePoint) -> None:
         assert point.state is not None
         progress, rank_state = load_state(self.accelerator, self.task, point.state, self.facts)
-        device = self.accelerator.device
-        state = TrainState.restore(progress, rank_state, [self.global_batch, self.accumulation_steps], device)
-        reached = state.epoch if state.batch else state.epoch - 1
-        if self.schedule.two_stages and progress['stage'] != self.schedule.stage(reached):
+        state = TrainState.restore(progress, rank_state, self.accelerator.device)
+        images, accumulation_steps = progress['step_size']
+        if (images, accumulation_steps) != (self.global_batch, self.accumulation_steps):
+            # To the nearest step before: no image of the epoch is left out, some may be seen again.
+            state.batch = state.batch * images // self.global_batch
+            state.batch -= state.batch % self.accumulation_steps
+        stage = self.schedule.stage(state.epoch if state.batch else state.epoch - 1)
+        if self.schedule.two_stages and progress['stage'] != stage:
             raise UserError(
                 f'`temporal_start_epoch` {self.schedule.temporal_start}: {point.state} is in its {progress["stage"]} '
                 f'stage after {state.epoch} epochs; leave the setting out to go on as before'
@@ -195,13 +144,20 @@ class Trainer:
             Stopped: A signal asked the run to stop; its state is saved.
             RunError: Files can't be written, or too many steps in a row had a loss or gradient that is not finite.
         """
-        started = time.monotonic()
+        started, first = time.monotonic(), self.state.epoch
+        metrics: dict[str, float] = {}
         with report.early_end(self.run, self.stop, self.state, self._save_state):
-            metrics = self._run_epochs(started)
+            while self.state.epoch < self.schedule.num_epochs:
+                metrics, line = self._run_epoch(self.state.epoch)
+                spent = time.monotonic() - started
+                left = spent / (self.state.epoch - first) * (self.schedule.num_epochs - self.state.epoch)
+                logger.info(line + (f'  {clock(left)} left' if left >= 1 else ''))
         self.accelerator.wait_for_everyone()
         if self.monitor is not None:
             share = self.monitor.seconds / max(time.monotonic() - started, 1e-9)
             logger.info(f'monitoring took {100 * share:.1f}% of the time')
+        if self.plot is not None and self.accelerator.is_main_process:
+            self.plot(self.run)
         for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
             tracker.finish()
         return metrics
@@ -209,78 +165,72 @@ class Trainer:
     def _stage(self, epoch: int) -> str:
         return self.schedule.stage(epoch) if self.schedule.two_stages else self.task.stage
 
-    def _run_epochs(self, started: float) -> dict[str, float]:
-        first, alone = self.state.epoch, self.accelerator.num_processes == 1
-        metrics: dict[str, float] = {}
-        while self.state.epoch < self.schedule.num_epochs:
-            epoch = self.state.epoch
-            last, stage = epoch == self.schedule.num_epochs - 1, self._stage(epoch)
-            # Several ranks would not all be at the same place when the signal comes.
-            with self.stop.at_once(alone and stage != self.task.stage):
-                self._prepare_epoch(stage)
-            began, done = time.monotonic(), self.state.batch
-            train, measured = self._train_epoch(epoch), {}
-            rate = (self.state.batch - done) * self.global_batch / (time.monotonic() - began)
-            with self.stop.at_once(alone):
-                if last or (epoch + 1) % self.settings.eval_interval == 0:
-                    share_statistics(self.task, self.accelerator, self.dist_bn)
-                    measured = metrics = self.evaluator(self._eval_model())
-                if self.monitor is not None and self.monitor.due(epoch, last):
-                    measured = {**measured, **self.monitor.measure(self._eval_model())}
-            self._finish_epoch(epoch, train, measured)
-            spent = time.monotonic() - started
-            left = spent / (self.state.epoch - first) * (self.schedule.num_epochs - self.state.epoch)
-            shown = (*self.evaluator.columns[:4], *(self.monitor.columns[:1] if self.monitor is not None else ()))
-            numbers = {name: measured[name] for name in shown if name in measured}
-            line = report.epoch_line(epoch, stage, train, numbers, self._lr(), rate)
-            logger.info(line + (f'  {clock(left)} left' if left >= 1 else ''))
-        return metrics
-
-    def _prepare_epoch(self, stage: str) -> None:
-        def images() -> Iterable[Any]:
-            return progress_bar(self.training_images(), 'fill the banks', self.accelerator)
-
-        with self.accelerator.autocast():
-            if self.task.prepare_epoch(stage, images):
+    def _run_epoch(self, epoch: int) -> tuple[dict[str, float], str]:
+        """Train, evaluate, write; the evaluation's numbers and a line of all."""
+        stage, last = self._stage(epoch), epoch == self.schedule.num_epochs - 1
+        alone = self.accelerator.num_processes == 1  # several ranks would not all be at one place at a signal
+        with self.stop.at_once(alone and stage != self.task.stage), self.accelerator.autocast():
+            if self.task.prepare_epoch(stage, self._training_images):
                 logger.info(f'{stage} stage: the model is frozen as the information bank, which fills the banks')
+        began, done = time.monotonic(), self.state.batch
+        train = self._train_epoch(epoch)
+        rate = (self.state.batch - done) * self.global_batch / (time.monotonic() - began)
+        metrics: dict[str, float] = {}
+        watched: dict[str, float] = {}
+        with self.stop.at_once(alone):
+            if last or (epoch + 1) % self.settings.eval_interval == 0:
+                share_statistics(self.task, self.accelerator, self.dist_bn)
+                metrics = self.evaluator(self._eval_model())
+            if self.monitor is not None and self.monitor.due(epoch, last):
+                watched = self.monitor.measure(self._eval_model())
+        self._finish_epoch(epoch, train, {**metrics, **watched})
+        shown = {name: metrics[name] for name in self.evaluator.columns[:4] if name in metrics}
+        return metrics, report.epoch_line(epoch, stage, train, shown | dict([*watched.items()][:1]), self._lr(), rate)
+
+    def _training_images(self) -> Iterable[Any]:
+        return progress_bar(self.training_images(), 'fill the banks', self.accelerator)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training set, or what is left of it; mean losses over the epoch."""
-        state, accumulate = self.state, self.accumulation_steps
+        state, accumulate, settings = self.state, self.accumulation_steps, self.settings
         self.task.train()
         self.loader.set_epoch(epoch, state.batch)
-        total = len(self.loader)
         self._skipped_before = (self.loader.skipped or 0) - state.skipped
-        name = f'epoch {epoch} of {self.schedule.num_epochs} ({self._stage(epoch)})'
-        rest = self.loader if state.batch < total else ()
-        bar = progress_bar(rest, name, self.accelerator, state.batch)
         self.schedule.step(epoch, min(state.batch // accumulate, self.schedule.updates_per_epoch - 1))
-        seen: list[Batch] = []
+        total, seen = len(self.loader), list[Batch]()
+        rest = self.loader if state.batch < total else ()
+        name = f'epoch {epoch} of {self.schedule.num_epochs} ({self._stage(epoch)})'
+        bar = progress_bar(rest, name, self.accelerator, state.batch)
         for batch in bar:
             in_step = min(accumulate, total - state.batch // accumulate * accumulate)
             last_of_step = (state.batch + 1) % accumulate == 0 or state.batch + 1 == total
             self.steps.forward_backward(batch, epoch, in_step, last_of_step)
             seen.append((None, *batch[1:]))  # without the images, which would fill the memory
             state.batch += 1
-            logs = state.batch % self.settings.log_interval == 0 or state.batch == total
+            logs = state.batch % settings.log_interval == 0 or state.batch == total
             stop = self._update(epoch, seen, ask=logs) if last_of_step else False
             if logs:
                 self._log_step(epoch, bar)
-            if stop or (last_of_step and self._save_is_due(total)):
-                self._save_state()
             if stop:
-                raise report.stopped(self.run, self.stop.received, state.updates)
+                raise Interrupted
+            due = settings.checkpoint_steps and state.updates % settings.checkpoint_steps == 0
+            if last_of_step and due and state.batch < total:
+                self._save_state()
         if not state.batch:
             raise UserError('`dataset`: the training split gave no batch')
         reduce = self.accelerator.reduce
-        numbers = {'loss': float('nan')}  # of an epoch without a good step
+        numbers = {'loss': float('nan')}  # of an epoch whose steps were all discarded
         numbers |= {key: float(reduce(value, 'mean')) for key, value in state.means().items()}
+        if self._count_skipped():
+            numbers['skipped'] = int(reduce(torch.tensor(state.skipped, device=self.accelerator.device), 'sum'))
+        return {**numbers, 'bad_steps': state.bad_steps}
+
+    def _count_skipped(self) -> bool:
+        """Bring `state.skipped` up to date, which waits for the device; False where it is not counted."""
         skipped = self.loader.skipped
         if skipped is not None:
-            state.skipped = skipped - self._skipped_before
-            numbers['skipped'] = int(reduce(torch.tensor(state.skipped, device=self.accelerator.device), 'sum'))
-        numbers['bad_steps'] = state.bad_steps
-        return numbers
+            self.state.skipped = skipped - self._skipped_before
+        return skipped is not None
 
     def _update(self, epoch: int, seen: list[Batch], ask: bool) -> bool:
         """Take an optimizer step over the batches seen since the last; whether to stop after it."""
@@ -288,9 +238,7 @@ class Trainer:
         state.updates += 1
         step = self.steps.update(state.updates, self.stop.received is not None, ask)
         if step.bad:
-            state.bad_steps += 1
-            state.bad_in_a_row += 1
-            self._report_bad_step(epoch, seen)
+            self._discard(epoch, [name for batch in seen for name in self.loader.image_names(batch)])
         else:
             state.bad_in_a_row = 0
             state.add(step.losses, len(seen))
@@ -300,25 +248,31 @@ class Trainer:
             self.schedule.step(epoch, update)
         return step.stop
 
-    def _report_bad_step(self, epoch: int, seen: list[Batch]) -> None:
-        """Log which images a discarded step was of; stop the run after too many.
+    def _discard(self, epoch: int, names: list[str]) -> None:
+        """Count and log a bad step with the names of its images.
 
         Raises:
-            RunError: As many in a row as the run tolerates.
+            RunError: It is one too many.
         """
         state = self.state
-        names = [name for batch in seen for name in self.loader.image_names(batch)]
+        state.bad_steps += 1
+        state.bad_in_a_row += 1
         where = f'step {state.updates} (epoch {epoch}, batch {state.batch - 1})'
         if self.accelerator.is_main_process:
             self.run.log({'epoch': epoch, 'batch': state.batch, 'update': state.updates, 'bad_step_of': names})
         if state.bad_in_a_row >= self.settings.max_bad_steps:
-            raise report.too_many_bad_steps(self.run, state.bad_in_a_row, where, names)
+            more = f' and {len(names) - 4} more in {self.run.metrics_file}' if len(names) > 4 else ''
+            images = f' with the images {", ".join(names[:4])}{more}' if names else ''
+            raise RunError(
+                f'`max_bad_steps` {state.bad_in_a_row}: loss or gradient not finite in {state.bad_in_a_row} steps in a '
+                f'row, up to {where}{images}; {report.newest_state(self.run)}; try a lower `lr`, `clip_grad`, or '
+                f"`amp=False`, then `resume='auto'`"
+            )
         if state.bad_steps == 1:
             logger.info(f'{where}: loss or gradient not finite; discarded, see {self.run.metrics_file}')
 
     def _log_step(self, epoch: int, bar: tqdm) -> None:
-        row = {key: float(value) for key, value in self.state.means().items()}
-        row['lr'] = self._lr()
+        row = {**{key: float(value) for key, value in self.state.means().items()}, 'lr': self._lr()}
         bar.set_postfix({key: f'{value:.4g}' for key, value in row.items()}, refresh=False)
         self.accelerator.log({f'train/{k}': v for k, v in row.items()}, step=self.state.updates)
         if self.accelerator.is_main_process:
@@ -353,26 +307,22 @@ class Trainer:
         self._save_state()
 
     def _save_weights(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        model = unwrap_model(self._eval_model())  # of processes, compilation or averaging
-        metadata = {**self.facts, 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
-        self.run.save_weights('last', model, metadata)
-        if self.state.best is not None and self.state.best[1] == epoch:
-            self.run.save_weights('best', model, metadata)
         every, epochs = self.settings.keep_every, self.schedule.num_epochs
         every = max(1, round(epochs / 20)) if every is None else every
-        if every and (epoch % every == every - 1 or epoch in (self.schedule.temporal_start - 1, epochs - 1)):
-            self.run.save_weights(f'weights/epoch-{epoch:04d}', model, metadata)
-
-    def _save_is_due(self, total: int) -> bool:
-        every = self.settings.checkpoint_steps
-        return bool(every) and self.state.updates % every == 0 and self.state.batch < total
+        kept = epoch % every == every - 1 or epoch in (self.schedule.temporal_start - 1, epochs - 1) if every else False
+        best = self.state.best is not None and self.state.best[1] == epoch
+        model = unwrap_model(self._eval_model())  # of processes, compilation or averaging
+        metadata = {**self.facts, 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
+        for name, wanted in (('last', True), ('best', best), (f'weights/epoch-{epoch:04d}', kept)):
+            if wanted:
+                self.run.save_weights(name, model, metadata)
 
     def _save_state(self) -> None:
-        """Save the state, and drop the oldest ones."""
-        if self.state.batch and self.loader.skipped is not None:
-            self.state.skipped = self.loader.skipped - self._skipped_before
-        step_size = [self.global_batch, self.accumulation_steps]
-        progress = {**self.facts, **self.state.progress(step_size), 'stage': self.task.stage}
+        """Save the state, and remove the oldest ones."""
+        if self.state.batch:
+            self._count_skipped()
+        step_size = {'step_size': [self.global_batch, self.accumulation_steps]}
+        progress = {**self.facts, **self.state.progress(), **step_size, 'stage': self.task.stage}
         state = save_state(self.accelerator, self.task, self.run, progress, self.state.rank_state())
         with raise_on_all_ranks(self.accelerator, f'{state} could not be checked'):
             if self.accelerator.is_main_process:

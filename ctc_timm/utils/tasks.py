@@ -1,21 +1,65 @@
-"""What the trainer asks of a task, beyond timm's interface."""
+"""What the trainer asks of its parts: a task, beyond timm's interface, a loader, an evaluator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors.torch import load_file
 from timm.task import TrainingTask
-from torch import Tensor
+from torch import Tensor, nn
+
+Batch = tuple[Any, ...]
 
 
-class StateReader(Protocol):
+class Loader(Protocol):
+    """Training batches: tuples of tensors on the device, the images first."""
+
+    unreadable: list[str]  # names of images that could not be read so far, known at the end of an epoch
+
+    @property
+    def skipped(self) -> int | None: ...  # how many those were on this rank; None where that is not counted
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
+
+    def image_names(self, batch: Batch) -> list[str]: ...  # of a batch whose images may be None
+
+
+class Evaluator(Protocol):
+    """Measures a model on the validation split."""
+
+    columns: tuple[str, ...]  # the numbers that go into summary.csv
+    best_metric: str  # decides which epoch is the best; larger is better
+
+    def __call__(self, model: nn.Module) -> dict[str, float]: ...
+
+
+class Watcher(Protocol):
+    """Measures something else now and then, see `monitor.Monitor`."""
+
+    columns: tuple[str, ...]
+    seconds: float
+
+    def due(self, epoch: int, last: bool) -> bool: ...
+
+    def measure(self, model: nn.Module) -> dict[str, float]: ...
+
+
+class StateReader:
     """The files of a saved state, by name without `.safetensors`."""
 
-    names: list[str]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names = [file.stem for file in sorted(folder.glob('*.safetensors'))]
 
     def read(self, name: str) -> dict[str, Tensor]:
         """All tensors of a file."""
+        return load_file(self.folder / f'{name}.safetensors')
 
 
 class TrainerTask(TrainingTask):
@@ -27,7 +71,7 @@ class TrainerTask(TrainingTask):
 
     stage: str = 'vanilla'
 
-    def run_batch(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+    def run_batch(self, batch: Batch) -> dict[str, Tensor]:
         """The forward pass on a batch of the trainer's loader.
 
         Args:
