@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import psutil
 import torch
 from PIL import Image, ImageMode
 from timm.data.transforms import MaybePILToTensor
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 from tqdm import tqdm
@@ -23,13 +24,6 @@ from .decoding import ReadError, ReplacingDataset
 
 _SHARE = 0.8  # of the memory that is free
 _SAMPLE = 64  # images that the size is estimated from
-# Drawn alike for tensors and for PIL images, with the same pixels, and several times faster for tensors.
-_SAME_ON_TENSORS = (
-    transforms.RandomCrop,
-    transforms.RandomHorizontalFlip,
-    transforms.RandomVerticalFlip,
-    MaybePILToTensor,
-)
 
 
 class CachedDataset(Dataset):
@@ -46,22 +40,30 @@ class CachedDataset(Dataset):
     def __init__(
         self, source: Any, arrays: list[np.ndarray | None], targets: list[int], mode: str, reasons: dict[int, str]
     ) -> None:
-        self.transform: Callable[[Any], Any] | None = None
         self.reader = getattr(source, 'reader', source)
         self._max_retries = getattr(source, '_max_retries', 10)
-        self._shapes = [(0, 0, 0) if array is None else array.shape for array in arrays]
-        self._ends = np.cumsum([math.prod(shape) for shape in self._shapes]).tolist()
-        self._pixels = torch.empty(self._ends[-1], dtype=torch.uint8).share_memory_()
-        for end in reversed(self._ends):  # frees the images on the way
-            if (array := arrays.pop()) is not None:
+        self._shapes_N3 = np.array([(0, 0, 0) if array is None else array.shape for array in arrays])
+        self._ends_N = self._shapes_N3.prod(axis=1).cumsum()
+        self._pixels = torch.empty(int(self._ends_N[-1]), dtype=torch.uint8).share_memory_()
+        for end in self._ends_N[::-1]:
+            if (array := arrays.pop()) is not None:  # freed at once
                 self._pixels.numpy()[end - array.size : end] = array.reshape(-1)
-        self._targets, self._mode, self._reasons = targets, mode, reasons
-        self._on_tensors = False
+        self._targets, self._mode, self._reasons = np.array(targets), mode, reasons
+        self._as_arrays = False
 
-    def use_tensors_if_possible(self) -> None:
-        """Transform tensors in place of PIL images where the result is the same to the bit."""
-        steps = getattr(self.transform, 'transforms', [self.transform])
-        self._on_tensors = all(isinstance(step, _SAME_ON_TENSORS) for step in steps)
+    def faster_transform(self, transform: transforms.Compose) -> Callable[[Any], Any]:
+        """Return the transform on arrays where it is a padded crop with or without a flip, and deliver arrays then.
+
+        On arrays the same takes a fraction of the time that it takes on PIL images.
+        """
+        steps = transform.transforms
+        kinds = [type(step) for step in steps]
+        crop, flip, last = transforms.RandomCrop, transforms.RandomHorizontalFlip, MaybePILToTensor
+        sizes_N2 = self._shapes_N3[self._shapes_N3[:, 2] > 0, :2]
+        if kinds not in ([crop, flip, last], [crop, last]) or (sizes_N2 + 2 * steps[0].padding < steps[0].size).any():
+            return transform  # of smaller images torchvision pads more
+        self._as_arrays = True
+        return partial(_crop_and_flip, steps[0].size, steps[0].padding, steps[1].p if len(steps) == 3 else 0)
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -69,14 +71,27 @@ class CachedDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if index in self._reasons:
             raise ReadError(self._reasons[index])
-        height, width, channels = self._shapes[index]
-        end = self._ends[index]
-        image: Any = self._pixels[end - height * width * channels : end].view(height, width, channels)
-        if self._on_tensors:
-            image = image.permute(2, 0, 1)
-        else:
-            image = Image.frombuffer(self._mode, (width, height), image.numpy(), 'raw', self._mode, 0, 1)
-        return image if self.transform is None else self.transform(image), self._targets[index]
+        height, width, channels = self._shapes_N3[index].tolist()
+        end = int(self._ends_N[index])
+        image: Any = self._pixels.numpy()[end - height * width * channels : end].reshape(height, width, channels)
+        if not self._as_arrays:
+            image = Image.frombuffer(self._mode, (width, height), image, 'raw', self._mode, 0, 1)
+        return image, int(self._targets[index])
+
+
+def _crop_and_flip(size: tuple[int, int], padding: int, flip_probability: float, image_HWC: np.ndarray) -> Tensor:
+    """Crop and flip as torchvision does, draw for draw: uint8 [H, W, C] to uint8 [C, height, width]."""
+    rows, columns = (side + 2 * padding for side in image_HWC.shape[:2])
+    padded = np.zeros((rows, columns, image_HWC.shape[2]), dtype=np.uint8)
+    padded[padding : rows - padding, padding : columns - padding] = image_HWC
+    top = left = 0
+    if (rows, columns) != size:
+        top = int(torch.randint(0, rows - size[0] + 1, size=(1,)))
+        left = int(torch.randint(0, columns - size[1] + 1, size=(1,)))
+    cropped = padded[top : top + size[0], left : left + size[1]]
+    if flip_probability > 0 and torch.rand(1) < flip_probability:
+        cropped = cropped[:, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(cropped.transpose(2, 0, 1)))
 
 
 def cache_split(source: DatasetSplit, quiet: bool = False) -> DatasetSplit:
@@ -95,7 +110,6 @@ def cache_split(source: DatasetSplit, quiet: bool = False) -> DatasetSplit:
     if source.labels_N is None:
         raise UserError(f'`cache_dataset`: {source.name} is a stream, of which nothing is kept; leave it out')
     dataset = ReplacingDataset(source.dataset)
-    dataset.transform = None
     count = len(dataset)
     sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int).tolist()
     needed = count * float(np.mean([np.asarray(dataset.read(i)[0]).nbytes for i in sample]))

@@ -7,10 +7,10 @@ import os
 import sys
 import tarfile
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.logging import get_logger
 from PIL import ImageMode
@@ -25,8 +25,9 @@ from .settings import DataSettings
 STREAMING = ('hfids', 'tfds', 'wds')
 READERS = ('hfds', 'torch', *STREAMING)
 FOLDER_NAMES = ('', 'folder', 'tar', 'imagefolder', 'image_folder', 'imagetar', 'image_tar')
-logger = get_logger(__name__)
 SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation', 'test'))
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -50,8 +51,7 @@ class DatasetSplit:
 
 def is_streaming(name: str) -> bool:
     """Whether a data set's name asks for one of timm's streaming readers."""
-    reader, slash, _ = name.lower().partition('/')
-    return bool(slash) and reader in STREAMING
+    return name.lower().startswith(tuple(f'{reader}/' for reader in STREAMING))
 
 
 def image_mode(data: DataSettings) -> str:
@@ -98,45 +98,28 @@ def open_split(
     """
     name, mode = data.dataset, image_mode(data)
     if name == digits.NAME:
-        try:
-            return _checked(digits.create_digits(split, mode), f'`dataset` {name}', name)
-        except UserError as error:
-            raise UserError(f'`dataset` {name}: {error}') from None
+        return _checked(digits.create_digits(split, mode), f'`dataset` {name}', name)
     _check_name(data)
-    inside, root = None, data.data_dir
-    options: dict[str, Any] = {'class_map': data.class_map}
-    from_reader = '/' in name
-    if from_reader:
-        what = f'`dataset` {name}'
+    root, inside = data.data_dir, None
+    options: dict[str, Any] = {'class_map': data.class_map, 'download': data.dataset_download, 'input_img_mode': mode}
+    if by_reader := '/' in name:
         split = _available_split(name, split)
         options |= {'input_key': data.input_key, 'target_key': data.target_key}
         if is_streaming(name):
+            options |= {'is_training': is_training, 'batch_size': batch_size}
             options['num_samples'] = data.train_num_samples if is_training else data.val_num_samples
     else:
-        what = f'`data_dir` {root}'
         root, inside = _root_of_split(str(root), split, unsplit)
-    what = f'{what}, split {split!r}'
+    what = f'`dataset` {name}, split {split!r}' if by_reader else f'`data_dir` {data.data_dir}, split {split!r}'
     try:
-        dataset = create_dataset(
-            name if from_reader else '',
-            root=root,
-            split=split,
-            search_split=from_reader,
-            is_training=is_training,
-            download=data.dataset_download,
-            batch_size=batch_size,
-            input_img_mode=mode,
-            **options,
-        )
+        dataset = create_dataset(name if by_reader else '', root, split=split, search_split=by_reader, **options)
     except ImportError as error:
-        raise UserError(
-            f"{what}: needs a package that is not installed ({error}); pip install 'ctc-timm[data]'"
-        ) from None
+        raise UserError(f"{what}: a package is missing ({error}); pip install 'ctc-timm[data]'") from None
     except Exception as error:  # readers, and the packages behind them, raise anything where data are not as expected
-        unknown_length = is_streaming(name) and options['num_samples'] is None
-        hint = '; where its length is unknown, give `train_num_samples` and `val_num_samples`' * unknown_length
+        lengthless = is_streaming(name) and options['num_samples'] is None
+        hint = '; give `train_num_samples` and `val_num_samples` if it does not say its length' * lengthless
         raise UserError(f'{what}: {one_line(error)}{hint}') from None
-    return _checked(dataset, what, name if from_reader else str(data.data_dir), inside, data.class_map, labeled)
+    return _checked(dataset, what, name if by_reader else str(data.data_dir), inside, data.class_map, labeled)
 
 
 def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
@@ -145,11 +128,11 @@ def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
     Raises:
         UserError: Naming the first such image.
     """
-    if source.labels_N is not None and len(outside := (source.labels_N >= num_classes).nonzero()):
-        i = int(outside[0])
+    if source.labels_N is not None and (largest := int(source.labels_N.max())) >= num_classes:
+        i = int((source.labels_N >= num_classes).nonzero()[0])
         raise UserError(
-            f'`num_classes` {num_classes}: label {int(source.labels_N[i])} of image {i} of split {split!r} is too '
-            f'large; {source.name} needs at least {int(source.labels_N.max()) + 1}'
+            f'`num_classes` {num_classes}: image {i} of split {split!r} has label {int(source.labels_N[i])}; '
+            f'{source.name} needs at least {largest + 1}'
         )
 
 
@@ -172,27 +155,21 @@ def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
 
 
 def _check_name(data: DataSettings) -> None:
+    """Refuse a data set's name that no reader takes, or a folder that is not there."""
     name, root = data.dataset, data.data_dir
-    reader, slash, rest = name.partition('/')
-    what = f'`dataset` {name}'
+    reader, slash, _ = name.lower().partition('/')
+    known = f'digits, {"/NAME, ".join(READERS)}/NAME, or a folder given by `data_dir`'
     if not name and not root:
         raise UserError('name the data: `dataset` (digits, hfds/..., torch/...) or `data_dir`')
-    if slash and reader.lower() not in READERS:
-        near = nearest(reader, READERS)
-        raise UserError(f'{what}: timm has no reader {reader!r}{near}; it has {", ".join(READERS)}')
-    if slash and not rest.strip('/ '):
-        raise UserError(f'{what}: names no data set of {reader}; use {reader}/NAME')
-    if not slash and name.lower() not in FOLDER_NAMES:
-        raise UserError(
-            f'{what}: no such data set{nearest(name, (digits.NAME, *READERS))}; use digits, '
-            f'{"/NAME, ".join(READERS)}/NAME, or a folder given by `data_dir`'
-        )
-    if reader.lower() == 'torch' and any('[' in text for text in (data.train_split, data.val_split)):
-        raise UserError(f'{what}: only hfds/NAME and digits have slices of splits; name whole splits')
-    if reader.lower() == 'torch' and not root:
-        raise UserError(f'{what}: name the folder that it is in, or is to be in, with `data_dir`')
-    if not slash and not root:
-        raise UserError(f'{what}: name the folder or tar file with `data_dir`')
+    if slash and reader not in READERS:
+        raise UserError(f'`dataset` {name}: timm has no reader {reader!r}{nearest(reader, READERS)}; use {known}')
+    if not slash and reader not in FOLDER_NAMES:
+        near = nearest(name, (digits.NAME, *READERS))
+        raise UserError(f'`dataset` {name}: no such data set{near}; use {known}')
+    if reader == 'torch' and '[' in data.train_split + data.val_split:
+        raise UserError(f'`dataset` {name}: only hfds/NAME and digits have slices of splits; name whole splits')
+    if not root and (reader == 'torch' or not slash):
+        raise UserError(f'`dataset` {name}: name the folder that it is in, or is to be in, with `data_dir`')
     if not slash and not Path(str(root)).exists():
         raise UserError(f'`data_dir` {root}: no such folder or file')
 
@@ -211,10 +188,9 @@ def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | Non
     Returns:
         The folder or tar file, and for a tar file with splits in it, the split's folder there.
     """
-    what, path = f'`data_dir` {root}', Path(root)
+    what, path, inside = f'`data_dir` {root}', Path(root), set()
     if '[' in split:
         raise UserError(f'{what}: split {split!r} is sliced, which only hfds/NAME and digits can be')
-    inside = set()
     if path.is_file():
         try:
             with tarfile.open(path) as tar:
@@ -223,24 +199,24 @@ def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | Non
             raise UserError(f'{what}: neither a folder nor a tar file ({one_line(error)})') from None
         if path.suffix.lower() != '.tar':
             raise UserError(f'{what}: must end in .tar to be read as a tar file')
-    if not split:
-        return root, None
-    for name in _synonyms(split):
+
+    def place(name: str) -> tuple[str, str | None] | None:
         if name in inside:
             return root, name
-        if (path / name).is_dir():
-            return str(path / name), None
-        if (path / f'{name}.tar').is_file():
-            return str(path / f'{name}.tar'), None
+        tar = path / f'{name}.tar'
+        return (str(path / name), None) if (path / name).is_dir() else (str(tar), None) if tar.is_file() else None
+
     words = [name for names in SYNONYMS for name in names]
-    there = [w for w in words if w in inside or (path / w).is_dir() or (path / f'{w}.tar').is_file()]
+    if not split:
+        return root, None
+    if found := next(filter(None, map(place, _synonyms(split))), None):
+        return found
+    there = [name for name in words if place(name)]
     if unsplit and not there and split in words:
         return root, None
     raise UserError(
-        f'{what}: no split {split!r} in it'
-        + (f', only {", ".join(there)}' if there else '')
-        + f"; put its class folders into {split}/ there, or name another with `train_split` or `val_split` ('' for "
-        f'all images)'
+        f'{what}: no split {split!r} in it{", only " * bool(there)}{", ".join(there)}; put its class folders into '
+        f"{split}/ there, or name another with `train_split` or `val_split` ('' for all images)"
     )
 
 
@@ -248,43 +224,38 @@ def _available_split(name: str, split: str) -> str:
     """The same split by the name a data set on the Hub gives it: many have 'test' but no 'validation'."""
     if not name.lower().startswith(('hfds/', 'hfids/')):
         return split
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"`dataset` {name}: needs the package datasets; pip install 'ctc-timm[data]'") from None
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     wanted, bracket, rest = split.partition('[')
     try:
+        import datasets
+
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
         known = datasets.get_dataset_split_names(name.split('/', 1)[1])
-    except (ConnectionError, FileNotFoundError) as error:
-        raise UserError(f'`dataset` {name}: {one_line(error)}') from None
-    except Exception:  # the error of opening the data set says better what is wrong with it
+    except Exception:  # the error of opening the data set says better what is wrong
         return split
-    if wanted in known:
-        return split
-    if wanted in SYNONYMS[1]:
-        for other in _synonyms(wanted):
-            if other in known:
-                return other + bracket + rest
+    for other in _synonyms(wanted):
+        if other in known:
+            return other + bracket + rest
     raise UserError(f'`dataset` {name} has no split {wanted!r}; it has {", ".join(known)}')
 
 
 def _checked(
     dataset: Any, what: str, name: str, inside: str | None = None, class_map: str = '', labeled: bool = True
 ) -> DatasetSplit:
-    """A dataset with its labels and classes."""
+    """Check a dataset, and read its labels and classes."""
     reader = getattr(dataset, 'reader', dataset)
     classes = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
     names = {int(index): str(word) for word, index in classes.items()}
     if isinstance(dataset, IterableImageDataset):
         return DatasetSplit(dataset, None, len(names) or None, name, names)
-    _check_columns(reader, what, labeled)
+    if hasattr(reader, 'image_key'):
+        _check_columns(reader, what, labeled)
     if inside:  # of a tar file's images keep those in one of its folders
         keep = [sample[0].path.removeprefix('./').startswith(f'{inside}/') for sample in reader.samples]
         reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
     try:
-        _check_class_folders(reader, what, class_map)
+        if hasattr(reader, 'samples') and Path(getattr(reader, 'root', None) or '').is_dir():
+            _check_class_folders(reader, what, class_map)
         labels_N = _labels(dataset, what)
     except UserError as error:
         if labeled or not len(dataset):
@@ -299,43 +270,34 @@ def _checked(
 
 def _check_columns(reader: Any, what: str, labeled: bool) -> None:
     """Refuse a column that a Hugging Face data set does not have; timm's reader adds an empty one by that name."""
-    if not hasattr(reader, 'image_key'):
-        return
     columns = set(reader.dataset.column_names)
     if not isinstance(reader.dataset[0].get(reader.image_key), dict):
         columns -= {reader.image_key}
     for name, column in (('input_key', reader.image_key), ('target_key', reader.label_key))[: 1 + labeled]:
         if not columns & {column, *column.split(','), column.split('.')[0]}:
-            raise UserError(
-                f'{what}: no such column as `{name}` {column}{nearest(column, columns)}; '
-                f'the columns are {", ".join(sorted(columns))}'
-            )
+            near, known = nearest(column, columns), ', '.join(sorted(columns))
+            raise UserError(f'{what}: no such column as `{name}` {column}{near}; the columns are {known}')
 
 
 def _check_class_folders(reader: Any, what: str, class_map: str) -> None:
     """Refuse images outside of all class folders, and a class folder without images.
 
-    timm would quietly make a class of the former, which moves all others by one, and leave the latter out. A class
-    map may leave out folders: those are not asked for.
+    timm would make a class of the former, which moves all others by one, and leave the latter out. A class map may
+    leave out folders: those are not asked for.
     """
-    root = getattr(reader, 'root', None)
-    if not root or not hasattr(reader, 'samples') or not Path(root).is_dir():
-        return
-    used = {os.path.dirname(os.path.realpath(sample[0])) for sample in reader.samples}
-    top = os.path.normpath(root)
-    outside = [sample[0] for sample in reader.samples if os.path.normpath(os.path.dirname(sample[0])) == top]
+    root, folders = os.path.normpath(reader.root), {os.path.dirname(sample[0]) for sample in reader.samples}
+    top = {folder for folder in folders if os.path.normpath(folder) == root}
+    outside = [sample[0] for sample in reader.samples if os.path.dirname(sample[0]) in top]
     if outside:
         raise UserError(
             f'{what}: {len(outside):,} of {len(reader.samples):,} images lie in no class folder, the first is '
             f'{outside[0]}; put each into the folder of its class'
         )
-    for folder in sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith('.')):
-        real = os.path.realpath(folder)
-        if class_map and folder.name not in reader.class_to_idx:
-            continue
-        if not any(path == real or path.startswith(real + os.sep) for path in used):
+    used = {Path(os.path.relpath(folder, root)).parts[0] for folder in folders}
+    for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')):
+        if name not in used and (not class_map or name in reader.class_to_idx):
             types = ', '.join(get_img_extensions())
-            raise UserError(f'{what}: class folder {folder.name!r} has no images in it, of the types {types}')
+            raise UserError(f'{what}: class folder {name!r} has no images in it, of the types {types}')
 
 
 def _labels(dataset: Any, what: str) -> Tensor:
@@ -356,15 +318,15 @@ def _labels(dataset: Any, what: str) -> Tensor:
         raise UserError(f'{what}: no column {error} of labels; name it with `target_key`') from None
     if not labels:
         raise UserError(f'{what}: no images')
-    labels = [label.item() if isinstance(label, Tensor) and label.ndim == 0 else label for label in labels]
-    numbers = [math.nan if label is None else label for label in labels]
-    missing = [i for i, number in enumerate(numbers) if isinstance(number, Real) and not float(number) >= 0]
-    if missing:
-        raise UserError(
-            f'{what}: {len(missing):,} of {len(labels):,} images have no label, the first is image {missing[0]}; '
-            f'leave them out of the set'
-        )
     try:
-        return torch.as_tensor([int(label) for label in labels])
+        labels_N = np.array([math.nan if label is None else label for label in labels], dtype=np.float64)
+        (N,) = labels_N.shape
     except (TypeError, ValueError):
         raise UserError(f'{what}: labels must be class numbers, one an image') from None
+    missing = np.flatnonzero(~(labels_N >= 0))
+    if len(missing):
+        raise UserError(
+            f'{what}: {len(missing):,} of {N:,} images have no label, the first is image {missing[0]}; '
+            f'leave them out of the set'
+        )
+    return torch.from_numpy(labels_N.astype(np.int64))

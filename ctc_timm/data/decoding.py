@@ -1,7 +1,7 @@
-"""Decoding of images: unreadable ones are replaced by the next and named, and workers' errors become one line.
+"""Decoding of images: unreadable ones are replaced by the next and named; workers' errors become one line.
 
-As in timm the next image replaces an unreadable one. timm replaces only after the system's own errors; here whatever
-a damaged file raises counts, a decompression bomb too.
+As in timm the next image replaces an unreadable one. timm does so only after an error of the system; here whatever a
+damaged file raises counts, a decompression bomb too.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ from __future__ import annotations
 import errno
 import logging
 import multiprocessing
-import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -28,13 +26,12 @@ from ..utils.text import sanitize
 
 logger = logging.getLogger(__name__)  # not Accelerate's: every process names the images that it read
 
-T = TypeVar('T')
-
 _LARGEST_ASPECT = 1000  # sized to 224 pixels such an image has 150 MB
 _NAMED = 5  # unreadable images named in a log line
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine; no fault of the image
-_DAMAGE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL itself raises first
+_DAMAGE = (OSError, SyntaxError, Image.DecompressionBombError)  # `ReadError`, or PIL's own out of other datasets
 _FOUND, _LOGGED = 1, 2
+T = TypeVar('T')
 
 
 class UnreadableError(UserError):
@@ -67,10 +64,9 @@ def read_image(file: IO[bytes], mode: str | None) -> Image.Image:
         with file, warnings.catch_warnings():
             warnings.simplefilter('ignore')  # PIL's, about transparency, metadata and sizes it still reads
             image: Image.Image = Image.open(file)
-            short, long = sorted(image.size)
-            if long > _LARGEST_ASPECT * short:
+            if max(image.size) > _LARGEST_ASPECT * min(image.size):
                 raise ReadError(
-                    f'{image.width}x{image.height} pixels, one side is over {_LARGEST_ASPECT} times the other'
+                    f'{image.width}x{image.height} pixels: a side is over {_LARGEST_ASPECT} times the other'
                 )
             image.load()
             deep = image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG')  # by version of PIL
@@ -98,21 +94,18 @@ class ReplacingDataset(Dataset):
     Which ones they were is kept in memory that loader processes share, so create it before they start.
 
     Args:
-        dataset: timm's `ImageDataset`, or any map-style dataset of (image, target) with a `transform`.
+        dataset: timm's `ImageDataset`, or any map-style dataset of (image, target). Its own transform is dropped.
+
+    Attributes:
+        transform: Of images; timm's loader sets it.
     """
 
     def __init__(self, dataset: Any) -> None:
+        if getattr(dataset, 'transform', None) is not None:
+            dataset.transform = None
         self.dataset = dataset
+        self.transform: Callable[[Any], Any] | None = None
         self._unreadable_N = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
-
-    @property
-    def transform(self) -> Any:
-        """The image transform; timm's loader sets it."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -140,13 +133,19 @@ class ReplacingDataset(Dataset):
                 reasons.append(one_line(error))
                 self._unreadable_N[delivered].clamp_(min=_FOUND)
                 continue
-            return self._transformed(image, delivered), target, delivered
+            try:
+                return image if self.transform is None else self.transform(image), target, delivered
+            except Exception as error:
+                if isinstance(error, (UserError, MemoryError)) or _is_death(error):
+                    raise
+                reason = f'its transforms fail with {type(error).__name__}: {one_line(error)}'
+                raise UserError(f'{self.name(delivered)}: {reason}') from error
         raise UnreadableError(
             f'{self.name(index)}: unreadable ({reasons[0]}), and so are those that follow, {tries} consecutive images'
         )
 
     def decode(self, index: int) -> tuple[Any, Any]:
-        """Read image and target; the image of an `ImageDataset` without its transform.
+        """Read an image, without the transform, and its target.
 
         Raises:
             ReadError: The image can't be read.
@@ -158,86 +157,63 @@ class ReplacingDataset(Dataset):
             file, target, *_ = dataset.reader[index]
         except Exception as error:
             raise _as_read_error(error) from error
-        return read_image(file, dataset.input_img_mode), -1 if target is None else target
-
-    def _transformed(self, image: Any, index: int) -> Any:
-        if not isinstance(self.dataset, ImageDataset) or self.dataset.transform is None:
-            return image
-        try:
-            return self.dataset.transform(image)
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:
-            if _is_death(error):
-                raise
-            reason = f'its transforms fail with {type(error).__name__}: {one_line(error)}'
-            raise UserError(f'{self.name(index)}: {reason}') from error
+        return read_image(file, dataset.input_img_mode), target
 
     def name(self, index: int) -> str:
         """The image's file, or its number where it has none."""
         reader = getattr(self.dataset, 'reader', self.dataset)
         try:
-            name = reader.filename(index) if hasattr(reader, 'filename') else reader.samples[index][0]
+            named = hasattr(reader, 'filename')
+            return str(
+                (reader.filename(index, absolute=True) if named else reader.samples[index][0]) or f'image {index}'
+            )
         except (AttributeError, AssertionError, TypeError, KeyError):  # of a reader or a sample without names
-            name = None
-        root = getattr(reader, 'root', None) if hasattr(reader, 'samples') else None
-        return str(Path(root or '') / name) if name else f'image {index}'
-
-    def reason(self, index: int) -> str:
-        """What is wrong with an image, found by reading it once more."""
-        try:
-            self.decode(index)
-        except _DAMAGE as error:
-            return one_line(error)
-        return 'only at times'
-
-    def unreadable(self) -> list[int]:
-        """Indices of the images found unreadable so far, by this process and its workers."""
-        return self._unreadable_N.nonzero().flatten().tolist()
+            return f'image {index}'
 
     def log_unreadable(self) -> list[str]:
-        """Log a line about the unreadable images that were not logged yet.
+        """Log a line about the images that this process and its workers found unreadable since the last call.
 
         Returns:
-            The names of all of these.
+            The names of all of them.
         """
         index = (self._unreadable_N == _FOUND).nonzero().flatten().tolist()
         self._unreadable_N[index] = _LOGGED
         if index:
-            named = ', '.join(f'{self.name(i)} ({self.reason(i)})' for i in index[:_NAMED])
+            named = ', '.join(f'{self.name(i)} ({self._reason(i)})' for i in index[:_NAMED])
             more = f' and {len(index) - _NAMED:,} more' if len(index) > _NAMED else ''
             images = '1 image is' if len(index) == 1 else f'{len(index):,} images are'
             logger.warning('%s', sanitize(f'{images} unreadable and replaced by the next: {named}{more}'))
         return [self.name(i) for i in index]
 
+    def _reason(self, index: int) -> str:
+        try:
+            self.decode(index)  # once more, as a worker's error stays with the worker
+        except _DAMAGE as error:
+            return one_line(error)
+        return 'only at times'
+
 
 def fetch_batches(loader: Iterable[T]) -> Iterator[T]:
-    """Iterate over PyTorch's loader.
-
-    Raises:
-        WorkerError: A worker died, or raised what is no `UserError`.
-        UserError: A worker's own, without its traceback.
-    """
-    with translate_errors():
-        try:
+    """Iterate over PyTorch's loader, with errors as of `translate_errors`."""
+    try:
+        with translate_errors():
             yield from loader
-        except (OSError, EOFError) as error:
-            # Fetching from a dying worker fails before PyTorch hears of the death, which it then raises out of sleep.
-            if not _is_from_worker(error):
-                time.sleep(2)
-                raise WorkerError(f'batches could not be fetched: {one_line(error)}') from error
-            raise
+    except (OSError, EOFError) as error:  # not of a worker, but of the connection to one that is dying
+        with translate_errors():
+            time.sleep(2)  # PyTorch raises the death itself out of it
+        raise WorkerError(f'a batch could not be fetched: {one_line(error)}') from error
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turn PyTorch's errors about its workers into errors of one line.
+    """Turn PyTorch's errors about workers into errors of one line.
 
-    PyTorch raises a worker's death wherever the program happens to be, so it can come out of code that loads nothing.
+    PyTorch raises a worker's death wherever the program happens to be, even in code that loads nothing. What a worker
+    itself raised comes as an error of the same type, with the traceback as its text.
 
     Raises:
         WorkerError: A worker died, or raised what is no `UserError`.
-        UserError: A worker's own, without its traceback.
+        UserError: A worker's own, without the traceback.
     """
     try:
         yield
@@ -245,24 +221,19 @@ def translate_errors() -> Iterator[None]:
         if _is_death(error):
             multiprocessing.active_children()  # joins the dead, which PyTorch would otherwise report again
             first: BaseException = error
-            while (link := first.__cause__ or first.__context__) is not None and _is_death(link):
-                first = link  # which knows the signal
-            raise WorkerError(f'{one_line(first)}; if memory ran out, try fewer `workers`') from error
-        if not _is_from_worker(error):
+            while (cause := first.__cause__ or first.__context__) is not None and _is_death(cause):
+                first = cause  # it knows the signal
+            text = one_line(first).rstrip('. ')
+            raise WorkerError(f'{text}; if memory or shared memory ran out, try fewer `workers`') from error
+        text = str(error.args[0]) if error.args else ''
+        if not text.startswith('Caught '):
             raise
-        last_line = str(error.args[0]).strip().splitlines()[-1]
+        message = text.strip().splitlines()[-1]
         if isinstance(error, UserError):
-            raise type(error)(last_line.partition(': ')[2]) from None
-        raise WorkerError(f'a data loading process failed with {last_line}') from error
+            raise type(error)(message.partition(': ')[2]) from None
+        raise WorkerError(f'a data loading process failed with {message}') from error
 
 
-# PyTorch has no types for these two: a death is a RuntimeError, and a worker's error comes as one of the same type
-# whose message holds the traceback.
 def _is_death(error: BaseException) -> bool:
+    """Whether PyTorch says by this error that a worker died; it has no type of its own."""
     return isinstance(error, RuntimeError) and str(error).startswith('DataLoader worker (pid')
-
-
-def _is_from_worker(error: BaseException) -> bool:
-    return (
-        bool(error.args) and re.match(r'Caught \w+ in (DataLoader worker|pin memory)', str(error.args[0])) is not None
-    )

@@ -51,12 +51,7 @@ class IndexedDataset(ReplacingDataset):
 
 
 def seed_transforms(*key: int, device: torch.device | None = None) -> None:
-    """Seed the random states that image transforms draw from.
-
-    Args:
-        key: What the draws are a function of.
-        device: Whose state to seed too; the processor's is in any case.
-    """
+    """Seed the random states that image transforms draw from, as a function of `key`; that of a GPU too."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -67,52 +62,40 @@ def seed_transforms(*key: int, device: torch.device | None = None) -> None:
 
 @contextmanager
 def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
-    """In the main process, put the random states back afterwards: dropout and Mixup draw from them too.
-
-    Args:
-        device: Whose state to keep too.
-    """
+    """Restore the main process's random states afterwards, also of a GPU: dropout and Mixup draw from them too."""
     if get_worker_info() is not None:
         yield
         return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state() if device is not None and device.type == 'cuda' else None
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device)
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device is not None and device.type == 'cuda' else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 class EpochBatches(Sampler):
     """Batches of (epoch, index): a seeded shuffle an epoch, split over processes batch by batch.
 
-    Together the processes' i-th batches are the i-th batch that one process with the global batch size would
-    see. The last, incomplete batch is dropped.
+    Together the processes' i-th batches are the i-th batch that one process with the global batch size would see. The
+    last, incomplete batch is dropped.
 
     Args:
         num_instances: N.
         batch_size: Of one process.
         seed: Of the shuffles.
         rank: This process.
-        world_size: How many processes.
+        world_size: Number of processes.
 
     Attributes:
-        epoch: Set it before iterating.
-        first: Batch of the epoch to begin at.
+        epoch, first: Set them before iterating: the epoch, and the batch of it to begin at.
     """
 
     def __init__(self, num_instances: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.num_instances = num_instances
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.first = 0
+        self.num_instances, self.batch_size, self.seed = num_instances, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.first = 0
 
     def __len__(self) -> int:
         return self.num_instances // (self.batch_size * self.world_size)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.data import create_loader, create_transform
-from timm.data.loader import PrefetchLoader
+from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
@@ -24,13 +24,6 @@ from .indexed import EpochBatches, IndexedDataset, random_state_kept, seed_trans
 from .settings import AugmentationSettings, LoaderSettings
 from .transforms import worker_count
 
-_TIMM_NAMES = {
-    'aa': 'auto_augment',
-    'reprob': 're_prob',
-    'remode': 're_mode',
-    'recount': 're_count',
-    'train_interpolation': 'interpolation',
-}
 _ERASING = 1  # its draws are apart from those of the image's other transforms
 
 
@@ -41,12 +34,11 @@ def create_eval_loader(
     device: torch.device,
     distributed: bool = False,
     keep: bool = False,
-    log_unreadable: bool = True,
 ) -> PrefetchLoader:
     """Create timm's evaluation loader: no augmentation, batches of (images, targets) on the device.
 
     With several processes each sees its share, padded to the same number of batches; timm's evaluator knows which
-    samples are padding. The next image, with its own target, replaces an unreadable one.
+    samples are padding. The next image, with its own target, replaces an unreadable one; a log line names those.
 
     Args:
         dataset: Map-style, or a stream.
@@ -55,23 +47,20 @@ def create_eval_loader(
         device: Where batches go.
         distributed: Whether several processes share the pass.
         keep: Keep the batches of the first complete pass in memory, as uint8, for the passes that follow.
-        log_unreadable: Log the names of unreadable images at the end of a pass, each once.
     """
-    if not isinstance(dataset, (IterableDataset, ReplacingDataset)):
-        dataset = ReplacingDataset(dataset)
-    created = _create_loader(
-        dataset,
-        loader,
-        config,
-        device,
+    plain = not isinstance(dataset, (IterableDataset, ReplacingDataset))
+    images: Any = ReplacingDataset(dataset) if plain else dataset
+    created = create_loader(
+        images,
         batch_size=loader.validation_batch_size or loader.batch_size,
-        interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
+        **{key: config[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')},
+        num_workers=worker_count(loader.workers),
         distributed=distributed,
+        pin_memory=loader.pin_mem,
+        device=device,
         persistent_workers=False,
     )
-    batches: Any = _EvalBatches(created.loader, keep, log_unreadable and isinstance(dataset, ReplacingDataset))
+    batches: Any = _EvalBatches(created.loader, keep, log_unreadable=plain)
     created.loader = batches
     return created
 
@@ -79,10 +68,8 @@ def create_eval_loader(
 class _EvalBatches:
     """PyTorch's loader with errors of one line and names of unreadable images; it may keep its batches."""
 
-    def __init__(self, loader: DataLoader, keep: bool, log_unreadable: bool) -> None:
-        self._loader = loader
-        self._keep = keep
-        self._log_unreadable = log_unreadable
+    def __init__(self, loader: Any, keep: bool, log_unreadable: bool) -> None:
+        self._loader, self._keep, self._log_unreadable = loader, keep, log_unreadable
         self._kept: list[Any] | None = None
 
     def __len__(self) -> int:
@@ -102,13 +89,30 @@ class _EvalBatches:
             yield batch
         self._kept = batches if self._keep else None
         if self._log_unreadable:
-            self._loader.dataset.log_unreadable()  # type: ignore[attr-defined]
+            self._loader.dataset.log_unreadable()
+
+
+class RefreshLoader:
+    """One pass over a training split without augmentation: batches of (images, targets, index).
+
+    Args:
+        source: The split.
+        *options: More for `create_eval_loader`.
+    """
+
+    def __init__(self, source: DatasetSplit, *options: Any) -> None:
+        self._loader = create_eval_loader(IndexedDataset(source.dataset), *options)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for images, rows_B3 in self._loader:
+            yield images, rows_B3[:, 0], rows_B3[:, 1]
 
 
 class TrainLoader:
     """Batches of (images, targets, index) on the device, in an order that is a function of seed and epoch.
-
-    Built by timm's `create_loader`; the seeded order replaces its shuffle, and seeded erasing its erasing.
 
     Args:
         dataset: Map-style image dataset.
@@ -139,32 +143,37 @@ class TrainLoader:
         world_size: int = 1,
     ) -> None:
         self._indexed = IndexedDataset(dataset, seed)
-        self._loader = _create_train_loader(self._indexed, loader, augmentation, config, device)
-        if isinstance(self._indexed.transform, transforms.Compose):
-            _adapt_to_small_images(self._indexed.transform, augmentation.crop_padding, config['input_size'][-2:])
-            if isinstance(dataset, CachedDataset):
-                dataset.use_tensors_if_possible()
+        transform = create_transform(**_train_options(augmentation, config), use_prefetcher=True)
+        if augmentation.crop_padding:
+            transform = _with_padded_crop(transform, augmentation.crop_padding, config['input_size'][-2:])
+        self._indexed.transform = (
+            dataset.faster_transform(transform) if isinstance(dataset, CachedDataset) else transform
+        )
         self.batches = EpochBatches(len(self._indexed), loader.batch_size, seed, rank, world_size)
         if not len(self.batches):
             raise UserError(
                 f'`batch_size` {loader.batch_size} times {world_size} process(es) is more than the '
                 f'{len(self._indexed)} training images; use at most {max(1, len(self._indexed) // world_size)}'
             )
-        inner = self._loader.loader
-        self._loader.loader = DataLoader(
-            inner.dataset,
+        workers = worker_count(loader.workers)
+        batches = DataLoader(
+            self._indexed,
             batch_sampler=self.batches,
-            num_workers=inner.num_workers,
-            collate_fn=inner.collate_fn,
-            pin_memory=inner.pin_memory,
-            worker_init_fn=inner.worker_init_fn,
-            persistent_workers=inner.persistent_workers,
+            num_workers=workers,
+            collate_fn=fast_collate,
+            pin_memory=loader.pin_mem,
+            persistent_workers=workers > 0,
             generator=torch.Generator(),  # workers' seeds must not draw from the state that dropout draws from
         )
-        self._erasing: RandomErasing | None = self._loader.random_erasing
-        self._loader.random_erasing = None  # type: ignore[assignment]  # it would draw from the program's random state
-        if self._erasing is not None and device.type != 'cuda':
-            self._erasing.device = torch.device('cpu')  # whose random state can be restored
+        self._loader = PrefetchLoader(batches, config['mean'], config['std'], config['input_size'][0], device)
+        self._erasing: RandomErasing | None = None
+        if augmentation.reprob > 0 and not augmentation.no_aug:
+            self._erasing = RandomErasing(
+                augmentation.reprob,
+                mode=augmentation.remode,
+                max_count=augmentation.recount,
+                device=device if device.type == 'cuda' else 'cpu',  # whose random state can be restored
+            )
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.unreadable: list[str] = []
 
@@ -197,12 +206,7 @@ class TrainLoader:
 class StreamLoader:
     """Batches of (images, targets, None) of a stream, for supervised training, by timm's own loader.
 
-    Args:
-        dataset: Of a streaming reader, which itself skips what it can't read.
-        loader: Batch size and processes.
-        augmentation: timm's.
-        config: Of `data_config`.
-        device: Where batches go.
+    timm's readers skip what they can't read, without a count. The arguments are those of `TrainLoader`.
     """
 
     skipped = None  # not counted
@@ -216,9 +220,15 @@ class StreamLoader:
         config: dict[str, Any],
         device: torch.device,
     ) -> None:
-        self._dataset = dataset
-        self._first_batch = 0
-        self._loader = _create_train_loader(dataset, loader, augmentation, config, device)
+        self._dataset, self._first_batch = dataset, 0
+        self._loader = create_loader(
+            dataset,
+            **_train_options(augmentation, config),
+            batch_size=loader.batch_size,
+            num_workers=worker_count(loader.workers),
+            pin_memory=loader.pin_mem,
+            device=device,
+        )
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Set the epoch to shuffle for; batches before the first are read and dropped."""
@@ -237,47 +247,10 @@ class StreamLoader:
             yield images, targets, None
 
 
-class RefreshLoader:
-    """One pass over the training set without augmentation: batches of (images, targets, index).
-
-    Args:
-        source: The training split, opened anew: its transform is set.
-        loader: Batch size and processes.
-        config: Of `data_config`.
-        device: Where batches go.
-        distributed: Whether several processes share the pass.
-    """
-
-    def __init__(
-        self,
-        source: DatasetSplit,
-        loader: LoaderSettings,
-        config: dict[str, Any],
-        device: torch.device,
-        distributed: bool = False,
-    ) -> None:
-        dataset = IndexedDataset(source.dataset)
-        self._loader = create_eval_loader(dataset, loader, config, device, distributed, log_unreadable=False)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for images, rows_B3 in self._loader:
-            yield images, rows_B3[:, 0], rows_B3[:, 1]
-
-
 def erase(erasing: RandomErasing, images_BCHW: Tensor, keys: Iterable[tuple[int, int]], seed: int) -> None:
-    """Erase in place by timm's random erasing, as a function of (seed, epoch, index).
+    """Erase in place by timm's random erasing, as a function of the seed and each image's key (epoch, index).
 
-    timm draws from the program's random state on the device, a batch ahead: what an image loses would depend on the
-    batches before it.
-
-    Args:
-        erasing: Its fill is drawn on its `device`.
-        images_BCHW: Normalized.
-        keys: Epoch and index of each image.
-        seed: Of the run.
+    timm draws from the program's random state, a batch ahead: what an image loses would depend on the batches before.
     """
     device = torch.device(erasing.device)
     with random_state_kept(device):
@@ -286,57 +259,26 @@ def erase(erasing: RandomErasing, images_BCHW: Tensor, keys: Iterable[tuple[int,
             erasing(image_CHW)
 
 
-def _create_loader(
-    dataset: Any, loader: LoaderSettings, config: dict[str, Any], device: torch.device, **options: Any
-) -> PrefetchLoader:
-    return create_loader(
-        dataset,
-        input_size=config['input_size'],
-        mean=config['mean'],
-        std=config['std'],
-        num_workers=worker_count(loader.workers),
-        pin_memory=loader.pin_mem,
-        device=device,
-        **options,
-    )
-
-
-def _create_train_loader(
-    dataset: Any,
-    loader: LoaderSettings,
-    augmentation: AugmentationSettings,
-    config: dict[str, Any],
-    device: torch.device,
-) -> PrefetchLoader:
-    """Create timm's training loader."""
-    policy = augmentation.aa
-    try:
-        create_transform(config['input_size'], is_training=True, auto_augment=policy)
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UserError(
-            f'`aa` {policy}: {one_line(error)}; use a policy such as rand-m9-mstd0.5, augmix-m5, 3a, original or v0'
-        ) from None
-    options = dataclasses.asdict(augmentation)
+def _train_options(augmentation: AugmentationSettings, config: dict[str, Any]) -> dict[str, Any]:
+    """Translate the settings to options of timm's training transforms and loader."""
+    options = dataclasses.asdict(augmentation) | {key: config[key] for key in ('input_size', 'mean', 'std')}
     del options['crop_padding']
-    options = {_TIMM_NAMES.get(name, name): value for name, value in options.items()}
-    return _create_loader(dataset, loader, config, device, batch_size=loader.batch_size, is_training=True, **options)
+    options['auto_augment'], options['interpolation'] = options.pop('aa'), options.pop('train_interpolation')
+    for name in ('prob', 'mode', 'count'):
+        options[f're_{name}'] = options.pop(f're{name}')
+    options['color_jitter'] = options['color_jitter'] or None  # a jitter of nothing would take as long as any
+    options['is_training'] = True
+    try:
+        create_transform(**options)
+    except (AssertionError, ValueError, KeyError) as error:
+        known = 'a policy such as rand-m9-mstd0.5, augmix-m5, 3a, original or v0'
+        raise UserError(f'`aa` {augmentation.aa}: {one_line(error)}; use {known}') from None
+    return options
 
 
-def _adapt_to_small_images(transform: transforms.Compose, padding: int, size: tuple[int, int]) -> None:
-    """Put a padded crop before timm's transforms, and drop those that change nothing.
-
-    For small images a transform that changes nothing costs as much as one that does: a resized crop of a whole image
-    that has the size already, and a color jitter of nothing.
-    """
-    kept: list[Any] = [transforms.RandomCrop(size, padding, pad_if_needed=True)] if padding else []
-    for step in transform.transforms:
-        whole = isinstance(step, RandomResizedCropAndInterpolation) and {*step.scale, *step.ratio} == {1.0}
-        if whole and padding and size[0] == size[1]:
-            continue
-        if (
-            isinstance(step, transforms.ColorJitter)
-            and step.brightness is step.contrast is step.saturation is step.hue is None
-        ):
-            continue
-        kept.append(step)
-    transform.transforms = kept
+def _with_padded_crop(transform: transforms.Compose, padding: int, size: tuple[int, int]) -> transforms.Compose:
+    """Put a padded crop before timm's transforms, in place of a resized crop that would take the whole image."""
+    first, *rest = transform.transforms
+    whole = isinstance(first, RandomResizedCropAndInterpolation) and {*first.scale, *first.ratio} == {1.0}
+    padded_crop = transforms.RandomCrop(size, padding, pad_if_needed=True)
+    return transforms.Compose([padded_crop, *rest] if whole and size[0] == size[1] else [padded_crop, first, *rest])

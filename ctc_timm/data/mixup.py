@@ -21,13 +21,12 @@ class InstanceMixup:
 
     Args:
         num_classes: C.
-        smoothing: Label smoothing of the mixed targets.
-        **options: For `timm.data.Mixup`.
+        smoothing: Of the mixed targets.
+        **options: For timm's.
     """
 
     def __init__(self, num_classes: int, smoothing: float = 0.0, **options: Any) -> None:
-        self.num_classes = num_classes
-        self.smoothing = smoothing
+        self.num_classes, self.smoothing = num_classes, smoothing
         self.mixup = Mixup(**options, label_smoothing=0.0)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

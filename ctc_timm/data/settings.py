@@ -19,15 +19,13 @@ class DataSettings:
     """Which images, and the size and normalization they have at evaluation; by timm's names."""
 
     data_dir: str | None = setting(None, 'folder with the images', metavar='DIR')
-    dataset: str = setting(
-        '', "a name that timm's create_dataset takes (hfds/..., torch/..., a reader), or digits", metavar='NAME'
-    )
+    dataset: str = setting('', "digits, or a name for timm's create_dataset (hfds/..., torch/...)", metavar='NAME')
     train_split: str = setting(
         'train', "training split; hfds and digits also take slices, 'train[:10000]'", metavar='NAME', empty=True
     )
     val_split: str = setting('validation', 'validation split', metavar='NAME', empty=True)
     train_num_samples: int | None = setting(
-        None, 'images in a streaming set that does not say how many it has', low=1, high=10**12, metavar='N'
+        None, 'images of a stream that does not say how many it has', low=1, high=10**12, metavar='N'
     )
     val_num_samples: int | None = setting(None, 'the same of the validation split', low=1, high=10**12, metavar='N')
     dataset_download: bool = setting(False, 'let torch/, tfds/ and hfids/ data sets download')
@@ -68,7 +66,7 @@ class AugmentationSettings:
     ratio: tuple[float, float] | None = setting(None, 'random resize, aspect range', above=0, metavar='F')
     crop_padding: int = setting(
         0,
-        'pad by this and crop back to the image size at random, as is usual for 32x32 images',
+        'pad by this and crop back at random, as is usual for 32x32 images',
         low=0,
         high=LARGEST_SIDE,
         metavar='PIXELS',

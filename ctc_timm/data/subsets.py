@@ -1,7 +1,4 @@
-"""Part of a split: classes in proportion, seeded, each part within every larger one.
-
-Letters: N images of the set, n of them drawn.
-"""
+"""Parts of a split: classes in proportion, seeded, each part within every larger one."""
 
 from __future__ import annotations
 
@@ -12,13 +9,12 @@ from typing import Any
 import torch
 from timm.data import ImageDataset
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .datasets import DatasetSplit
 
 
 def stratified_order(labels_N: Tensor, seed: int) -> Tensor:
-    """An order of all images of which every beginning holds the classes in proportion.
+    """Order all images so that every beginning holds the classes in proportion.
 
     One image of each class comes first. Of a class of m images the j-th, counted from 0, then lies at (j + 1/2) / m
     of the way.
@@ -42,23 +38,16 @@ def stratified_order(labels_N: Tensor, seed: int) -> Tensor:
 
 
 def draw(labels_N: Tensor, count: int, seed: int) -> Tensor:
-    """Draw so many images, at least one of each class.
-
-    Args:
-        labels_N: Class of each image.
-        count: How many; all where there are fewer.
-        seed: Of the draw.
+    """Draw `count` images, at least one of each class.
 
     Returns:
-        Their indices, ascending, [n].
+        Their indices, ascending, [n]; all where there are fewer than `count`.
     """
     return stratified_order(labels_N, seed)[: max(count, len(labels_N.unique()))].sort().values
 
 
 def part_of(source: DatasetSplit, index_n: Tensor) -> DatasetSplit:
-    """Some images of a split as a split of its own.
-
-    An unreadable image is replaced by the next one of the part, not of the whole.
+    """Take some images of a split. An unreadable one is replaced by the next of the part, not of the whole.
 
     Args:
         source: A map-style split; it is left as it is.
@@ -67,63 +56,32 @@ def part_of(source: DatasetSplit, index_n: Tensor) -> DatasetSplit:
     assert source.labels_N is not None
     if isinstance(source.dataset, ImageDataset):
         dataset: Any = copy.copy(source.dataset)
-        dataset.reader = _PartOfReader(source.dataset.reader, index_n.tolist())
+        dataset.reader = Part(source.dataset.reader, index_n)
     else:
-        dataset = Subset(source.dataset, index_n)
+        dataset = Part(source.dataset, index_n)
     return replace(source, dataset=dataset, labels_N=source.labels_N[index_n])
 
 
-class _PartOfReader:
-    """A timm reader over some of another's samples."""
-
-    def __init__(self, reader: Any, index: list[int]) -> None:
-        self._reader = reader
-        self._index = index
-
-    def __getitem__(self, index: int) -> Any:
-        return self._reader[self._index[index]]
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def filename(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        """Of the sample at this place."""
-        return self._reader.filename(self._index[index], *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ('_reader', '_index'):  # not there yet while a worker process unpickles this object
-            raise AttributeError(name)
-        return getattr(self._reader, name)
-
-
-class Subset(Dataset):
-    """Some images of a map-style dataset, under the numbers 0, 1, ...
+class Part:
+    """Some samples of a timm reader, or of a map-style dataset, under the numbers 0, 1, ...
 
     Args:
-        dataset: The whole.
-        index_n: Which images.
+        whole: The reader or dataset.
+        index_n: Which samples.
     """
 
-    def __init__(self, dataset: Any, index_n: Tensor) -> None:
-        self.dataset = dataset
+    def __init__(self, whole: Any, index_n: Tensor) -> None:
+        self.whole = whole
         self.index = index_n.tolist()
 
-    @property
-    def transform(self) -> Any:
-        """The whole's; timm's loader sets it."""
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    @property
-    def samples(self) -> list[Any]:
-        """Files and targets, where the whole has files."""
-        return [self.dataset.samples[i] for i in self.index]
+    def __getitem__(self, index: int) -> Any:
+        return self.whole[self.index[index]]
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.index[index]]
+    def filename(self, index: int, **options: Any) -> Any:
+        """The file of a sample, where the whole knows it."""
+        if hasattr(self.whole, 'filename'):
+            return self.whole.filename(self.index[index], **options)
+        return self.whole.samples[self.index[index]][0]
