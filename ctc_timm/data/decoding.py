@@ -37,9 +37,13 @@ T = TypeVar('T')
 class UnreadableError(UserError):
     """Too many images in a row can't be read."""
 
+    of_one_rank = True
+
 
 class WorkerError(RunError):
     """A process that loads data died or failed."""
+
+    of_one_rank = True
 
 
 class ReadError(OSError):
