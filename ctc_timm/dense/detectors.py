@@ -19,45 +19,33 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from ..utils.errors import UserError, nearest, one_line
 from .pyramid import Pyramid
+from .settings import DetectorSettings
 
-DETECTORS = ('fasterrcnn', 'maskrcnn', 'retinanet')
-RATIOS = (0.5, 1.0, 2.0)
+_CLASSES: dict[str, Any] = {'fasterrcnn': FasterRCNN, 'maskrcnn': MaskRCNN, 'retinanet': RetinaNet}
 
 
 def extra_levels(detector: str, channels: int) -> ExtraFPNBlock:
     """The levels that a detector adds to the pyramid: one by a maximum for R-CNN, two by convolutions for RetinaNet.
 
     Args:
-        detector: Of `DETECTORS`.
+        detector: fasterrcnn, maskrcnn or retinanet.
         channels: Of the pyramid.
     """
     return LastLevelP6P7(channels, channels) if detector == 'retinanet' else LastLevelMaxPool()
 
 
 def create_detector(
-    detector: str,
-    pyramid: Pyramid,
-    num_classes: int,
-    img_size: int,
-    mean: list[float],
-    std: list[float],
-    *,
-    anchor_scale: float | None = None,
-    head_channels: int = 1024,
-    **options: Any,
+    settings: DetectorSettings, pyramid: Pyramid, num_classes: int, img_size: int, mean: list[float], std: list[float]
 ) -> Any:
     """A detector with new heads.
 
     Args:
-        detector: Of `DETECTORS`.
+        settings: Which detector, and how its heads are.
         pyramid: With the detector's `extra_levels`.
-        num_classes: C, without background.
+        num_classes: Without background.
         img_size: Side of the images.
         mean: Of the channels, of 1.
         std: Of the channels.
-        anchor_scale: Anchors' size over their level's stride; the detector's own when None.
-        head_channels: Of the box head's two layers; for R-CNN.
-        **options: For torchvision's class: box_batch_size_per_image, rpn_pre_nms_top_n_train, ...
 
     Returns:
         In training mode detector(images, targets) gives losses by name; in evaluation mode detector(images) gives
@@ -66,42 +54,48 @@ def create_detector(
     Raises:
         UserError: Options that torchvision's class refuses.
     """
-    kind: Any = {'fasterrcnn': FasterRCNN, 'maskrcnn': MaskRCNN, 'retinanet': RetinaNet}[detector]
-    known = list(inspect.signature(kind).parameters)
-    for name in options:
-        if name not in known:  # or its transform would take it without a word
-            raise UserError(f"--detector-kwargs: torchvision's {kind.__name__} has no {name}{nearest(name, known)}")
-    common: dict[str, Any] = dict(
-        min_size=img_size, max_size=img_size, image_mean=mean, image_std=std, size_divisible=1, _skip_resize=True
-    )
-    levels = len(pyramid.strides)
-    try:
-        if detector == 'retinanet':
-            strides = [*pyramid.strides, pyramid.strides[-1] * 2, pyramid.strides[-1] * 4]
-            scale = anchor_scale or 4
-            sizes = tuple(tuple(scale * stride * 2 ** (i / 3) for i in range(3)) for stride in strides)
-            anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
-            return kind(pyramid, num_classes + 1, anchor_generator=anchors, **common, **options)
-        scale = anchor_scale or 8
-        strides = [*pyramid.strides, pyramid.strides[-1] * 2]
-        anchors = AnchorGenerator(tuple((scale * s,) for s in strides), (RATIOS,) * len(strides))
-        names, channels = [str(i) for i in range(levels)], pyramid.out_channels
+    detector = _CLASSES[settings.detector]
+    known = list(inspect.signature(detector).parameters)
+    unknown = next((name for name in settings.detector_kwargs if name not in known), None)
+    if unknown:  # or its transform would take it without a word
+        raise UserError(
+            f"`detector_kwargs`: torchvision's {detector.__name__} has no {unknown}{nearest(unknown, known)}"
+        )
+    strides, channels = pyramid.strides, pyramid.out_channels
+    strides = [*strides, strides[-1] * 2, strides[-1] * 4]  # with the extra levels
+    if settings.detector == 'retinanet':
+        scale = settings.anchor_scale or 4
+        sizes = tuple(tuple(scale * stride * 2 ** (i / 3) for i in range(3)) for stride in strides)
+        options: dict[str, Any] = {'num_classes': num_classes + 1, 'anchor_generator': _anchors(sizes)}
+    else:
+        names, width = [str(i) for i in range(len(pyramid.strides))], settings.head_channels
         options = {
-            'rpn_anchor_generator': anchors,
+            'rpn_anchor_generator': _anchors(tuple(((settings.anchor_scale or 8) * s,) for s in strides[:-1])),
             'box_roi_pool': MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
-            'box_head': TwoMLPHead(channels * 7 * 7, head_channels),
-            'box_predictor': FastRCNNPredictor(head_channels, num_classes + 1),
-            **options,
+            'box_head': TwoMLPHead(channels * 7 * 7, width),
+            'box_predictor': FastRCNNPredictor(width, num_classes + 1),
         }
-        if detector == 'fasterrcnn':
-            return kind(pyramid, **common, **options)
+    if settings.detector == 'maskrcnn':
         inner = min(256, channels)
-        options = {
+        options |= {
             'mask_roi_pool': MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2),
             'mask_head': MaskRCNNHeads(channels, (inner,) * 4, 1),
             'mask_predictor': MaskRCNNPredictor(inner, inner, num_classes + 1),
-            **options,
         }
-        return kind(pyramid, **common, **options)
+    try:
+        return detector(
+            pyramid,
+            min_size=img_size,
+            max_size=img_size,
+            image_mean=mean,
+            image_std=std,
+            size_divisible=1,
+            _skip_resize=True,
+            **{**options, **settings.detector_kwargs},
+        )
     except (TypeError, ValueError) as error:
-        raise UserError(f'--detector-kwargs: {one_line(error)}') from None
+        raise UserError(f'`detector_kwargs`: {one_line(error)}') from None
+
+
+def _anchors(sizes: tuple[tuple[float, ...], ...]) -> AnchorGenerator:
+    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))

@@ -10,14 +10,13 @@ resampled by 4, 2, 1 and 1/2 (Li et al. 2021, Benchmarking Detection Transfer Le
 Strides count as the nearest power of two, which torchvision's detectors take for granted, and maps of another size, as
 of patches of 14 pixels, are interpolated to that of their stride.
 
-B: batch. S: side of the images. D: channels of a map.
+B: batch. C: channels of the images. S: their side. D: channels of a map.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -34,91 +33,66 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from ..models.backbones import architecture
-from ..models.loading import LoadedModel, load_model
+from ..models.loading import LoadedModel, load_model, named_source
+from ..models.settings import SourceSettings
 from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
+from .settings import BackboneSettings, CanvasSettings
 
 LEVELS = 4
 FACTORS = (4, 2, 1, 0.5)  # of a level's sides over those of the only stride's maps
 
 
 class Pyramid(nn.Module):
-    """A timm model's maps at several strides, brought to one number of channels.
-
-    torchvision's detectors take it as their backbone.
+    """A timm model's maps at several strides, brought to one number of channels, as torchvision's detectors take it.
 
     Args:
-        loaded: The model, as loaded; it is cut down to what the maps need.
+        loaded: The model, which is cut down to what the maps need.
         img_size: S.
         out_channels: Of every level.
-        extra: One more level or two from the deepest, as torchvision's detectors have them.
-        what: What to call the model in error messages.
+        extra: One more level or two from the deepest.
 
     Attributes:
-        body: timm's wrapper; `body.model` is the model, with the names of its weights as they were.
+        body: timm's wrapper, by torchvision's name for it; the names of the weights of `body.model` are as they were.
         strides: Of the levels, without the extra ones.
-        channels: Of the body's maps.
-        out_channels: Of the levels.
+        channels: D of the backbone's maps.
 
     Raises:
         UserError: The model gives no maps for such images.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        img_size: int,
-        out_channels: int = 256,
-        extra: ExtraFPNBlock | None = None,
-        what: str = '--model',
+        self, loaded: LoadedModel, img_size: int, out_channels: int = 256, extra: ExtraFPNBlock | None = None
     ) -> None:
         super().__init__()
         model = loaded.model
-        self.name, self.weights = architecture(model), loaded.weights
-        self._what = f'{what}: {self.name}'
-        self.pretrained_cfg = model.pretrained_cfg
+        self.name, self.weights, self.pretrained_cfg = architecture(model), loaded.weights, model.pretrained_cfg
         self.in_chans = getattr(model, 'in_chans', 3)
-        reductions = _reductions(model, self._what)
-        indices, self.strides = _choose(reductions)
-        if hasattr(model, 'set_input_size'):
-            try:
-                model.set_input_size(img_size=(img_size, img_size))
-            except (AssertionError, ValueError, RuntimeError) as error:
-                raise UserError(f'--img-size {img_size}: {self.name} cannot take it: {one_line(error)}') from None
-        self.body = _wrapped(model, indices, self._what)
-        self.channels = self._look(img_size)
+        self.out_channels = out_channels
+        info = getattr(model, 'feature_info', None)
+        if not info or not hasattr(model, 'forward_intermediates'):
+            raise UserError(f"{self.name} offers no feature maps (timm's features_only); choose a model that does")
+        indices, self.strides, resampled = _choose([2 ** round(math.log2(level['reduction'])) for level in info])
+        self.body, self.channels = self._wrap(model, indices, img_size)
         self.resample: nn.ModuleList | None = None
-        if len(set(reductions)) == 1:
-            self.channels = self.channels * LEVELS if len(self.channels) == 1 else self.channels
+        if resampled:
+            self.channels = self.channels * (LEVELS // len(self.channels))
             self.resample = nn.ModuleList(map(_resampled, self.channels, FACTORS))
         self.fpn = FeaturePyramidNetwork(self.channels, out_channels, extra)
-        self.out_channels = out_channels
-        self._kept: list[nn.Module] = []
+        self._frozen: set[str] = set()  # modules of the body
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The body's own maps.
-
-        Args:
-            images: [B, channels, S, S].
-
-        Returns:
-            [B, D, S / stride, S / stride] each, the finest first; before resampling.
-        """
+        """The backbone's own maps of images [B, C, S, S]: [B, D, S / stride, S / stride] each, the finest first."""
         return list(self.body(images))
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """The levels, by '0' for the finest, '1', ..., and the extra ones by torchvision's names for them.
+        """The levels for normalized images [B, C, S, S]: [B, out_channels, S / stride, S / stride] each.
 
-        Args:
-            images: [B, channels, S, S], normalized.
-
-        Returns:
-            [B, out_channels, S / stride, S / stride] each.
+        They are named '0' for the finest, '1', ..., and the extra ones as torchvision names them.
         """
         maps = self.maps(images)
         if self.resample is not None:
-            maps = maps * LEVELS if len(maps) == 1 else maps
-            maps = [change(level) for change, level in zip(self.resample, maps)]
+            maps = [resize(level) for resize, level in zip(self.resample, maps * (LEVELS // len(maps)))]
         levels = OrderedDict()
         for i, (level, stride) in enumerate(zip(maps, self.strides)):
             size = [math.ceil(side / stride) for side in images.shape[-2:]]
@@ -127,179 +101,156 @@ class Pyramid(nn.Module):
             levels[str(i)] = level
         return self.fpn(levels)
 
-    def freeze_stages(self, stages: int) -> None:
-        """Keep the first stages of the body as they are: 1 is the stem, 2 the first stage of blocks too, ...
+    def normalization(self, canvas: CanvasSettings) -> tuple[list[float], list[float]]:
+        """Channel means and standard deviations: those that are set, or the model's.
 
-        Their parameters take no gradient, their batch norms keep their statistics.
+        Raises:
+            UserError: As many values as there are neither channels nor one.
+        """
+        found: list[list[float]] = []
+        for name, chosen in (('mean', canvas.mean), ('std', canvas.std)):
+            values = [float(value) for value in chosen or self.pretrained_cfg[name]]
+            found.append(values * self.in_chans if len(values) == 1 else values)
+            if len(found[-1]) != self.in_chans:
+                raise UserError(f'`{name}`: {len(values)} values for {self.in_chans} channels; give {self.in_chans}')
+        return found[0], found[1]
+
+    def freeze(self, stages: int | None = None, norms: bool = False) -> None:
+        """Freeze parts of the backbone: no gradient, and batch norms keep their statistics.
+
+        Args:
+            stages: The first ones: 1 is the stem, 2 the first stage of blocks too, ...; None for the whole backbone.
+            norms: All batch norms.
 
         Raises:
             UserError: timm does not say what the stages are, or there are not so many.
         """
-        if not stages:
-            return
-        model: Any = self.body.model
-        names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
-        try:
-            groups = group_with_matcher(((name, None) for name in names), model.group_matcher(coarse=True))
-        except (AttributeError, AssertionError):
-            raise UserError(f'--freeze-stages {stages}: timm does not say what the stages of {self.name} are') from None
-        known = {name for name, _ in model.named_parameters()}
-        staged = [group for group in groups.values() if known.intersection(group)]
-        if stages > len(staged):
-            raise UserError(f'--freeze-stages {stages}: {self.name} has {len(staged)} stages, stem included')
-        frozen = {name for group in staged[:stages] for name in group}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name not in frozen)
-        self._keep(name for name in frozen)
-
-    def freeze_norms(self) -> None:
-        """Keep the body's batch norms as they are, statistics and scales."""
-        for module in self.body.modules():
-            if isinstance(module, _BatchNorm):
-                self._kept.append(module.eval())
-                for parameter in module.parameters():
-                    parameter.requires_grad_(False)
-
-    def freeze(self) -> None:
-        """Keep the whole body as it is."""
-        self.body.requires_grad_(False)
-        self._kept.append(self.body.eval())
+        frozen = {name for name, module in self.body.named_modules() if norms and isinstance(module, _BatchNorm)}
+        if stages is None:
+            frozen.add('')
+        for module in (self.body.get_submodule(name) for name in frozen):
+            module.requires_grad_(False)
+        if stages:
+            tensors = self._stage_tensors(stages)
+            for name in tensors & dict(self.body.model.named_parameters()).keys():
+                self.body.model.get_parameter(name).requires_grad_(False)
+            frozen |= {f'model.{owner}' for owner in (name.rpartition('.')[0] for name in tensors) if owner}
+        self._frozen |= frozen
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> Pyramid:
         """Set training mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        for module in self._kept:
-            module.eval()
+        for name in self._frozen:
+            self.body.get_submodule(name).eval()
         return self
 
-    def _keep(self, names: Any) -> None:
-        """Keep modules in evaluation mode by the names of tensors in them."""
+    def _stage_tensors(self, stages: int) -> set[str]:
+        """Names of parameters and buffers of the first stages."""
         model: Any = self.body.model
-        owners = {name.rpartition('.')[0] for name in names}
-        self._kept += [model.get_submodule(owner).eval() for owner in sorted(owners) if owner]
+        parameters = {name for name, _ in model.named_parameters()}
+        names = [*model.named_parameters(), *model.named_buffers()]
+        try:
+            groups = group_with_matcher(((name, None) for name, _ in names), model.group_matcher(coarse=True))
+        except (AttributeError, AssertionError):
+            raise UserError(f'`freeze_stages` {stages}: timm does not say what the stages of {self.name} are') from None
+        staged = [group for group in groups.values() if not parameters.isdisjoint(group)]
+        if stages > len(staged):
+            raise UserError(f'`freeze_stages` {stages}: {self.name} has {len(staged)} stages, stem included')
+        return {name for group in staged[:stages] for name in group}
+
+    def assign_layers(self, module: nn.Module) -> None:
+        """Give a module that holds the pyramid the methods by which timm's optimizer factory groups layers.
+
+        The backbone's parameters are grouped as timm groups those of the plain model; all others, which are new, are
+        one group after them, with the full learning rate.
+        """
+        model: Any = self.body.model
+        prefix = next(name for name, part in module.named_modules() if part is model) + '.'
+        if hasattr(model, 'group_matcher'):
+            layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+        else:
+            layers = auto_group_layers(model)
+        last = max(layers.values()) + 1
+        undecayed = {prefix + name for name in getattr(model, 'no_weight_decay', set)()}
+        grouped: Any = module
+        grouped.group_matcher = lambda coarse=False: lambda name: layers.get(name.removeprefix(prefix), last)
+        grouped.no_weight_decay = lambda: undecayed
 
     @torch.no_grad()
-    def _look(self, img_size: int) -> list[int]:
-        """Show the body a blank image; the channels of its maps."""
-        self.body.eval()
+    def _wrap(self, model: Any, indices: list[int], img_size: int) -> tuple[FeatureGetterNet, list[int]]:
+        """timm's wrapper, and the channels of its maps, found with a blank image."""
         try:
-            maps = self.maps(torch.zeros(1, self.in_chans, img_size, img_size))
+            if hasattr(model, 'set_input_size'):
+                model.set_input_size(img_size=(img_size, img_size))
+            body = FeatureGetterNet(model, out_indices=tuple(indices)).eval()
+            maps = list(body(torch.zeros(1, self.in_chans, img_size, img_size)))
         except Exception as error:  # of any model of any family
-            own = self.pretrained_cfg['input_size'][-1]
+            size = self.pretrained_cfg['input_size'][-1]
             raise UserError(
-                f'--img-size {img_size}: {self.name} cannot take it: {one_line(error)}; its own is {own}'
+                f'`img_size` {img_size}: {self.name}, which is for {size}, gives no feature maps: {one_line(error)}'
             ) from None
-        finally:
-            self.body.train()
         sides = [tuple(level.shape[-2:]) for level in maps]
         if any(level.ndim != 4 for level in maps) or sides != sorted(sides, reverse=True):
             raise UserError(
-                f'{self._what} gives no pyramid of feature maps, but {[tuple(level.shape[1:]) for level in maps]}; '
+                f'{self.name} gives no pyramid of feature maps, but {[tuple(level.shape[1:]) for level in maps]}; '
                 f'choose a convolutional network or a vision transformer'
             )
         if min(sides[-1]) < 1:
-            raise UserError(f'--img-size {img_size}: too small for {self.name}')
-        return [level.shape[1] for level in maps]
+            raise UserError(f'`img_size` {img_size}: too small for {self.name}')
+        return body.train(), [level.shape[1] for level in maps]
 
 
-def create_pyramid(
-    source: str,
+def open_pyramid(
+    source: SourceSettings,
+    backbone: BackboneSettings,
     img_size: int,
-    *,
-    model: str = '',
-    flag: str = '--model',
-    from_scratch: bool = False,
-    out_channels: int = 256,
     extra: ExtraFPNBlock | None = None,
     **options: Any,
 ) -> Pyramid:
-    """A pyramid over a model from wherever its weights are.
+    """The pyramid over a model from wherever its weights are, frozen as the settings say.
 
     Args:
         source: A run's folder, a weights file, any timm name, `hf-hub:REPO` or `local-dir:FOLDER`.
+        backbone: Random weights, channels of the levels, and what is frozen.
         img_size: S.
-        model: Architecture of a weights file that does not say it.
-        flag: What to call the source in error messages.
-        from_scratch: Random weights for a timm name.
-        out_channels: Of every level.
         extra: See `Pyramid`.
         **options: For `timm.create_model`.
 
     Raises:
-        UserError: Nothing there, or a model without a pyramid.
+        UserError: No model, or one without a pyramid or without such stages.
     """
-    if from_scratch:
-        options = {k: v for k, v in options.items() if v is not None}
-        if not timm.is_model(source):
-            near = nearest(source, timm.list_models())
-            raise UserError(f'{flag} {source}: --from-scratch takes a timm name{near}')
+    name, model, setting = named_source(source)
+    if not backbone.from_scratch:
+        loaded = load_model(name, model, setting, **options)
+    elif name != source.model or not timm.is_model(name):
+        raise UserError(
+            f'`from_scratch`: needs `model` with a timm name, got {name}{nearest(name, timm.list_models())}'
+        )
+    else:
         try:
-            loaded = LoadedModel(timm.create_model(source, **options), file_name(source), 'random', None, {})
-        except Exception as error:
-            raise UserError(f'{flag} {source}: {one_line(error)}') from None
-    else:
-        loaded = load_model(source, model, flag, **options)
-    return Pyramid(loaded, img_size, out_channels, extra, flag)
+            loaded = LoadedModel(timm.create_model(name, **options), file_name(name), 'random', None, {})
+        except Exception as error:  # of any model of any family
+            raise UserError(f'`model` {name}: {one_line(error)}') from None
+    pyramid = Pyramid(loaded, img_size, backbone.fpn_channels, extra)
+    pyramid.freeze(backbone.freeze_stages, backbone.freeze_bn)
+    return pyramid
 
 
-def tell_layers(module: nn.Module, pyramid: Pyramid) -> None:
-    """Give a module the body's layers, by the methods that timm's optimizer factory asks a model for.
-
-    The body's parameters are grouped as timm groups those of the plain model; all others, which are new, are one
-    group after them, with the full learning rate.
-
-    Args:
-        module: Holds the pyramid somewhere.
-        pyramid: The pyramid.
-    """
-    body: Any = pyramid.body.model
-    prefix = next(name for name, part in module.named_modules() if part is body) + '.'
-    if hasattr(body, 'group_matcher'):
-        layers = group_parameters(body, body.group_matcher(coarse=False), reverse=True)
-    else:
-        layers = auto_group_layers(body)
-    last = max(layers.values()) + 1
-    undecayed = {prefix + name for name in getattr(body, 'no_weight_decay', set)()}
-    told: Any = module
-    told.group_matcher = lambda coarse=False: lambda name: layers.get(name.removeprefix(prefix), last)
-    told.no_weight_decay = lambda: undecayed
-
-
-def _reductions(model: Any, what: str) -> list[int]:
-    """The stride of each of a model's feature levels, as the nearest power of two."""
-    info = getattr(model, 'feature_info', None)
-    if not info or not hasattr(model, 'forward_intermediates'):
-        raise UserError(f"{what} offers no feature maps (timm's features_only); choose a model that does")
-    return [2 ** round(math.log2(level['reduction'])) for level in info]
-
-
-def _choose(reductions: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Which levels to take, and the strides that the pyramid's levels have."""
+def _choose(reductions: list[int]) -> tuple[list[int], list[int], bool]:
+    """Which maps to take of those with these strides, the strides of the levels, and whether maps are resampled."""
     deepest = {stride: index for index, stride in enumerate(reductions)}
     if len(deepest) == 1:
         depth, stride = len(reductions), reductions[0]
         indices = [(depth * (i + 1)) // LEVELS - 1 for i in range(LEVELS)] if depth >= LEVELS else [depth - 1]
-        return indices, [max(1, int(stride / factor)) for factor in FACTORS]
+        return indices, [max(1, int(stride / factor)) for factor in FACTORS], True
     strides = sorted(stride for stride in deepest if stride >= 2)[-LEVELS:]
-    return [deepest[stride] for stride in strides], strides
-
-
-def _wrapped(model: Any, indices: list[int], what: str) -> FeatureGetterNet:
-    try:
-        return FeatureGetterNet(model, out_indices=tuple(indices))
-    except Exception as error:  # of any model of any family
-        raise UserError(f'{what} offers no feature maps: {one_line(error)}; choose another model') from None
+    return [deepest[stride] for stride in strides], strides, False
 
 
 def _resampled(channels: int, factor: float) -> nn.Module:
     """A map's change of size: transposed convolutions up, a maximum down, nothing."""
+    up = [nn.ConvTranspose2d(channels, channels, 2, 2) for _ in range({4: 2, 2: 1}.get(int(factor), 0))]
     if factor == 4:
-        return nn.Sequential(
-            nn.ConvTranspose2d(channels, channels, 2, 2),
-            LayerNorm2d(channels),
-            nn.GELU(),
-            nn.ConvTranspose2d(channels, channels, 2, 2),
-        )
-    if factor == 2:
-        return nn.ConvTranspose2d(channels, channels, 2, 2)
-    return nn.Identity() if factor == 1 else nn.MaxPool2d(2, ceil_mode=True)
+        return nn.Sequential(up[0], LayerNorm2d(channels), nn.GELU(), up[1])
+    return up[0] if up else nn.Identity() if factor == 1 else nn.MaxPool2d(2, ceil_mode=True)

@@ -1,9 +1,9 @@
-"""Scenes of handwritten digits, for detection and segmentation where nothing else is named.
+"""Scenes of handwritten digits, the data of detection and segmentation where none are named.
 
 scikit-learn's digits, enlarged to several sizes and painted in light colors on dark crops of scikit-learn's two
 sample photographs, by a seed. Training scenes hold digits of the training split on the left part of the photographs,
-validation scenes digits of the validation split on the right part. Digits keep clear of each other, so each mask is
-whole, and a box is that of its mask. They are written as the folders that readers of COCO, VOC and ADE read.
+validation scenes digits of the validation split on the right part. Digits don't touch, so each mask is whole, and a box
+is that of its mask.
 
 S: side of a scene in pixels. M: digits in a scene.
 """
@@ -14,11 +14,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Collection
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,27 +24,19 @@ from PIL import Image
 from ..data.digits import NUM_CLASSES, DigitsReader
 from ..utils.errors import UserError
 from .masks import voc_palette
+from .settings import ScenesSettings
 
 VERSION = 1  # of what a seed gives; the default folder is named after it
-LAYOUTS = ('coco', 'voc', 'ade')
 SPLITS = {'train': 'train', 'val': 'validation'}  # names of COCO and VOC, and of the digits
-TRAIN_IMAGES, VAL_IMAGES, IMG_SIZE = 600, 150, 96
-DIGITS = (2, 6)  # in a scene
+COUNTS = (2, 6)  # of digits in a scene
 SIDES = (0.2, 0.5)  # of a digit, as parts of S
 CLASSES = ('background', *(str(digit) for digit in range(NUM_CLASSES)))
 _INK = 110  # of 255; from here on a pixel is of the digit
 _TRIES = 30
 
 
-@dataclass(frozen=True)
-class Scene:
-    """An image and what is in it.
-
-    Attributes:
-        image: [S, S, 3], uint8.
-        masks: [M, S, S], bool, no two of which share a pixel.
-        digits: M digits, 0 to 9.
-    """
+class Scene(NamedTuple):
+    """An image [S, S, 3], masks [M, S, S] of bool, no two of which share a pixel, and M digits, 0 to 9."""
 
     image: np.ndarray
     masks: np.ndarray
@@ -58,7 +48,7 @@ class Scene:
         return (self.masks * labels).max(axis=0, initial=0).astype(np.uint8)
 
 
-def compose(split: str, index: int, size: int = IMG_SIZE, seed: int = 0) -> Scene:
+def compose(split: str, index: int, size: int, seed: int = 0) -> Scene:
     """Make a scene.
 
     Args:
@@ -72,7 +62,7 @@ def compose(split: str, index: int, size: int = IMG_SIZE, seed: int = 0) -> Scen
     canvas = _background(rng, split, size)
     taken = np.zeros((size, size), dtype=bool)
     masks, digits = [], []
-    for _ in range(int(rng.integers(DIGITS[0], DIGITS[1] + 1))):
+    for _ in range(int(rng.integers(COUNTS[0], COUNTS[1] + 1))):
         which = int(rng.integers(len(reader)))
         ink = _enlarged(rng, reader.images[which], size)
         place = _free_place(rng, taken, ink.shape)
@@ -95,15 +85,12 @@ def _digits(split: str) -> DigitsReader:
 
 
 @lru_cache
-def _photographs(split: str) -> tuple[Image.Image, ...]:
+def _photographs(split: str) -> list[Image.Image]:
     """The split's part of each photograph."""
     from sklearn.datasets import load_sample_images
 
-    parts = []
-    for pixels in load_sample_images().images:
-        cut = round(0.7 * pixels.shape[1])
-        parts.append(Image.fromarray(pixels[:, :cut] if split == 'train' else pixels[:, cut:]))
-    return tuple(parts)
+    cuts = [(pixels, round(0.7 * pixels.shape[1])) for pixels in load_sample_images().images]
+    return [Image.fromarray(pixels[:, :cut] if split == 'train' else pixels[:, cut:]) for pixels, cut in cuts]
 
 
 def _background(rng: np.random.Generator, split: str, size: int) -> np.ndarray:
@@ -117,17 +104,17 @@ def _background(rng: np.random.Generator, split: str, size: int) -> np.ndarray:
 
 
 def _enlarged(rng: np.random.Generator, digit: np.ndarray, size: int) -> np.ndarray:
-    """A digit's ink at a size of its own, cut to the box of its mask, uint8."""
+    """A digit's ink at a random size, cut to the box of its mask, uint8."""
     height = rng.uniform(*SIDES) * size
     width = height * rng.uniform(0.85, 1.15)
     sides = max(8, round(width)), max(8, round(height))
     ink = np.asarray(Image.fromarray(digit).resize(sides, Image.Resampling.BICUBIC))
-    rows, columns = ((ink >= _INK).any(axis=axis).nonzero()[0] for axis in (1, 0))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    left, top, wide, high = _box(ink >= _INK)
+    return ink[top : top + high, left : left + wide]
 
 
 def _free_place(rng: np.random.Generator, taken: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice] | None:
-    """Where a digit fits with a pixel's distance to all others; None where none was found."""
+    """Where a digit fits with a pixel's distance to all others; None where no place was found."""
     for _ in range(_TRIES):
         top, left = (int(rng.integers(length - side + 1)) for length, side in zip(taken.shape, shape))
         bottom, right = top + shape[0], left + shape[1]
@@ -136,139 +123,109 @@ def _free_place(rng: np.random.Generator, taken: np.ndarray, shape: tuple[int, .
     return None
 
 
-def run_lengths(mask: np.ndarray) -> dict[str, Any]:
-    """A mask as COCO's uncompressed run-length code: lengths of runs down the columns, the first of zeros.
+def write_scenes(settings: ScenesSettings) -> Path:
+    """Write scenes as a folder that appears complete or not at all; the same seed gives the same bytes.
 
-    Args:
-        mask: [H, W], bool.
-    """
-    flat = mask.flatten(order='F')
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    counts = np.diff([0, *ends, flat.size]).tolist()
-    return {'size': list(mask.shape), 'counts': [0, *counts] if flat[0] else counts}
-
-
-def box_of(mask: np.ndarray) -> list[int]:
-    """The box of a mask as COCO writes it: left, top, width, height in pixels.
-
-    Args:
-        mask: [H, W], bool, not empty.
-    """
-    rows, columns = (mask.any(axis=axis).nonzero()[0] for axis in (1, 0))
-    left, top = int(columns[0]), int(rows[0])
-    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
-
-
-def write_scenes(
-    folder: str | os.PathLike,
-    train_images: int = TRAIN_IMAGES,
-    val_images: int = VAL_IMAGES,
-    size: int = IMG_SIZE,
-    seed: int = 0,
-    layouts: Collection[str] = ('coco', 'voc'),
-) -> Path:
-    """Write scenes as a folder that appears complete or not at all.
-
-    Layouts share the folder, their names in it don't clash. COCO: `annotations/instances_{train,val}.json`, `train/`,
-    `val/`. VOC: `JPEGImages/`, `SegmentationClass/`, `ImageSets/Segmentation/{train,val}.txt`. ADE:
-    `images/{training,validation}/`, `annotations/{training,validation}/`, with background as class 1 and nothing
-    unlabeled. `classes.txt` names the classes of the semantic masks, a line each.
-
-    Args:
-        folder: Must not exist, or be empty.
-        train_images: Training scenes.
-        val_images: Validation scenes.
-        size: S.
-        seed: Of everything random; the same seed gives the same bytes.
-        layouts: Any of `LAYOUTS`.
-
-    Returns:
-        The folder.
+    COCO and VOC can share the folder with ADE. In ADE's layout the background is class 1 and nothing is unlabeled.
+    `classes.txt` names the classes of the semantic masks.
 
     Raises:
-        UserError: There is something by that name.
+        UserError: The folder holds something.
     """
-    folder = Path(folder)
+    folder = Path(settings.output)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f'{folder}: exists already; name a new folder for the scenes')
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f'.{folder.name}-{uuid.uuid4().hex[:8]}')
+    writers = {'coco': _write_coco, 'voc': _write_voc, 'ade': _write_ade}
     try:
-        for split, count in (('train', train_images), ('val', val_images)):
-            scenes = [compose(split, i, size, seed) for i in range(count)]
-            for layout, write in (('coco', _write_coco), ('voc', _write_voc), ('ade', _write_ade)):
-                if layout in layouts:
-                    write(temporary, split, scenes)
-        if set(layouts) & {'voc', 'ade'}:
-            (temporary / 'classes.txt').write_text('\n'.join(CLASSES) + '\n', encoding='utf-8')
+        for split, count in (('train', settings.train_images), ('val', settings.val_images)):
+            scenes = [compose(split, i, settings.img_size, settings.seed) for i in range(count)]
+            for layout in settings.layouts:
+                writers[layout](temporary, split, scenes)
+        if set(settings.layouts) - {'coco'}:
+            _write(temporary / 'classes.txt', ''.join(f'{name}\n' for name in CLASSES))
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def default_scenes() -> Path:
-    """The folder of scenes that the scripts take when none is named, written when it is not there.
-
-    Returns:
-        `ctc_timm/digit-scenes-VERSION` in `$XDG_CACHE_HOME`, or in `~/.cache`.
-    """
+def default_scenes() -> str:
+    """The folder of scenes in the user's cache, `ctc_timm/digit-scenes-VERSION`, written when it is not there."""
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
     folder = cache / 'ctc_timm' / f'digit-scenes-{VERSION}'
     if not folder.is_dir():
         try:
-            write_scenes(folder)
+            write_scenes(ScenesSettings(str(folder)))
         except (UserError, OSError):  # another process may have been faster
             if not folder.is_dir():
                 raise
-    return folder
+    return str(folder)
 
 
 def _write_coco(folder: Path, split: str, scenes: list[Scene]) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    (folder / split).mkdir(parents=True)
     for number, scene in enumerate(scenes, 1):
         height, width = scene.image.shape[:2]
         images.append({'id': number, 'file_name': f'{number:04d}.png', 'width': width, 'height': height})
-        Image.fromarray(scene.image).save(folder / split / images[-1]['file_name'])
+        _write(folder / split / images[-1]['file_name'], scene.image)
         for mask, digit in zip(scene.masks, scene.digits):
             annotation = {
                 'id': len(annotations) + 1,
                 'image_id': number,
                 'category_id': digit + 1,
-                'bbox': box_of(mask),
+                'bbox': _box(mask),
                 'area': int(mask.sum()),
                 'iscrowd': 0,
-                'segmentation': run_lengths(mask),
+                'segmentation': _run_lengths(mask),
             }
             annotations.append(annotation)
     categories = [{'id': i, 'name': name, 'supercategory': 'digit'} for i, name in enumerate(CLASSES) if i]
     info = {'description': "Scenes of scikit-learn's handwritten digits", 'version': str(VERSION)}
-    file = folder / 'annotations' / f'instances_{split}.json'
-    file.parent.mkdir(exist_ok=True)
     content = {'info': info, 'images': images, 'annotations': annotations, 'categories': categories}
-    file.write_text(json.dumps(content), encoding='utf-8')
+    _write(folder / 'annotations' / f'instances_{split}.json', json.dumps(content))
+
+
+def _run_lengths(mask: np.ndarray) -> dict[str, Any]:
+    """A mask as COCO's uncompressed run-length code: lengths of runs down the columns, the first of zeros."""
+    flat = mask.flatten(order='F')
+    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff([0, *ends, flat.size]).tolist()
+    return {'size': list(mask.shape), 'counts': [0, *counts] if flat[0] else counts}
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    """The box of a mask in COCO's format: left, top, width, height."""
+    rows, columns = (mask.any(axis=axis).nonzero()[0] for axis in (1, 0))
+    left, top = int(columns[0]), int(rows[0])
+    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
 
 
 def _write_voc(folder: Path, split: str, scenes: list[Scene]) -> None:
-    lists = folder / 'ImageSets' / 'Segmentation'
-    for part in (lists, folder / 'JPEGImages', folder / 'SegmentationClass'):
-        part.mkdir(parents=True, exist_ok=True)
     names = [f'{split}_{number:04d}' for number in range(1, len(scenes) + 1)]
     for name, scene in zip(names, scenes):
-        Image.fromarray(scene.image).save(folder / 'JPEGImages' / f'{name}.jpg', quality=95)
-        indexed = Image.fromarray(scene.classes())
-        indexed.putpalette(voc_palette().tobytes())
-        indexed.save(folder / 'SegmentationClass' / f'{name}.png')
-    (lists / f'{split}.txt').write_text(''.join(f'{name}\n' for name in names), encoding='utf-8')
+        _write(folder / 'JPEGImages' / f'{name}.jpg', scene.image)
+        _write(folder / 'SegmentationClass' / f'{name}.png', scene.classes(), voc_palette())
+    _write(folder / 'ImageSets' / 'Segmentation' / f'{split}.txt', ''.join(f'{name}\n' for name in names))
 
 
 def _write_ade(folder: Path, split: str, scenes: list[Scene]) -> None:
     part = {'train': 'training', 'val': 'validation'}[split]
-    for where in ('images', 'annotations'):
-        (folder / where / part).mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(scenes, 1):
         name = f'ADE_{split}_{number:08d}'
-        Image.fromarray(scene.image).save(folder / 'images' / part / f'{name}.jpg', quality=95)
-        Image.fromarray(scene.classes() + 1).save(folder / 'annotations' / part / f'{name}.png')
+        _write(folder / 'images' / part / f'{name}.jpg', scene.image)
+        _write(folder / 'annotations' / part / f'{name}.png', scene.classes() + 1)
+
+
+def _write(file: Path, content: str | np.ndarray, palette: np.ndarray | None = None) -> None:
+    """Write a text or an image."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+        file.write_text(content, encoding='utf-8')
+        return
+    image = Image.fromarray(content)
+    if palette is not None:
+        image.putpalette(palette.tobytes())
+    image.save(file, quality=95)  # of JPEG

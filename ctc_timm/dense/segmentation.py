@@ -1,204 +1,121 @@
-"""`transfer/segment.py`: semantic segmentation on any body, from a folder of masks to mean intersection over union.
+"""Semantic segmentation on any backbone, trained on a folder of masks and evaluated by intersection over union.
 
 B: batch. S: side of the canvas. K: classes. H, W: of an image.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
-from torch.utils.data import DataLoader, Subset
 
-from ..data import decoding as workers
-from ..data.transforms import worker_count
-from ..measure.results import table, write_json
+from ..measure.results import table
+from ..runs import Run
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
-from . import fitting_flags, mask_metrics
-from .augment import FitCanvas, collate
-from .fitting import Fitting
-from .mask_drawing import draw_masks
-from .masks import IGNORE, Coding, MaskDataset, MaskSplit, mask_transform, open_masks
-from .segmenters import Segmenter, open_body
+from .loading import IGNORE, Batch, FitCanvas
+from .masks import METRICS, confusion, open_masks, scores
+from .pictures import draw_masks
+from .pyramid import open_pyramid
+from .segmenters import Segmenter
+from .settings import SegmentSettings
+from .training import DenseEvaluator, DenseTask, open_data, train_dense
 
 
-def segment(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure, print, write and draw.
+class SegmentationTask(DenseTask):
+    """A segmenter with the mean cross-entropy over the pixels that count; 0 where none does."""
 
-    Returns:
-        What results.json holds.
+    stage = 'segment'
+
+    def run_batch(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the loss of a batch."""
+        images, targets = batch
+        truth_BSS = torch.stack([target['mask'] for target in targets]).long()
+        scores_BKSS = self.trainable_module(images).float()
+        total = cross_entropy(scores_BKSS, truth_BSS, ignore_index=IGNORE, reduction='sum')
+        return {'loss': total / (truth_BSS != IGNORE).sum().clamp(min=1)}
+
+
+class SegmentationEvaluator(DenseEvaluator):
+    """The metrics of a segmenter, see `masks.scores`."""
+
+    best_metric = 'miou'
+    columns = METRICS
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        classes = len(self.split.names)
+        matrix_KK = torch.zeros(classes, classes, dtype=torch.int64, device=self.accelerator.device)
+        for predicted_HW, truth_HW in self.predictions(model):
+            matrix_KK += confusion(predicted_HW, truth_HW, classes)
+        return scores(self.accelerator.reduce(matrix_KK, 'sum'), self.split.names)
+
+    def predictions(self, model: nn.Module, indices: range | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Predicted and true classes of images, [H, W] at their own sizes; `indices` as of `outputs`."""
+        for scores_KSS, target in self.outputs(model, indices):
+            (high, wide), truth_HW = target['fitted'], target['mask'].to(scores_KSS.device)
+            scores = scores_KSS.float()[None, :, :high, :wide]
+            if truth_HW.shape != (high, wide):
+                scores = interpolate(scores, size=truth_HW.shape, mode='bilinear', align_corners=False)
+            yield scores[0].argmax(0), truth_HW
+
+
+def segment(settings: SegmentSettings) -> Run:
+    """Train a segmenter; results.json and plots/masks.png are of the last epoch.
 
     Raises:
         UserError: A model or data that cannot be had, or that do not fit each other.
     """
-    accelerator = fitting_flags.open_accelerator(args)
-    with accelerator.main_process_first():
-        train, val = open_splits(args, accelerator)
-    segmentation = Segmentation(args, train, val, accelerator)
-    fitting = segmentation.fitting
-    if accelerator.is_main_process:
-        size = sum(p.numel() for p in segmentation.model.parameters()) / 1e6
-        pyramid = segmentation.pyramid
-        print(
-            f'training: {train.told()}\nvalidation: {val.told()}\n{args.head} on {pyramid.name} ({pyramid.weights}; '
-            f'{size:.2f}M parameters), {args.img_size} pixels, to {fitting.run.path}',
-            flush=True,
-        )
-    metrics = fitting.fit()
-    results = {
-        'head': args.head,
-        'body': segmentation.pyramid.name,
-        'weights': segmentation.pyramid.weights,
-        'data': str(train.folder),
-        'images': {'train': len(train.pairs), 'val': len(val.pairs)},
-        'unlabeled': {'train': train.unlabeled, 'val': val.unlabeled},
-        'classes': val.names,
-        'epoch': fitting.at.epoch - 1,
-        'best': fitting.at.best,
-        'metrics': metrics or dict(segmentation.measure(fitting.module.eval())),
-    }
-    segmentation.draw(args.drawn_images)
-    if accelerator.is_main_process:
-        write_json(fitting.run.path / 'results.json', results)
-        print(_summary(results, fitting))
-    accelerator.wait_for_everyone()
-    return results
+    choices, size = settings.segmenter, settings.canvas.img_size
+    if choices.head == 'deeplabv3' and settings.loader.batch_size < 2:
+        raise UserError('`batch_size` 1: the batch norm of deeplabv3 needs two images at least')
+    settings, accelerator, (train, val) = open_data(
+        settings, lambda folder, acc: open_masks(folder, choices, lambda pairs: progress_bar(pairs, 'read masks', acc))
+    )
+    stride = choices.output_stride
+    options = {} if stride is None else {'output_stride': stride}
+    pyramid = open_pyramid(settings.source, settings.backbone, size, **options)
+    if stride not in (None, pyramid.strides[-1]):  # of stems that are not of stride 4, which timm counts with
+        last = pyramid.strides[-1]
+        raise UserError(f'`output_stride` {stride}: the last map of {pyramid.name} has stride {last} with it')
+    if pyramid.in_chans not in (1, 3):
+        raise UserError(f'`model`: takes images of {pyramid.in_chans} channels; use one of 1 or 3')
+    train.mode = val.mode = 'RGB' if pyramid.in_chans == 3 else 'L'
+    mean, std = pyramid.normalization(settings.canvas)
+    model = Segmenter(choices.head, pyramid, len(train.names), mean, std, choices.head_channels)
+    evaluator = SegmentationEvaluator(val, FitCanvas(size, mean), settings.loader, accelerator)
 
+    def draw(run: Run) -> None:
+        shown = range(min(choices.drawn_images, len(val)))
+        masks = [[mask.cpu().numpy().astype(np.uint8) for mask in pair] for pair in evaluator.predictions(model, shown)]
+        predicted, truths = zip(*masks)
+        draw_masks([val[i][0] for i in shown], truths, predicted, val.names, run.plots / 'masks.png')
 
-def open_splits(args: argparse.Namespace, accelerator: Accelerator) -> list[MaskSplit]:
-    """Training and validation split of `--data-dir`, or of the digits' scenes, which are written where they are not.
-
-    Raises:
-        UserError: See `open_masks`.
-    """
-    if not args.data_dir:
-        from .scenes import default_scenes
-
-        args.data_dir = str(default_scenes())
-    return open_masks(
-        args.data_dir,
-        (args.train_split, args.val_split),
-        args.layout,
-        args.num_classes,
-        Coding(args.ignore_index, args.reduce_zero_label),
-        lambda todo: progress_bar(todo, 'read masks', accelerator),
+    return train_dense(
+        settings,
+        SegmentationTask(model, accelerator.device),
+        pyramid,
+        train,
+        evaluator,
+        boxes=False,
+        facts={'head': choices.head, 'num_classes': len(train.names)},
+        results={
+            'head': choices.head,
+            'images': {'train': len(train), 'val': len(val)},
+            'unlabeled': {'train': train.unlabeled, 'val': val.unlabeled},
+            'classes': val.names,
+        },
+        draw=draw,
+        summarize=_summarize,
     )
 
 
-class Segmentation:
-    """A segmenter with its data, and the run that trains it.
-
-    Args:
-        args: Of `segmentation_flags.add_arguments`.
-        train: Training split.
-        val: Validation split.
-        accelerator: Device, precision and processes.
-
-    Attributes:
-        pyramid: What the head stands on.
-        model: The segmenter.
-        fitting: Its run.
-    """
-
-    def __init__(self, args: argparse.Namespace, train: MaskSplit, val: MaskSplit, accelerator: Accelerator) -> None:
-        self.args, self.val, self.accelerator = args, val, accelerator
-        if args.scale[0] > args.scale[1]:
-            raise UserError(f'--scale {args.scale[0]:g} {args.scale[1]:g}: the first must not be above the second')
-        if args.head == 'deeplabv3' and args.batch_size < 2:
-            raise UserError('--batch-size 1: the batch norm of deeplabv3 needs two images at least')
-        torch.manual_seed(args.seed)
-        self.pyramid = open_body(args)
-        if self.pyramid.in_chans not in (1, 3):
-            raise UserError(f'--model: takes images of {self.pyramid.in_chans} channels; use one of 1 or 3')
-        self.mode = 'RGB' if self.pyramid.in_chans == 3 else 'L'
-        self.mean, std = fitting_flags.normalization(args, self.pyramid)
-        self.model = Segmenter(args.head, self.pyramid, len(train.names), self.mean, std, args.head_channels)
-        transform = mask_transform(args.img_size, args.hflip, tuple(args.scale), self.mean)
-        self.fitting = Fitting(
-            args,
-            accelerator=accelerator,
-            module=self.model,
-            pyramid=self.pyramid,
-            train=MaskDataset(train, transform, self.mode),
-            collate=collate,
-            loss=segmentation_loss,
-            evaluate=self.measure,
-            columns=mask_metrics.METRICS,
-            facts={'head': args.head, 'num_classes': len(train.names), 'img_size': args.img_size},
-        )
-
-    def measure(self, model: nn.Module) -> Mapping[str, float]:
-        """The metrics on the validation split; all processes share the work and get the numbers."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        classes = len(self.val.names)
-        matrix_KK = torch.zeros(classes, classes, dtype=torch.int64, device=self.accelerator.device)
-        for predicted_HW, truth_HW in self._predict(model, range(len(self.val.pairs))[rank::world]):
-            matrix_KK += mask_metrics.confusion(predicted_HW, truth_HW, classes)
-        matrix_KK = self.accelerator.reduce(matrix_KK, 'sum')
-        return mask_metrics.scores(matrix_KK, self.val.names)
-
-    @torch.no_grad()
-    def _predict(self, model: nn.Module, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Predicted and true classes of validation images, [H, W] at the images' own sizes."""
-        args, device = self.args, self.accelerator.device
-        dataset = MaskDataset(self.val, FitCanvas(args.img_size, self.mean), self.mode)
-        loader: Any = DataLoader(
-            Subset(dataset, list(indices)),
-            batch_size=args.validation_batch_size or args.batch_size,
-            num_workers=worker_count(args),
-            pin_memory=args.pin_mem,
-            collate_fn=collate,
-            generator=torch.Generator(),  # workers' seeds must not draw from the program's random state
-        )
-        with workers.translate_errors():
-            for images, targets in progress_bar(loader, 'validation', self.accelerator):
-                with self.accelerator.autocast():
-                    scores_BKSS = model(torch.stack(images).to(device))
-                for scores_KSS, target in zip(scores_BKSS.float(), targets):
-                    high, wide = target['fitted']
-                    truth_HW = target['mask'].to(device)
-                    scores = scores_KSS[None, :, :high, :wide]
-                    if truth_HW.shape != (high, wide):
-                        scores = interpolate(scores, size=truth_HW.shape, mode='bilinear', align_corners=False)
-                    yield scores[0].argmax(0), truth_HW
-
-    def draw(self, count: int) -> None:
-        """Draw the first validation images with their masks and the predicted ones, to plots/masks.png."""
-        if not self.accelerator.is_main_process:
-            return
-        dataset = MaskDataset(self.val, mode=self.mode)
-        shown = range(min(count, len(dataset)))
-        found = [(p.cpu().numpy(), t.cpu().numpy()) for p, t in self._predict(self.model.eval(), shown)]
-        predicted, truths = ([pair[i].astype(np.uint8) for pair in found] for i in (0, 1))
-        images = [dataset[i][0] for i in shown]
-        draw_masks(images, truths, predicted, self.val.names, self.fitting.run.plots / 'masks.png')
-
-
-def segmentation_loss(module: nn.Module, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Mean cross-entropy over the pixels that count; 0 where none does."""
-    images, targets = batch
-    truth_BSS = torch.stack([target['mask'] for target in targets]).long()
-    scores_BKSS = module(torch.stack(images))
-    total = cross_entropy(scores_BKSS.float(), truth_BSS, ignore_index=IGNORE, reduction='sum')
-    return {'loss': total / (truth_BSS != IGNORE).sum().clamp(min=1)}
-
-
-def _summary(results: dict[str, Any], fitting: Fitting) -> str:
-    """The last epoch's metrics as a table, and where everything is."""
-    metrics = {name: 100 * value for name, value in results['metrics'].items()}
-    rows = [{'class': name, 'iou': metrics.get(f'iou/{name}')} for name in results['classes']]
-    rows.append({'class': 'mean', 'iou': metrics['miou']})
-    path = fitting.run.path
-    return (
-        f'\n{results["images"]["val"]:,} validation images, epoch {results["epoch"]}\n'
-        f'{table(rows, {"class": "class", "iou": "IoU %"})}\n'
-        f'pixel accuracy {metrics["pixel_accuracy"]:.2f}%, mean over classes {metrics["mean_accuracy"]:.2f}%\n'
-        f'written to {path / "results.json"}, {fitting.run.plots / "masks.png"}'
-    )
+def _summarize(metrics: dict[str, float]) -> str:
+    """Make a table of the metrics."""
+    rows = [{'class': name[4:], 'iou': 100 * value} for name, value in metrics.items() if name.startswith('iou/')]
+    rows.append({'class': 'mean', 'iou': 100 * metrics['miou']})
+    pixels, classes = (100 * metrics[f'{name}_accuracy'] for name in ('pixel', 'mean'))
+    columns = {'class': 'class', 'iou': 'IoU %'}
+    return f'{table(rows, columns)}\npixel accuracy {pixels:.2f}%, mean over classes {classes:.2f}%'

@@ -5,7 +5,6 @@ B: batch. S: side of the images. K: classes. D: channels.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -14,12 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from ..models.loading import named_source
-from ..utils.errors import UserError
-from . import fitting_flags
 from .pyramid import Pyramid
-
-HEADS = ('fpn', 'deeplabv3')
 
 
 class SemanticFPN(nn.Module):
@@ -61,8 +55,8 @@ class SemanticFPN(nn.Module):
         total, branches = torch.zeros((), device=levels[0].device), cast(Iterable[Iterable[nn.Module]], self.branches)
         for level, branch in enumerate(branches):
             x = levels[level]
-            for step, convolved in enumerate(branch):
-                x = convolved(x)
+            for step, block in enumerate(branch):
+                x = block(x)
                 if level:
                     x = interpolate(x, size=levels[level - step - 1].shape[-2:], mode='bilinear', align_corners=False)
             total = total + x
@@ -70,11 +64,11 @@ class SemanticFPN(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A body with a segmentation head.
+    """A backbone with a segmentation head.
 
     Args:
-        head: Of `HEADS`. DeepLabV3's stands on the body's last map, and drops the rest of the pyramid.
-        pyramid: Of the body.
+        head: 'fpn', or 'deeplabv3', which stands on the backbone's last map and drops the rest of the pyramid.
+        pyramid: Of the backbone.
         num_classes: K.
         mean: Of the channels, of 1.
         std: Of the channels.
@@ -101,43 +95,22 @@ class Segmenter(nn.Module):
         else:
             self.head = DeepLabHead(pyramid.channels[-1], num_classes)
             del pyramid.fpn, pyramid.resample
-        self._of_levels = head == 'fpn'
+        self.on_levels = head == 'fpn'
         for name, values in (('mean', mean), ('std', std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: list[Tensor]) -> Tensor:
         """Scores of each class for each pixel.
 
         Args:
-            images: [B, channels, S, S], 0 to 1.
+            images: B of [channels, S, S], 0 to 1.
 
         Returns:
             [B, K, S, S].
         """
-        pixels = (images - self.mean) / self.std
-        if self._of_levels:
+        pixels = (torch.stack(images) - self.mean) / self.std
+        if self.on_levels:
             scores = self.head(list(self.backbone(pixels).values()))
         else:
             scores = self.head(self.backbone.maps(pixels)[-1])
-        return interpolate(scores, size=images.shape[-2:], mode='bilinear', align_corners=False)
-
-
-def open_body(args: argparse.Namespace) -> Pyramid:
-    """The pyramid that the flags describe, the body with `--output-stride` if it is given.
-
-    Raises:
-        UserError: See `fitting_flags.open_pyramid`; a model whose stride can't be changed.
-    """
-    wanted = args.output_stride
-    if wanted is None:
-        return fitting_flags.open_pyramid(args)
-    try:
-        pyramid = fitting_flags.open_pyramid(args, output_stride=wanted)
-    except UserError as error:
-        if 'output_stride' not in str(error):
-            raise
-        raise UserError(f'--output-stride {wanted}: {named_source(args)[0]} has no other stride than its own') from None
-    if pyramid.strides[-1] != wanted:  # of stems that are not of stride 4, which timm counts with
-        stride = pyramid.strides[-1]
-        raise UserError(f'--output-stride {wanted}: the last map of {pyramid.name} has stride {stride} with it')
-    return pyramid
+        return interpolate(scores, size=pixels.shape[-2:], mode='bilinear', align_corners=False)

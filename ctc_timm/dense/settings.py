@@ -13,7 +13,7 @@ from ..utils.settings import group, setting
 
 
 @dataclass(frozen=True)
-class BodySettings:
+class BackboneSettings:
     """The backbone that heads stand on, and its feature pyramid."""
 
     from_scratch: bool = setting(False, 'random weights for the timm name of the model')
@@ -74,45 +74,40 @@ class SegmenterSettings:
     reduce_zero_label: bool = setting(False, '0 does not count either, and 1 is the first class (ADE20K)')
 
 
-_OPTIMIZER: dict[str, Any] = dict(opt='adamw', lr_base=2e-4, lr_base_size=16, weight_decay=0.05)
-_SCHEDULE: dict[str, Any] = dict(epochs=12, warmup_epochs=1, sched_on_updates=True)
-_RUN: dict[str, Any] = dict(seed=0, keep_every=0, checkpoint_hist=1)
+@dataclass(frozen=True)
+class DenseSettings:
+    """What detection and segmentation share."""
+
+    mode: ClassVar[str]
+    source: SourceSettings = group('Model', SourceSettings)
+    backbone: BackboneSettings = group('Backbone', BackboneSettings)
+    canvas: CanvasSettings = group('Data', CanvasSettings)
+    loader: LoaderSettings = group('Loading', LoaderSettings, batch_size=8)
+    schedule: ScheduleSettings = group('Schedule', ScheduleSettings, epochs=12, warmup_epochs=1, sched_on_updates=True)
+    optimizer: OptimizerSettings = group(
+        'Optimizer', OptimizerSettings, opt='adamw', lr_base=2e-4, lr_base_size=16, weight_decay=0.05
+    )
+    batch_norm: BatchNormSettings = group('Batch norm with several processes', BatchNormSettings)
+    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
+    folder: FolderSettings = group('Run folder', FolderSettings)
+    run: RunSettings = group('Run', RunSettings, seed=0, keep_every=0, checkpoint_hist=1)
 
 
 @dataclass(frozen=True)
-class DetectSettings:
+class DetectSettings(DenseSettings):
     """All settings of `ctc_timm.detect`."""
 
     mode: ClassVar[str] = 'detect'
-    source: SourceSettings = group('Model', SourceSettings)
-    body: BodySettings = group('Backbone', BodySettings)
     detector: DetectorSettings = group('Detector', DetectorSettings)
-    canvas: CanvasSettings = group('Data', CanvasSettings)
-    loader: LoaderSettings = group('Loading', LoaderSettings, batch_size=8)
-    schedule: ScheduleSettings = group('Schedule', ScheduleSettings, **_SCHEDULE)
-    optimizer: OptimizerSettings = group('Optimizer', OptimizerSettings, **_OPTIMIZER)
-    batch_norm: BatchNormSettings = group('Batch norm with several processes', BatchNormSettings)
-    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
-    folder: FolderSettings = group('Run folder', FolderSettings)
-    run: RunSettings = group('Run', RunSettings, **_RUN)
 
 
 @dataclass(frozen=True)
-class SegmentSettings:
+class SegmentSettings(DenseSettings):
     """All settings of `ctc_timm.segment`."""
 
     mode: ClassVar[str] = 'segment'
-    source: SourceSettings = group('Model', SourceSettings)
-    body: BodySettings = group('Backbone', BodySettings)
-    segmenter: SegmenterSettings = group('Segmenter', SegmenterSettings)
     canvas: CanvasSettings = group('Data', CanvasSettings, scale=(0.5, 2.0))
-    loader: LoaderSettings = group('Loading', LoaderSettings, batch_size=8)
-    schedule: ScheduleSettings = group('Schedule', ScheduleSettings, **_SCHEDULE)
-    optimizer: OptimizerSettings = group('Optimizer', OptimizerSettings, **_OPTIMIZER)
-    batch_norm: BatchNormSettings = group('Batch norm with several processes', BatchNormSettings)
-    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
-    folder: FolderSettings = group('Run folder', FolderSettings)
-    run: RunSettings = group('Run', RunSettings, **_RUN)
+    segmenter: SegmenterSettings = group('Segmenter', SegmenterSettings)
 
 
 @dataclass(frozen=True)
@@ -120,8 +115,8 @@ class ScenesSettings:
     """All settings of `ctc-timm digit-scenes`."""
 
     output: str = setting('', 'folder to write, which must not exist or be empty', positional='', metavar='OUT')
-    train_images: int = setting(600, 'scenes', low=1, metavar='N')
-    val_images: int = setting(150, 'scenes', low=1, metavar='N')
+    train_images: int = setting(600, 'training scenes', low=1, metavar='N')
+    val_images: int = setting(150, 'validation scenes', low=1, metavar='M')
     img_size: int = setting(96, 'sides in pixels', low=32, high=2048, metavar='S')
-    seed: int = setting(0, 'of everything random', low=0, metavar='S')
+    seed: int = setting(0, 'of everything random', low=0, metavar='K')
     layouts: tuple[Literal['coco', 'voc', 'ade'], ...] = setting(('coco', 'voc'), 'what to write', metavar='LAYOUT')

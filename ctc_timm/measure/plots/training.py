@@ -21,6 +21,7 @@ from .style import (
     drawing,
     epoch_axis,
     literal,
+    look,
     mark_stage_change,
     plt,
     save,
@@ -81,7 +82,8 @@ def _draw(run: Run, name: str, change: float | None, panels: Sequence[Callable[[
 def _task_loss(ax: Axes, rows: Rows, change: float | None) -> None:
     training = 'train_task_loss' if 'train_task_loss' in rows[0] else 'train_loss'
     ax.plot(*_series(rows, training), color=BLUE, label='training')
-    ax.plot(*_series(rows, 'eval_loss'), color=BLUE, linestyle=':', label='validation')
+    if 'eval_loss' in rows[0]:
+        ax.plot(*_series(rows, 'eval_loss'), color=BLUE, linestyle=':', label='validation')
     ax.set_ylabel('task loss (nats)')
     ax.legend(loc='upper right')
     if change is not None:
@@ -108,6 +110,13 @@ def _contrast(ax: Axes, rows: Rows, change: float | None) -> None:
 
 
 def _accuracy(ax: Axes, rows: Rows) -> None:
+    if 'eval_top1' not in rows[0]:  # of another task than classification
+        columns = [name for name in rows[0] if name.startswith('eval_') and _series(rows, name)[0]]
+        for i, name in enumerate(columns):
+            ax.plot(*_series(rows, name), label=literal(name.removeprefix('eval_')), **look(i))
+        ax.set_ylabel('validation')
+        ax.legend(ncols=2, fontsize=8)
+        return
     ax.plot(*_series(rows, 'eval_top1'), color=BLUE, marker='o', markersize=3, label='top-1')
     ax.plot(*_series(rows, 'eval_top5'), color=ORANGE, linestyle='--', marker='s', markersize=3, label='top-5')
     ax.set_ylabel('validation accuracy (%)')

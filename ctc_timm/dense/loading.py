@@ -1,0 +1,173 @@
+"""Images with targets, from a file to batches: transforms onto a square canvas, seeded order, workers.
+
+For training: a horizontal flip, a random scale, and a crop or a border to the canvas (scale jitter, Ghiasi et al. 2021,
+Simple Copy-Paste). For evaluation: as large as fits the canvas, at its upper left. A batch is a list of images and a
+list of targets, as torchvision's detectors take them.
+
+C: channels. S: side of the canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+from torchvision.tv_tensors import Image, Mask
+
+from ..data.decoding import read_image, translate_errors
+from ..data.indexed import EpochBatches, random_state_kept, seed_transforms
+from ..data.settings import LoaderSettings
+from ..data.transforms import worker_count
+from ..utils.errors import UserError, one_line
+from .settings import CanvasSettings
+
+IGNORE = 255  # class of the pixels of a semantic mask that don't count
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+Transform = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def open_image(path: Path, mode: str) -> PIL.Image.Image:
+    """Read an image as one of a PIL mode.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    try:
+        return read_image(path.open('rb'), mode)
+    except OSError as error:
+        raise UserError(f'{path}: not an image that can be read: {one_line(error)}') from None
+
+
+def train_transform(canvas: CanvasSettings, mean: Sequence[float], *, boxes: bool) -> v2.Compose:
+    """Make the training transform of (image, target), to a float image in 0 to 1, [C, S, S].
+
+    Args:
+        canvas: S, the probability of a flip, and the range of the image's size over that which fits the canvas.
+        mean: Of the channels, of 1; the border's color, so that it is zero when normalized.
+        boxes: The target has boxes, with labels and maybe a mask each. They are cut to the canvas, those of less than a
+            pixel dropped. Else it has a semantic mask, whose border is `IGNORE`.
+
+    Raises:
+        UserError: An empty range.
+    """
+    (low, high), size = canvas.scale, (canvas.img_size, canvas.img_size)
+    if low > high:
+        raise UserError(f'`scale` {low:g} {high:g}: the first must not be above the second')
+    fill: dict[Any, Any] = {Image: [round(255 * value) for value in mean], Mask: 0 if boxes else IGNORE}
+    steps: list[Any] = [v2.ToImage(), v2.RandomHorizontalFlip(canvas.hflip), v2.ScaleJitter(size, (low, high))]
+    steps += [v2.RandomCrop(size, pad_if_needed=True, fill=fill), *([v2.SanitizeBoundingBoxes()] if boxes else [])]
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+
+
+class FitCanvas:
+    """The evaluation transform of (image, target), which adds `fitted` to the target: the image's (H, W) on the canvas.
+
+    Args:
+        img_size: S.
+        mean: Of the channels, of 1; the border's color.
+    """
+
+    def __init__(self, img_size: int, mean: Sequence[float]) -> None:
+        self.img_size = img_size
+        self.mean = mean
+
+    def __call__(self, image: Any, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        height, width = functional.get_size(image)
+        ratio = self.img_size / max(height, width)
+        fitted = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+        pixels = functional.resize(functional.to_image(image), list(fitted), antialias=True)
+        canvas = torch.tensor(self.mean)[:, None, None].repeat(1, self.img_size, self.img_size)
+        canvas[:, : fitted[0], : fitted[1]] = functional.to_dtype(pixels, torch.float32, scale=True)
+        return canvas, {**target, 'fitted': fitted}
+
+
+class Transformed(Dataset):
+    """A dataset of (image, target) through a transform.
+
+    With a seed items are asked for by (epoch, index), and random transforms are a function of that and the seed.
+    """
+
+    def __init__(self, dataset: Any, transform: Transform, seed: int | None = None) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: Any) -> Any:
+        if self.seed is None:
+            return self.transform(*self.dataset[key])
+        with random_state_kept():
+            seed_transforms(self.seed, *key)
+            return self.transform(*self.dataset[key[1]])
+
+
+def collate(items: list[tuple[Tensor, dict[str, Any]]]) -> Batch:
+    """Make items a batch of plain tensors; their subclasses would slow every operation down."""
+
+    def plain(value: Any) -> Any:
+        return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
+
+    targets = [{key: plain(value) for key, value in target.items()} for _, target in items]
+    return [plain(image) for image, _ in items], targets
+
+
+def create_loader(dataset: Dataset, loader: LoaderSettings, **options: Any) -> Any:
+    """Make PyTorch's loader of batches; `options` say which."""
+    return DataLoader(
+        dataset,
+        num_workers=worker_count(loader.workers),
+        collate_fn=collate,
+        pin_memory=loader.pin_mem,
+        generator=torch.Generator(),  # workers' seeds must not draw from the state that the model draws from
+        **options,
+    )
+
+
+class TrainLoader:
+    """Training batches on the device, in an order that is a function of (seed, epoch).
+
+    Raises:
+        UserError: Fewer images than a batch has.
+    """
+
+    skipped = None  # an unreadable image ends the run
+
+    def __init__(
+        self, dataset: Any, transform: Transform, loader: LoaderSettings, seed: int, accelerator: Accelerator
+    ) -> None:
+        count, size, world = len(dataset), loader.batch_size, accelerator.num_processes
+        if count < size * world:
+            raise UserError(
+                f'`batch_size` {size} times {world} process(es) is more than the {count} training images; use at most '
+                f'{max(1, count // world)}'
+            )
+        self.device = accelerator.device
+        self.unreadable: list[str] = []
+        self.batches = EpochBatches(count, size, seed, accelerator.process_index, world)
+        persistent = worker_count(loader.workers) > 0
+        images = Transformed(dataset, transform, seed)
+        self.loader = create_loader(images, loader, batch_sampler=self.batches, persistent_workers=persistent)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and the batch of it to begin at."""
+        self.batches.epoch, self.batches.first = epoch, first_batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        with translate_errors():
+            for batch in self.loader:
+                yield send_to_device(batch, self.device)
+
+    def image_names(self, batch: Batch) -> list[str]:
+        """Name the images of a batch."""
+        return [str(target['name']) for target in batch[1]]
