@@ -95,13 +95,18 @@ class _EvalBatches:
 class RefreshLoader:
     """One pass over a training split without augmentation: batches of (images, targets, index).
 
-    Args:
-        source: The split.
-        *options: More for `create_eval_loader`.
+    The arguments are those of `create_eval_loader`.
     """
 
-    def __init__(self, source: DatasetSplit, *options: Any) -> None:
-        self._loader = create_eval_loader(IndexedDataset(source.dataset), *options)
+    def __init__(
+        self,
+        source: DatasetSplit,
+        loader: LoaderSettings,
+        config: dict[str, Any],
+        device: torch.device,
+        distributed: bool = False,
+    ) -> None:
+        self._loader = create_eval_loader(IndexedDataset(source.dataset), loader, config, device, distributed)
 
     def __len__(self) -> int:
         return len(self._loader)
