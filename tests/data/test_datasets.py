@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
-import io
 import tarfile
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import timm
-import torch
+from images import encoded, picture
 from PIL import Image
+from runs import write_folder
 from sklearn.datasets import load_digits
-from timm.data import create_transform
 
-from ctc_timm.data.datasets import check_labels, is_streaming, open_split
+from ctc_timm.data.datasets import check_classes, check_labels, is_streaming, open_split
+from ctc_timm.data.decoding import ReplacingDataset
 from ctc_timm.data.digits import DigitsReader
-from ctc_timm.data.training_loader import RefreshLoader, TrainLoader
+from ctc_timm.data.indexed import IndexedDataset
+from ctc_timm.data.settings import DataSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.utils.errors import UserError
 
-Flags = Callable[..., argparse.Namespace]
+DIGITS = DataSettings(dataset='digits')
 
 
 def truth(folder: Path) -> tuple[list[Path], list[int]]:
@@ -32,40 +33,36 @@ def truth(folder: Path) -> tuple[list[Path], list[int]]:
     return files, [int(file.parent.name.removeprefix('class')) for file in files]
 
 
+def labels(data: DataSettings, split: str, **options: Any) -> list[int]:
+    labels_N = open_split(data, split, **options).labels_N
+    assert labels_N is not None
+    return labels_N.tolist()
+
+
 def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert('RGB'))
 
 
 @pytest.mark.parametrize('split, place', [('train', 'train'), ('validation', 'validation'), ('val', 'validation')])
-def test_folder(flags: Flags, image_folder: Path, split: str, place: str) -> None:
-    """Also by a synonym of the split, by flag or by position."""
-    files, labels = truth(image_folder / place)
-    for words in (['--data-dir', str(image_folder)], [str(image_folder)]):
-        source = open_split(flags(*words), split)
-        assert source.labels_N is not None and source.labels_N.tolist() == labels
-        assert source.num_classes == 3 and source.class_names == {i: f'class{i}' for i in range(3)}
-        image, label = source.dataset[7]
-        assert label == labels[7] and np.array_equal(pixels(image), pixels(Image.open(files[7])))
+def test_folder(image_folder: Path, split: str, place: str) -> None:
+    """Also by a synonym of the split."""
+    files, expected = truth(image_folder / place)
+    source = open_split(DataSettings(data_dir=str(image_folder)), split)
+    assert source.labels_N is not None and source.labels_N.tolist() == expected
+    assert source.num_classes == 3 and source.class_names == {i: f'class{i}' for i in range(3)}
+    image, label = source.dataset[7]
+    assert label == expected[7] and np.array_equal(pixels(image), pixels(Image.open(files[7])))
 
 
-def test_folder_without_splits(flags: Flags, image_folder: Path) -> None:
+def test_folder_without_splits(image_folder: Path) -> None:
     """Taken for any split where the caller allows it, and with an empty split's name always."""
-    flat = image_folder / 'train'
+    flat = DataSettings(data_dir=str(image_folder / 'train'))
     for split, unsplit in (('validation', True), ('', False)):
-        source = open_split(flags('--data-dir', str(flat)), split, unsplit=unsplit)
-        assert source.labels_N is not None and source.labels_N.tolist() == truth(flat)[1]
-
-
-def test_class_map(flags: Flags, image_folder: Path, tmp_path: Path) -> None:
-    mapping = tmp_path / 'map.txt'
-    mapping.write_text('class2\nclass1\nclass0\n')
-    source = open_split(flags('--data-dir', str(image_folder), '--class-map', str(mapping)), 'train')
-    assert source.labels_N is not None
-    assert source.labels_N.tolist() == [2 - label for label in truth(image_folder / 'train')[1]]
+        assert labels(flat, split, unsplit=unsplit) == truth(image_folder / 'train')[1]
 
 
 @pytest.mark.parametrize('layout', ['tar a split', 'splits in a tar', 'splits in a tar with dots', 'no splits'])
-def test_tar(flags: Flags, image_folder: Path, tmp_path: Path, layout: str) -> None:
+def test_tar(image_folder: Path, tmp_path: Path, layout: str) -> None:
     """The same labels and pixels as from the folder that was packed."""
     if layout == 'tar a split':
         root = tmp_path / 'tars'
@@ -73,20 +70,21 @@ def test_tar(flags: Flags, image_folder: Path, tmp_path: Path, layout: str) -> N
         packed = {f'{split}.tar': (image_folder / split, '') for split in ('train', 'validation')}
     else:
         root = tmp_path / 'all.tar'
-        place = {'splits in a tar': '', 'splits in a tar with dots': '.', 'no splits': ''}[layout]
+        place = '.' if layout == 'splits in a tar with dots' else ''
         packed = {'': (image_folder / 'train' if layout == 'no splits' else image_folder, place)}
     for name, (folder, place) in packed.items():
         with tarfile.open(root / name if name else root, 'w') as tar:
             for part in [folder] if place else sorted(folder.iterdir()):
                 tar.add(part, place or part.name)
     for split in ('train',) if layout == 'no splits' else ('train', 'validation'):
-        files, labels = truth(image_folder / split)
-        source = open_split(flags('--data-dir', str(root)), split)
-        assert source.labels_N is not None and source.labels_N.tolist() == labels
+        files, expected = truth(image_folder / split)
+        source = open_split(DataSettings(data_dir=str(root)), split)
+        assert source.labels_N is not None and source.labels_N.tolist() == expected
         assert source.class_names == {i: f'class{i}' for i in range(3)}
         for i in (0, len(files) // 2, len(files) - 1):
             image, label = source.dataset[i]
-            assert label == labels[i] and np.array_equal(pixels(image), pixels(Image.open(files[i])))
+            assert label == expected[i] and np.array_equal(pixels(image), pixels(Image.open(files[i])))
+            assert ReplacingDataset(source.dataset).name(i).endswith(f'class{label}/{files[i].name}')
 
 
 @pytest.fixture
@@ -94,92 +92,90 @@ def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set in the Hub's layout, parquet, with splits train and test, made of digits."""
     monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
     features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=list('0123456789'))})
-    (tmp_path / 'hub' / 'data').mkdir(parents=True)
     for split, ours in (('train', 'train[:60]'), ('test', 'validation[:30]')):
         reader = DigitsReader(ours)
-        rows = []
-        for image, label in zip(reader.images, reader.labels.tolist()):
-            file = io.BytesIO()
-            Image.fromarray(image).save(file, 'PNG')
-            rows.append({'image': {'bytes': file.getvalue(), 'path': None}, 'label': label})
-        table = datasets.Dataset.from_list(rows, features=features)
+        images = [{'bytes': encoded(Image.fromarray(image), 'PNG'), 'path': None} for image in reader.images]
+        table = datasets.Dataset.from_dict({'image': images, 'label': reader.targets}, features=features)
         table.to_parquet(tmp_path / 'hub' / 'data' / f'{split}-00000-of-00001.parquet')
     return tmp_path / 'hub'
 
 
-def test_hub(flags: Flags, hub_folder: Path) -> None:
+def test_hub(hub_folder: Path) -> None:
     """Whole splits, slices, and 'test' where there is no 'validation'."""
-    args = flags('--dataset', f'hfds/{hub_folder}')
-    for split, ours in (
-        ('train', 'train[:60]'),
-        ('train[10:20]', 'train[10:20]'),
-        ('train[:50%]', 'train[:30]'),
-        ('test', 'validation[:30]'),
-        ('validation', 'validation[:30]'),
-        ('validation[5:]', 'validation[5:30]'),
-    ):
+    for split, ours in {
+        'train': 'train[:60]',
+        'train[10:20]': 'train[10:20]',
+        'train[:50%]': 'train[:30]',
+        'test': 'validation[:30]',
+        'validation': 'validation[:30]',
+        'validation[5:]': 'validation[5:30]',
+    }.items():
         reader = DigitsReader(ours)
-        source = open_split(args, split)
-        assert source.labels_N is not None and source.labels_N.tolist() == reader.labels.tolist()
+        source = open_split(DataSettings(dataset=f'hfds/{hub_folder}'), split)
+        assert source.labels_N is not None and source.labels_N.tolist() == reader.targets
         assert source.num_classes == 10 and source.class_names[3] == '3'
         image, label = source.dataset[2]
-        assert label == reader.labels[2] and np.array_equal(pixels(image)[:, :, 0], reader.images[2])
+        assert label == reader.targets[2] and np.array_equal(pixels(image)[:, :, 0], reader.images[2])
 
 
-def test_streaming_gives_no_labels(flags: Flags, hub_folder: Path) -> None:
-    args = flags('--dataset', f'hfids/{hub_folder}', '--train-num-samples', '60', '--mode', 'vanilla')
-    source = open_split(args, 'train', is_training=True)
-    assert source.labels_N is None and is_streaming(args.dataset)
-    assert not is_streaming(f'hfds/{hub_folder}')
+def test_streams_have_no_labels(hub_folder: Path) -> None:
+    data = DataSettings(dataset=f'hfids/{hub_folder}', train_num_samples=60)
+    assert open_split(data, 'train', is_training=True).labels_N is None
+    assert is_streaming(data.dataset) and not is_streaming(f'hfds/{hub_folder}')
 
 
-def test_digits_are_scikit_learns(flags: Flags) -> None:
+def test_digits_are_scikit_learns() -> None:
     """Both splits together are scikit-learn's images, each once, and each class is split 80:20."""
     original = load_digits()
     expected = np.rint(original.images * (255 / 16)).astype(np.uint8)
-    args = flags('--dataset', 'digits')
-    splits = {name: open_split(args, name) for name in ('train', 'validation')}
+    splits = {name: open_split(DIGITS, name) for name in ('train', 'validation')}
     readers = [source.dataset.reader for source in splits.values()]
-    mine = [(image.tobytes(), int(label)) for r in readers for image, label in zip(r.images, r.labels)]
+    mine = [(image.tobytes(), label) for r in readers for image, label in zip(r.images, r.targets)]
     assert sorted(mine) == sorted((image.tobytes(), int(label)) for image, label in zip(expected, original.target))
     for digit in range(10):
         train, evaluation = ((source.labels_N == digit).sum().item() for source in splits.values())
         assert train / (train + evaluation) == pytest.approx(0.8, abs=0.01)
-    whole = splits['train'].labels_N
-    assert whole is not None
     for text, part in (('[:500]', slice(500)), ('[20:30]', slice(20, 30)), ('[50%:]', slice(718, None))):
-        labels = open_split(args, f'train{text}').labels_N
-        assert labels is not None and labels.tolist() == whole.tolist()[part]
+        assert labels(DIGITS, f'train{text}') == readers[0].targets[part]
     image, label = splits['train'].dataset[5]
-    assert np.array_equal(pixels(image)[:, :, 1], readers[0].images[5]) and label == whole[5]
+    assert np.array_equal(pixels(image)[:, :, 1], readers[0].images[5]) and label == readers[0].targets[5]
 
 
-def test_one_pass_to_fill_the_banks(flags: Flags, image_folder: Path) -> None:
-    """Every image once, in order, as plain timm's evaluation transform makes it."""
-    words = '--img-size 16 --mean 0.3 --std 0.4 -b 7 -j 1 --aa rand-m9 --crop-pct 0.9'
-    args = flags('--data-dir', str(image_folder), words)
-    config = data_config(args, timm.create_model('test_resnet', num_classes=3))
-    loader = RefreshLoader(open_split(args, 'train'), args, config, torch.device('cpu'))
-    batches = list(loader)
-    files, labels = truth(image_folder / 'train')
-    assert torch.cat([index for _, _, index in batches]).tolist() == list(range(len(files)))
-    assert torch.cat([target for _, target, _ in batches]).tolist() == labels
-    transform = create_transform(**{k: v for k, v in config.items()})
-    expected = torch.stack([transform(Image.open(file).convert('RGB')) for file in files])
-    assert torch.allclose(torch.cat([images for images, _, _ in batches]), expected, atol=1e-5)
-
-
-def test_a_label_outside_the_model(flags: Flags) -> None:
-    source = open_split(flags('--dataset', 'digits'), 'train')
+def test_a_label_beyond_the_model() -> None:
+    source = open_split(DIGITS, 'train')
     check_labels(source, 10, 'train')
-    assert source.labels_N is not None
-    first = source.labels_N.tolist().index(9)
-    with pytest.raises(UserError, match=rf'--num-classes 9: label 9 of image {first} of .* needs at least 10'):
+    first = labels(DIGITS, 'train').index(9)
+    with pytest.raises(UserError, match=rf'`num_classes` 9: image {first} of .* has label 9; .* at least 10'):
         check_labels(source, 9, 'train')
 
 
-def bad_folders(root: Path) -> None:
-    """Folders next to images/ that can't be used."""
+@pytest.mark.parametrize(
+    'data, split, message',
+    [
+        ({}, 'train', 'name the data'),
+        ({'data_dir': '{}/nowhere'}, 'train', '`data_dir` {}/nowhere: no such folder or file'),
+        ({'data_dir': '{}/empty'}, 'train', "`data_dir` {}/empty, split 'train': Found 0 images"),
+        ({'data_dir': '{}/no_images'}, 'train', "split 'train': Found 0 images"),
+        ({'data_dir': '{}/no_validation'}, 'validation', "no split 'validation' in it, only train"),
+        ({'data_dir': '{}/images'}, 'trian', "no split 'trian' in it, only train, validation"),
+        ({'data_dir': '{}/images'}, 'train[:10]', "split 'train[:10]' is sliced"),
+        ({'data_dir': '{}/empty_class'}, 'train', "class folder 'class9' has no images in it"),
+        ({'data_dir': '{}/text.txt'}, 'train', 'neither a folder nor a tar file'),
+        ({'data_dir': '{}/images', 'class_map': 'nowhere.txt'}, 'validation', 'nowhere.txt'),
+        ({'dataset': 'digit'}, 'train', '`dataset` digit: no such data set; nearest: digits'),
+        ({'dataset': 'foo', 'data_dir': '{}/images'}, 'train', '`dataset` foo: no such data set'),
+        ({'dataset': 'foo/bar'}, 'train', "`dataset` foo/bar: timm has no reader 'foo'"),
+        ({'dataset': 'torch/cifar10'}, 'train', '`dataset` torch/cifar10: name the folder'),
+        ({'dataset': 'torch/cifar10', 'data_dir': '{}'}, 'train', 'Dataset not found'),
+        ({'dataset': 'torch/cifar10', 'data_dir': '{}', 'train_split': 'train[:9]'}, 'train', 'slices of splits'),
+        ({'dataset': 'digits'}, 'trian', "`dataset` digits: split 'trian'"),
+        ({'dataset': 'digits'}, 'train[2000:]', 'is empty'),
+        ({'dataset': 'digits', 'in_chans': 4}, 'train', '`in_chans` 4: images are converted to RGB'),
+        ({'dataset': 'digits', 'input_img_mode': 'FOO'}, 'train', '`input_img_mode` FOO: unknown to PIL'),
+    ],
+)
+def test_refused(image_folder: Path, data: dict[str, Any], split: str, message: str) -> None:
+    root = image_folder.parent
     (root / 'empty').mkdir()
     (root / 'no_images' / 'train' / 'class0').mkdir(parents=True)
     for name in ('no_validation', 'empty_class'):
@@ -187,73 +183,118 @@ def bad_folders(root: Path) -> None:
         (root / name / 'train').symlink_to(root / 'images' / 'train')
     (root / 'images' / 'train' / 'class9').mkdir()
     (root / 'text.txt').write_text('no tar')
-
-
-@pytest.mark.parametrize(
-    'words, split, message',
-    [
-        ('', 'train', 'name the data'),
-        ('--data-dir {}/nowhere', 'train', '--data-dir {}/nowhere: no such folder or file'),
-        ('--data-dir {}/empty', 'train', "--data-dir {}/empty, split 'train': Found 0 images"),
-        ('--data-dir {}/no_images', 'train', "split 'train': Found 0 images"),
-        ('--data-dir {}/no_validation', 'validation', "no split 'validation' in it, only train"),
-        ('--data-dir {}/images', 'trian', "no split 'trian' in it, only train, validation"),
-        ('--data-dir {}/images', 'train[:10]', "split 'train[:10]' is sliced"),
-        ('--data-dir {}/empty_class', 'train', "class folder 'class9' has no images in it"),
-        ('--data-dir {}/text.txt', 'train', 'neither a folder nor a tar file'),
-        ('--data-dir {}/images --class-map nowhere.txt', 'validation', 'nowhere.txt'),
-        ('--dataset digit', 'train', '--dataset digit: no such data set; nearest: digits'),
-        ('--dataset foo --data-dir {}/images', 'train', '--dataset foo: no such data set'),
-        ('--dataset foo/bar', 'train', "--dataset foo/bar: timm has no reader 'foo'"),
-        ('--dataset torch/cifar10', 'train', '--dataset torch/cifar10: name the folder'),
-        ('--dataset torch/cifar10 --data-dir {}', 'train', 'Dataset not found'),
-        ('--dataset torch/cifar10 --data-dir {} --train-split train[:9]', 'train', 'have slices of splits'),
-        ('--dataset digits', 'trian', "--dataset digits: split 'trian'"),
-        ('--dataset digits', 'train[2000:]', 'is empty'),
-        ('--dataset digits --in-chans 4', 'train', '--in-chans 4: images are converted to RGB'),
-        ('--dataset digits --input-img-mode FOO', 'train', '--input-img-mode FOO: unknown to PIL'),
-    ],
-)
-def test_refused(flags: Flags, image_folder: Path, words: str, split: str, message: str) -> None:
-    root = image_folder.parent
-    bad_folders(root)
-    args = flags(*(word.replace('{}', str(root)) for word in words.split()))
+    data = {key: value.replace('{}', str(root)) if isinstance(value, str) else value for key, value in data.items()}
     with pytest.raises(UserError) as error:
-        open_split(args, split)
+        open_split(DataSettings(**data), split)
     assert message.replace('{}', str(root)) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    'words, split, message',
+    'data, split, message',
     [
-        ('', 'dev', "has no split 'dev'; it has train, test"),
-        ('', 'train[:0]', "split 'train[:0]'"),
-        ('--input-key img', 'train', 'no such column as --input-key img; nearest: image; the columns are image, label'),
-        ('--target-key lable', 'train', 'no such column as --target-key lable; nearest: label'),
+        ({}, 'dev', "has no split 'dev'; it has train, test"),
+        ({}, 'train[:0]', "split 'train[:0]'"),
+        ({'input_key': 'img'}, 'train', '`input_key` img; nearest: image; the columns are image, label'),
+        ({'target_key': 'lable'}, 'train', '`target_key` lable; nearest: label'),
     ],
 )
-def test_refused_of_the_hub(flags: Flags, hub_folder: Path, words: str, split: str, message: str) -> None:
+def test_refused_of_the_hub(hub_folder: Path, data: dict[str, Any], split: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        open_split(flags('--dataset', f'hfds/{hub_folder}', words), split)
+        open_split(DataSettings(dataset=f'hfds/{hub_folder}', **data), split)
     assert message in str(error.value) and f'hfds/{hub_folder}' in str(error.value)
 
 
+def test_refused_normalization() -> None:
+    for data, message in (
+        (DataSettings(mean=(0.1, 0.2)), r'`mean` 0.1 0.2: 2 values for 3 channel\(s\); give 3'),
+        (DataSettings(in_chans=1, std=(0.1, 0.2, 0.3)), r'`std` 0.1 0.2 0.3: 3 values for 1 channel\(s\); give 1'),
+    ):
+        with pytest.raises(UserError, match=message):
+            data_config(data, timm.create_model('test_resnet'))
+
+
+def table(folder: Path, labels: list[Any], images: list[Any] | None = None) -> DataSettings:
+    """A data set of the Hub's format with these labels."""
+    whole = {'bytes': encoded(Image.fromarray(picture()), 'PNG'), 'path': None}
+    rows = {'image': images or [whole] * len(labels), 'label': labels}
+    kind = 'int64' if all(label is None or float(label).is_integer() for label in labels) else 'float64'
+    features = datasets.Features({'image': datasets.Image(decode=False), 'label': datasets.Value(kind)})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / 'train.parquet')
+    return DataSettings(dataset=f'hfds/{folder}')
+
+
 @pytest.mark.parametrize(
-    'words, message',
+    'values, message',
     [
-        ('--mean 0.1 0.2', '--mean 0.1 0.2: 2 values for 3 channel(s); give 3'),
-        ('--in-chans 1 --std 0.1 0.2 0.3', '--std 0.1 0.2 0.3: 3 values for 1 channel(s); give 1'),
+        ([0, 1, None, 1, None], '2 of 5 images have no label, the first is image 2'),
+        ([0, -1, 1], '1 of 3 images have no label, the first is image 1'),
+        ([-1] * 4, '4 of 4 images have no label, the first is image 0'),
+        ([0.0, float('nan'), 1.5], '1 of 3 images have no label, the first is image 1'),
     ],
 )
-def test_refused_normalization(flags: Flags, words: str, message: str) -> None:
+def test_labels_missing_in_a_table(tmp_path: Path, values: list[Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        data_config(flags(words), timm.create_model('test_resnet'))
-    assert message in str(error.value)
+        open_split(table(tmp_path / 'set', values), 'train')
+    assert message in str(error.value) and 'hfds/' in str(error.value)
 
 
-def test_more_images_a_batch_than_there_are(flags: Flags) -> None:
-    args = flags('--dataset digits -b 65 -j 0')
-    config = {'input_size': (3, 8, 8), 'mean': (0.5,) * 3, 'std': (0.5,) * 3}
-    dataset = open_split(args, 'train[:129]').dataset
-    with pytest.raises(UserError, match=r'--batch-size 65 times 2 process\(es\) is more than the 129 .* at most 64'):
-        TrainLoader(dataset, args, config, torch.device('cpu'), rank=0, world_size=2)
+def test_images_missing_in_a_table(tmp_path: Path) -> None:
+    """An empty cell, empty bytes and a path to nowhere are unreadable images as others are."""
+    data = encoded(Image.fromarray(picture(3)), 'PNG')
+    whole, gone = {'bytes': data, 'path': 'whole.png'}, tmp_path / 'gone.png'
+    gone.write_bytes(data)
+    images = [whole, None, {'bytes': b'', 'path': None}, {'bytes': None, 'path': str(gone)}, whole]
+    split = table(tmp_path / 'set', [0, 1, 0, 1, 1], images)
+    gone.unlink()
+    indexed = IndexedDataset(open_split(split, 'train').dataset)
+    assert [indexed[i][1].tolist() for i in range(5)] == [[0, 0, 0], [1, 4, 1], [1, 4, 2], [1, 4, 3], [1, 4, 4]]
+    assert [indexed.name(i) for i in (0, 4)] == ['whole.png'] * 2
+    assert indexed.log_unreadable() == ['image 1', 'image 2', str(gone)]
+
+
+def test_class_map(tmp_path: Path) -> None:
+    """Without a label of a table it is refused; folders that it leaves out are not wanted, as in timm."""
+    mapping = tmp_path / 'map.txt'
+    mapping.write_text('class2\nclass0\n')
+    with pytest.raises(UserError, match='`class_map` has no class for the label 0'):
+        data = table(tmp_path / 'set', [0, 1, 2])
+        open_split(DataSettings(dataset=data.dataset, class_map=str(mapping)), 'train')
+    write_folder(tmp_path / 'images' / 'train', 'train', 4)
+    source = open_split(DataSettings(data_dir=str(tmp_path / 'images'), class_map=str(mapping)), 'train')
+    assert source.labels_N is not None and source.labels_N.tolist() == [1] * 4 + [0] * 4
+    named = ReplacingDataset(source.dataset)
+    assert {Path(named.name(i)).parent.name for i in range(8)} == {'class0', 'class2'}
+
+
+@pytest.mark.parametrize('root', ['images', './images', '{}/images/'])
+def test_images_outside_of_all_class_folders(tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm would make a class of them that moves the numbers of all others."""
+    write_folder(tmp_path / 'images', 'train', 4)
+    for name in ('stray.png', 'astray.png'):
+        (tmp_path / 'images' / name).write_bytes((tmp_path / 'images' / 'class0' / '000.png').read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        open_split(DataSettings(data_dir=root.replace('{}', str(tmp_path))), 'train')
+    assert '2 of 14 images lie in no class folder, the first is ' in str(error.value)
+    assert str(error.value).endswith('astray.png; put each into the folder of its class')
+
+
+def test_class_folders_that_only_one_split_has(tmp_path: Path) -> None:
+    """timm numbers the folders of each split for itself; a class map for both settles it."""
+    for split in ('train', 'validation'):
+        write_folder(tmp_path / split, split, 3)
+    data, val = DataSettings(data_dir=str(tmp_path)), tmp_path / 'validation'
+    train = open_split(data, 'train')
+    check_classes(train, open_split(data, 'validation'))
+    (val / 'class2').rename(tmp_path / 'class2')
+    check_classes(train, open_split(data, 'validation'))  # the last one moves no other
+    (tmp_path / 'class2').rename(val / 'class2')
+    (val / 'class1').rename(tmp_path / 'class1')
+    with pytest.raises(UserError, match=r"class 1 of the validation split, 'class2', is 'class1' in the training"):
+        check_classes(train, open_split(data, 'validation'))
+    with pytest.raises(UserError, match=r"class 2 of the validation split, 'class2', is missing in the training"):
+        check_classes(replace(train, class_names={0: 'class0', 1: 'class1'}), train)
+    (tmp_path / 'map.txt').write_text('class0\nclass1\nclass2\n')
+    data = DataSettings(data_dir=str(tmp_path), class_map=str(tmp_path / 'map.txt'))
+    check_classes(open_split(data, 'train'), open_split(data, 'validation'))
+    assert labels(data, 'validation') == [0] * 3 + [2] * 3

@@ -1,0 +1,261 @@
+"""Images of every kind and in every state of damage: read right, or replaced, counted and named."""
+
+from __future__ import annotations
+
+import csv
+import os
+import resource
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from images import damaged_images, odd_images, picture, write_damaged, write_odd
+from PIL import Image
+from runs import CONFIG, write_folder
+from timm.data.readers.reader_image_folder import find_images_and_targets
+
+from ctc_timm.data import decoding
+from ctc_timm.data.datasets import open_split
+from ctc_timm.data.decoding import ReadError, ReplacingDataset, read_image
+from ctc_timm.data.indexed import EpochBatches
+from ctc_timm.data.loaders import RefreshLoader, create_eval_loader
+from ctc_timm.data.settings import DataSettings, LoaderSettings
+from ctc_timm.training.build import build_trainer
+from ctc_timm.utils.errors import RunError, UserError
+
+CPU = torch.device('cpu')
+MODEL = '--model test_resnet --img-size 16 --mean 0.3 --std 0.4 --num-negatives 16 --smoothing 0 --lr 0.01'
+# Spaces, signs of the shell, of Markdown and of terminals, both forms of an accent, what is no UTF-8, the longest.
+NAMES = [
+    b'two  spaces .png',
+    b'-rf.png',
+    b'$(reboot) `id` "quoted" \'too\'.png',
+    b'line\nbreak.png',
+    b'\x1b[31mred.png',
+    b'<b>bold & [link](x).png',
+    'smile \U0001f600\u200d\U0001f525.png'.encode(),
+    'caf\u00e9.png'.encode(),
+    'cafe\u0301.png'.encode(),
+    'turn\u202egnp.png'.encode(),
+    '\u6f22\u5b57 \u0639\u0631\u0628\u064a.png'.encode(),
+    b'no utf8 \xff\xfe.png',
+    b'.hidden.png',
+    b'x' * 251 + b'.png',
+    b'UPPER.PNG',
+]
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The log lines about unreadable images."""
+    lines: list[str] = []
+    monkeypatch.setattr(decoding.logger, 'warning', lambda pattern, line: lines.append(line))
+    return lines
+
+
+@pytest.mark.parametrize('name', odd_images())
+def test_odd_images_are_read(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    """The pixels that were put in, of the first frame, unturned, with the contrast of 16 bits and no warnings."""
+    data, pixels, off = odd_images()[name]
+    for mode in ('RGB', 'RGBA', 'L', None):
+        file = BytesIO(data)
+        image = read_image(file, mode)
+        assert file.closed and image.size == pixels.shape[1::-1] and (mode is None or image.mode == mode)
+        if mode == 'RGB':
+            difference = np.abs(np.asarray(image).astype(int) - pixels)
+            assert difference.max() <= off and difference.mean() <= off / 4
+    assert not recwarn.list
+
+
+def test_sixteen_bits_stay_where_they_are_asked_for() -> None:
+    """A mode of more than eight bits gets the file's own values."""
+    deep = np.random.default_rng(1).integers(0, 2**16, (32, 32), dtype=np.uint16)
+    for mode in ('I;16', 'I', None):
+        assert np.array_equal(np.asarray(read_image(BytesIO(odd_images()['16 bit gray.png'][0]), mode)), deep)
+
+
+@pytest.mark.parametrize('name', damaged_images())
+def test_damaged_images_are_refused(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    """At once, without the memory that a bomb asks for, and with a reason of one line."""
+    file = BytesIO(damaged_images()[name])
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ReadError) as error:
+        read_image(file, 'RGB')
+    assert time.monotonic() - started < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+    assert file.closed and str(error.value) and '\n' not in str(error.value) and not recwarn.list
+
+
+@pytest.fixture(scope='module')
+def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training images of three classes among them damaged and odd ones; validation images, two of them damaged."""
+    root = tmp_path_factory.mktemp('bad')
+    write_folder(root / 'train', 'train', 12)
+    write_folder(root / 'validation', 'validation', 5)
+    write_odd(root / 'train' / 'class0')
+    write_damaged(root / 'train' / 'class1')
+    (root / 'train' / 'class2' / '011.png').write_bytes(b'')  # the last, after which comes the first
+    for name in ('class0/001.png', 'class2/004.png'):
+        (root / 'validation' / name).write_bytes(b'no image')
+    return root
+
+
+def unreadable(folder: Path) -> tuple[list[str], set[int]]:
+    """All files in timm's order, and which of them are damaged, by their names."""
+    files = [path for path, _ in find_images_and_targets(str(folder))[0]]
+    names = {*damaged_images(), 'gone.png'}
+    damaged = {i for i, file in enumerate(files) if Path(file).name in names or file.endswith('class2/011.png')}
+    assert len(damaged) == len(names) + 1
+    return files, damaged
+
+
+@pytest.mark.parametrize('tries', [10, 40])
+def test_every_damaged_image_is_replaced_by_the_next(bad_folder: Path, tries: int, warned: list[str]) -> None:
+    """By brute force over all images; ten in a row end it as in timm, unless its limit is raised."""
+    files, damaged = unreadable(bad_folder / 'train')
+    dataset = open_split(DataSettings(data_dir=str(bad_folder)), 'train').dataset
+    dataset._max_retries = tries
+    replacing = ReplacingDataset(dataset)
+    for i in range(len(files)):
+        expected = next((j % len(files) for j in range(i, i + tries) if j % len(files) not in damaged), None)
+        if expected is None:
+            with pytest.raises(UserError) as error:
+                replacing.read(i)
+            assert f'{tries} consecutive' in str(error.value) and Path(files[i]).name in str(error.value)
+            continue
+        image, target, delivered = replacing.read(i)
+        assert delivered == expected
+        assert target == int(Path(files[delivered]).parent.name.removeprefix('class'))
+        assert image.tobytes() == read_image(BytesIO(Path(files[delivered]).read_bytes()), 'RGB').tobytes()
+    assert set(replacing.log_unreadable()) == {files[i] for i in damaged} and len(warned) == 1
+    assert replacing.log_unreadable() == [] and len(warned) == 1
+
+
+@pytest.mark.parametrize('words, workers', [('', 0), ('', 1), ('--cache-dataset', 0), ('--cache-dataset', 1)])
+def test_a_run_over_all_of_them(
+    flags: Callable[..., Any],
+    bad_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    warned: list[str],
+    words: str,
+    workers: int,
+) -> None:
+    """Both stages: each skip is counted, each file named once, and no bank row is touched but by its own image."""
+    monkeypatch.setattr('timm.data.dataset._ERROR_RETRY', 40)
+    files, damaged = unreadable(bad_folder / 'train')
+    words += f' --data-dir {bad_folder} --epochs 3 --temporal-start-epoch 1 --output {tmp_path} --experiment run'
+    trainer = build_trainer(flags(MODEL, f'-b 16 -j {workers}', words))
+    task: Any = trainer.task
+    before = {name: bank.clone() for name, bank in task.banks().items()}
+    trainer.fit()
+
+    batches = EpochBatches(len(files), 16, 42)
+    skips, requested = [], set()
+    for batches.epoch in range(3):
+        indices = [index for keys in batches for _, index in keys]
+        requested |= set(indices)
+        skips.append(len(damaged & set(indices)))
+    with (tmp_path / 'run' / 'summary.csv').open(newline='') as file:
+        assert [row['train_skipped'] for row in csv.DictReader(file)] == [str(n) for n in skips] and all(skips)
+    readable = set(range(len(files))) - damaged
+    for name, bank in task.banks().items():
+        changed = set((bank != before[name]).any(dim=1).nonzero().flatten().tolist())
+        assert changed <= readable and (changed == readable or not name.startswith('temporal'))
+    train = [line for line in warned if '/train/' in line]
+    assert sum(int(line.split()[0]) for line in train) == len(damaged & requested)
+    assert len(train) <= 3 and sum('more' in line for line in train) == 1
+    (val,) = [line for line in warned if '/validation/' in line]
+    assert val.startswith('2 images are unreadable and replaced by the next: ') and len(warned) == len(train) + 1
+    assert all(f'/validation/{name} (no image that PIL knows)' in val for name in ('class0/001.png', 'class2/004.png'))
+
+
+def test_files_of_any_name(tmp_path: Path, warned: list[str]) -> None:
+    """Readable, each with its own pixels; damaged, named so that a terminal shows it and obeys nothing."""
+    folder = os.fsencode(tmp_path / 'train')
+    for seed, name in enumerate(NAMES):
+        for label in (b'cl\xffass', '\U0001f600'.encode()):
+            os.makedirs(os.path.join(folder, label), exist_ok=True)
+            with open(os.path.join(folder, label, name), 'wb') as file:
+                Image.fromarray(picture(seed)).save(file, format='PNG')
+    data = DataSettings(data_dir=str(tmp_path))
+    replacing = ReplacingDataset(open_split(data, 'train').dataset)
+    seen = []
+    for i in range(len(replacing)):
+        image, target = replacing[i]
+        name = os.fsencode(os.path.basename(replacing.name(i)))
+        assert np.array_equal(np.asarray(image), picture(NAMES.index(name)))
+        assert (target == 0) == (os.path.basename(os.path.dirname(replacing.name(i))) == 'cl\udcffass')
+        seen.append(name)
+    assert sorted(seen) == sorted(NAMES * 2)
+
+    for name in NAMES:
+        with open(os.path.join(folder, b'cl\xffass', name), 'wb') as file:
+            file.write(b'no image')
+    dataset = open_split(data, 'train').dataset
+    dataset._max_retries = len(NAMES) + 1
+    replacing = ReplacingDataset(dataset)
+    for i in range(len(replacing)):
+        replacing.read(i)
+    assert sorted(os.fsencode(os.path.basename(name)) for name in replacing.log_unreadable()) == sorted(NAMES)
+    (line,) = warned
+    assert line.startswith('15 images') and 'and 10 more' in line and line.isprintable()
+
+
+def test_an_evaluation_names_what_it_could_not_read(bad_folder: Path, warned: list[str]) -> None:
+    """The next image replaces it with its own label; named once, however many the passes, and not by a refresh."""
+    data, small = DataSettings(data_dir=str(bad_folder)), LoaderSettings(batch_size=4, workers=1)
+    loader, kept = (
+        create_eval_loader(open_split(data, 'validation').dataset, small, CONFIG, CPU, keep=keep)
+        for keep in (False, True)
+    )
+    for _ in range(2):
+        assert torch.cat([target for _, target in loader]).tolist() == [0] * 5 + [1] * 5 + [2] * 4 + [0]
+    images = torch.cat([image for image, _ in loader])
+    same = [(i, j) for i in range(15) for j in range(i) if torch.equal(images[i], images[j])]
+    assert same == [(2, 1), (14, 0)] and len(warned) == 1
+    for _ in range(2):
+        assert torch.equal(torch.cat([image for image, _ in kept]), images)
+    assert len(kept.dataset) == 15 and len(kept) == 4 and len(warned) == 2
+
+    refresh = RefreshLoader(open_split(data, 'validation'), small, CONFIG, CPU)
+    assert torch.cat([index for _, _, index in refresh]).tolist() == [0, 2, *range(2, 14), 0] and len(warned) == 2
+
+
+def test_a_class_of_one_image_and_duplicates(flags: Callable[..., Any], tmp_path: Path) -> None:
+    """Every file is an instance of its own, whatever is in it; both stages end."""
+    for split, count in (('train', 9), ('validation', 3)):
+        write_folder(tmp_path / 'images' / split, split, count)
+    folder = tmp_path / 'images' / 'train'
+    for file in sorted((folder / 'class2').iterdir())[1:]:
+        file.unlink()
+    for label in ('class0', 'class1'):
+        (folder / label / 'copy.png').write_bytes((folder / 'class0' / '000.png').read_bytes())
+    (folder / 'class1' / 'link.png').symlink_to(folder / 'class1' / '001.png')
+    words = f'{MODEL} -b 11 -j 0 --epochs 3 --temporal-start-epoch 1 --output {tmp_path} --experiment run'
+    trainer = build_trainer(flags('--data-dir', str(tmp_path / 'images'), words))
+    trainer.fit()
+    with (tmp_path / 'run' / 'summary.csv').open(newline='') as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row['train_skipped'] for row in rows] == ['0'] * 3 and all(float(row['train_loss']) < 20 for row in rows)
+    task: Any = trainer.task
+    assert task.temporal.present_bank.isfinite().all() and len(task.temporal.present_bank) == 22
+
+
+def test_a_shortage_is_no_fault_of_an_image(image_folder: Path) -> None:
+    """Out of file handles the run ends: replaced images would be silently others than without the shortage."""
+    replacing = ReplacingDataset(open_split(DataSettings(data_dir=str(image_folder)), 'train').dataset)
+    replacing.read(0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(RunError, match='Too many open files while an image was opened'):
+            replacing.read(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert replacing.log_unreadable() == [] and replacing.read(1)[2] == 1
