@@ -171,7 +171,7 @@ def build_trainer(
         mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
         monitor=monitor,
         training_images=lambda: RefreshLoader(
-            open_split(data, data.train_split), loading, config, device, distributed=world_size > 1
+            open_split(data, data.train_split), loading, config, device, world_size > 1
         ),
         dist_bn=settings.batch_norm.dist_bn,
         plot=plot_run,

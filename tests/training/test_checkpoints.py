@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,12 +15,13 @@ from timm.utils import update_summary
 
 from ctc_timm.models.loading import load_model
 from ctc_timm.runs import Run, weights_metadata
-from ctc_timm.training import checkpoints
+from ctc_timm.training.build import build_trainer, train
+from ctc_timm.training.checkpoints import PROGRESS, find_resume, values_of
 from ctc_timm.training.trainer import Trainer
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.files import write_manifest
 
-Flags = Callable[..., argparse.Namespace]
+Flags = Callable[..., Any]
 WORDS = '--epochs 4 --temporal-start-epoch 2 --drop 0.2 --reprob 0.3 --model-ema --model-ema-decay 0.9 --keep-every 1'
 
 
@@ -30,7 +29,7 @@ WORDS = '--epochs 4 --temporal-start-epoch 2 --drop 0.2 --reprob 0.3 --model-ema
 def whole(flags: Flags, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A run of two epochs in each stage, without an interruption, all its states kept."""
     output = str(tmp_path_factory.mktemp('runs'))
-    trainer = Trainer(flags(*tiny, WORDS, f'--output {output} --experiment whole --checkpoint-hist 9'))
+    trainer = build_trainer(flags(*tiny, WORDS, f'--output {output} --experiment whole --checkpoint-hist 9'))
     trainer.fit()
     return trainer
 
@@ -49,11 +48,6 @@ def cut(whole: Trainer, tmp_path: Path) -> Callable[[int], Path]:
     return copy
 
 
-def read(file: Path) -> list[dict[str, str]]:
-    with file.open() as lines:
-        return list(csv.DictReader(lines))
-
-
 def images() -> torch.Tensor:
     return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -63,8 +57,7 @@ def test_weights_load_in_plain_timm(whole: Trainer) -> None:
     trained = whole.task.get_eval_model(ema=True)
     assert trained is not None
     expected = trained.eval()(images())
-    last = whole.run.path / 'last.safetensors'
-    for file in (last, whole.run.weights / 'epoch-0003.safetensors'):
+    for file in (whole.run.last_weights, whole.run.kept_weights()[3]):
         model = timm.create_model('test_resnet', num_classes=10)
         model.load_state_dict(load_file(file))
         assert torch.equal(model.eval()(images()), expected)
@@ -76,7 +69,7 @@ def test_the_folder_loads_as_a_timm_model(whole: Trainer) -> None:
     """`local-dir:` finds architecture, classes, normalization and the best epoch's weights."""
     model = timm.create_model(f'local-dir:{whole.run.path}', pretrained=True).eval()
     plain = timm.create_model('test_resnet', num_classes=10)
-    plain.load_state_dict(load_file(whole.run.path / 'best.safetensors'))
+    plain.load_state_dict(load_file(whole.run.best_weights))
     assert torch.equal(model(images()), plain.eval()(images()))
     assert model.pretrained_cfg['mean'] == pytest.approx((0.3,) * 3)
     assert tuple(model.pretrained_cfg['input_size']) == (3, 16, 16)
@@ -84,32 +77,38 @@ def test_the_folder_loads_as_a_timm_model(whole: Trainer) -> None:
 
 
 def test_what_a_run_leaves(whole: Trainer) -> None:
-    run = whole.run.path
-    rows = read(run / 'summary.csv')
+    run = whole.run
+    rows = run.rows()
     assert [row['epoch'] for row in rows] == ['0', '1', '2', '3']
     trained = ['train_' + name for name in ('loss', 'task_loss', 'ctc_loss', 'skipped', 'bad_steps')]
     assert list(rows[0]) == ['epoch', *trained, 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     best = max(rows, key=lambda row: float(row['eval_top1']))
-    facts = weights_metadata(run / 'best.safetensors')
+    facts = weights_metadata(run.best_weights)
     assert facts['epoch'] == best['epoch'] and float(facts['eval_top1']) == pytest.approx(
         float(best['eval_top1']), 1e-5
     )
     assert (facts['architecture'], facts['num_classes'], facts['mode']) == ('test_resnet', '10', 'ctc')
-    assert {p.name for p in (run / 'weights').iterdir()} == {f'epoch-{i:04d}.safetensors' for i in range(4)}
-    assert {p.name for p in run.iterdir()} == {
+    assert run.kept_weights() == {i: run.path / f'weights/epoch-{i:04d}.safetensors' for i in range(4)}
+    assert {p.name for p in run.path.iterdir()} == {
         *('args.yaml', 'config.json', 'summary.csv', 'metrics.jsonl', 'weights', 'best.safetensors'),
         *('last.safetensors', 'state', 'plots'),
     }
-    assert list((run / 'plots').glob('*.png'))
-    assert whole.run.args()['model'] == 'test_resnet' and whole.run.args()['num_negatives'] == 16
+    args = run.args()
+    assert (args['model'], args['num_negatives'], args['temporal_start_epoch']) == ('test_resnet', 16, 2)
+    summary = run.summary()
+    assert (summary.model, summary.mode, summary.epochs) == ('test_resnet', 'ctc', 4)
+    assert summary.best_epoch == int(best['epoch']) and summary.best['top1'] == float(best['eval_top1'])
+    assert summary.last['loss'] == float(rows[-1]['eval_loss']) and summary.pictures == [run.plots / 'training.png']
+    assert f'top-1 {summary.best["top1"]:.2f}%' in str(summary) and str(run.best_weights) in str(summary)
+    assert Path(run) == run.path and load_model(run).model.num_classes == 10
 
 
 @pytest.mark.parametrize('epochs', [1, 2, 3])
 def test_a_resume_changes_nothing(flags: Flags, tiny: list[str], whole: Trainer, cut: Callable, epochs: int) -> None:
     """Cut in the instance stage, between the stages and in the temporal one: the same bits as never cut."""
     run = cut(epochs)
-    trainer = Trainer(flags(*tiny, WORDS, '--resume', str(run)))
-    assert (trainer.at.epoch, trainer.run.path) == (epochs, run.resolve())
+    trainer = build_trainer(flags(*tiny, WORDS, '--resume', str(run)))
+    assert (trainer.state.epoch, trainer.run.path) == (epochs, run.resolve())
     trainer.fit()
     for name in ('last', 'best', 'weights/epoch-0003'):
         mine, theirs = (load_file(folder / f'{name}.safetensors') for folder in (run, whole.run.path))
@@ -118,62 +117,60 @@ def test_a_resume_changes_nothing(flags: Flags, tiny: list[str], whole: Trainer,
     assert (run / 'metrics.jsonl').read_bytes() == (whole.run.path / 'metrics.jsonl').read_bytes()
 
 
-def test_numbers_of_the_epochs_to_be_run_again_are_dropped(tmp_path: Path) -> None:
+def test_log_rows_after_the_resume_point_are_dropped(tmp_path: Path) -> None:
     """By timm's own writer: what stays is what was written, and the next row fits under the header."""
     run = Run(tmp_path)
     for epoch in range(4):
         update_summary(
-            epoch, {'loss': epoch / 2}, {'top1': epoch * 10.0}, filename=str(run.summary), write_header=not epoch
+            epoch, {'loss': epoch / 2}, {'top1': epoch * 10.0}, filename=str(run.summary_file), write_header=not epoch
         )
         for batch in (1, 2):
             run.log({'epoch': epoch, 'batch': batch})
-    before = run.summary.read_text().splitlines()
-    run.forget_from(2)
-    assert run.summary.read_text().splitlines() == before[:3]
-    assert [json.loads(line)['epoch'] for line in run.metrics.read_text().splitlines()] == [0, 0, 1, 1]
-    run.log_epoch(2, {'loss': 1.0}, {'top1': 20.0}, None)  # type: ignore[arg-type]
-    assert run.summary.read_text().splitlines() == before[:4]
-    run.forget_from(9)
-    assert run.summary.read_text().splitlines() == before[:4]
-    run.forget_from(0)
-    assert run.rows() == []
-    run.log_epoch(0, {'loss': 0.0}, {'top1': 0.0}, None)  # type: ignore[arg-type]
-    assert run.summary.read_text().splitlines() == before[:2]
+    before = run.summary_file.read_text().splitlines()
+    run.clean_up(2)
+    assert run.summary_file.read_text().splitlines() == before[:3]
+    assert [row['epoch'] for row in run.log_rows()] == [0, 0, 1, 1]
+    run.log_epoch(2, {'loss': 1.0}, {'top1': 20.0}, None)
+    for epoch, rows in ((9, before[:4]), (0, [])):
+        run.clean_up(epoch)
+        assert run.summary_file.read_text().splitlines() == rows
+    run.log_epoch(0, {'loss': 0.0}, {'top1': 0.0}, None)
+    assert run.summary_file.read_text().splitlines() == before[:2]
 
 
 def test_old_states_go(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
     """Only the latest ones stay, and no half-written folder."""
     words = f'--mode vanilla --epochs 4 --checkpoint-hist 2 --output {tmp_path} --experiment run --keep-every 0'
-    Trainer(flags(*tiny, words)).fit()
-    states = tmp_path / 'run' / 'state'
-    assert sorted(p.name for p in states.iterdir()) == ['epoch-0002', 'epoch-0003']
-    assert checkpoints.states_of(Run(tmp_path / 'run'))[-1] == states / 'epoch-0003'
-    assert list((tmp_path / 'run' / 'weights').iterdir()) == []
-    assert [row['epoch'] for row in read(tmp_path / 'run' / 'summary.csv')] == ['0', '1', '2', '3']
+    run = train(flags(*tiny, words))
+    assert [state.name for state in run.states()] == ['epoch-0002', 'epoch-0003']
+    assert len(list(run.state_folder.iterdir())) == 2 and list(run.weights_folder.iterdir()) == []
+    assert [row['epoch'] for row in run.rows()] == ['0', '1', '2', '3']
 
 
 def test_the_newest_run_that_fits(flags: Flags, tmp_path: Path) -> None:
-    """`--resume auto`: of the same model, data and mode; an experiment's own with its name; else a fresh start."""
+    """`resume='auto'`: of the same model, data and mode; an experiment's own with its name; else a fresh start."""
     words = ['--dataset', 'digits', '--output', str(tmp_path), '--resume', 'auto']
-    assert checkpoints.find_resume(flags(*words)).state is None
+    assert find_resume(flags(*words)).state is None
     for name, model, epochs in (('a', 'resnet10t', 3), ('b', 'resnet10t', 2), ('c', 'resnet18', 1)):
         run = Run(tmp_path / name)
-        run.create(flags(*words, '--model', model))
+        run.create(values_of(flags(*words, '--model', model)))
         for epoch in range(epochs):
-            state = run.states / f'epoch-{epoch:04d}'
+            state = run.state(epoch + 1, 0, 0)
             state.mkdir()
-            (state / checkpoints.PROGRESS).write_text('{}')
+            (state / PROGRESS).write_text('{}')
             write_manifest(state)
     states = {name: tmp_path / name / 'state' for name in 'abc'}
-    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t')).state == states['b'] / 'epoch-0001'
-    assert checkpoints.find_resume(flags(*words, '--model', 'resnet18')).state == states['c'] / 'epoch-0000'
-    assert checkpoints.find_resume(flags(*words, '--experiment', 'a')).state == states['a'] / 'epoch-0002'
-    assert checkpoints.find_resume(flags(*words, '--model', 'resnet10t', '--mode', 'vanilla')).state is None
-    assert checkpoints.find_resume(flags('--resume', str(tmp_path / 'a'))).state == states['a'] / 'epoch-0002'
-    given = str(states['a'] / 'epoch-0001')
-    assert checkpoints.find_resume(flags('--resume', given)).state == Path(given)
+    for more, expected in (
+        ('--model resnet10t', states['b'] / 'epoch-0001'),
+        ('--model resnet18', states['c'] / 'epoch-0000'),
+        ('--experiment a', states['a'] / 'epoch-0002'),
+        ('--model resnet10t --mode vanilla', None),
+        (f'--resume {tmp_path / "a"}', states['a'] / 'epoch-0002'),
+        (f'--resume {states["a"] / "epoch-0001"}', states['a'] / 'epoch-0001'),
+    ):
+        assert find_resume(flags(*words, more)).state == expected, more
     with pytest.raises(UserError, match='no run with a saved state there'):
-        checkpoints.find_resume(flags('--resume', str(tmp_path)))
+        find_resume(flags('--resume', str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -191,27 +188,26 @@ def test_a_state_that_does_not_fit(flags: Flags, tiny: list[str], cut: Callable,
     """Refused with the folder left as it was."""
     run = cut(3)
     before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
-    with pytest.raises(UserError, match=r'--(resume|temporal)') as error:
-        Trainer(flags(*tiny, WORDS, '--resume', str(run), words))
+    with pytest.raises(UserError, match=r'`(resume|temporal)') as error:
+        build_trainer(flags(*tiny, WORDS, '--resume', str(run), words))
     assert message in str(error.value)
     assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before
 
 
 def test_a_run_is_never_written_over(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
-    words = [*tiny, '--output', str(tmp_path), '--experiment', 'one', '--epochs', '1', '--mode', 'vanilla']
-    Trainer(flags(*words)).fit()
+    settings = flags(*tiny, f'--output {tmp_path} --experiment one --epochs 1 --mode vanilla')
+    train(settings)
     before = {file: file.read_bytes() for file in tmp_path.rglob('*') if file.is_file()}
-    with pytest.raises(UserError, match='--experiment one.*holds a run already.*--resume auto'):
-        Trainer(flags(*words))
+    with pytest.raises(UserError, match="`experiment` one.*holds a run already.*`resume='auto'`"):
+        build_trainer(settings)
     assert {file: file.read_bytes() for file in tmp_path.rglob('*') if file.is_file()} == before
 
 
 def test_a_run_stopped_before_its_first_state_starts_afresh(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    settings = flags(*tiny, f'--output {tmp_path} --experiment one --epochs 1 --mode vanilla --resume auto')
     run = Run(tmp_path / 'one')
-    run.create(flags(*tiny))
+    run.create(values_of(settings))
     run.log({'epoch': 0, 'batch': 1, 'loss': 1.0})
-    words = ['--output', str(tmp_path), '--experiment', 'one', '--epochs', '1', '--mode', 'vanilla', '--resume', 'auto']
-    Trainer(flags(*tiny, *words)).fit()
+    train(settings)
     assert [row['epoch'] for row in run.rows()] == ['0']
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    assert [line.get('batch') for line in lines] == [4, None]  # the first line is the epoch's last batch
+    assert [row.get('batch') for row in run.log_rows()] == [4, None]  # the first row is the epoch's last batch

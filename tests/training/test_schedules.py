@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from ctc_timm.training.optimization import create_optimizer, resolve_lr
 from ctc_timm.training.schedules import TwoStageSchedule
+from ctc_timm.training.settings import OptimizerSettings, ScheduleSettings, StageSettings, TrainSettings
 from ctc_timm.utils.errors import UserError
+from ctc_timm.utils.settings import build, replace
+from ctc_timm.utils.yaml_files import read_recipe
 
-Flags = Callable[..., argparse.Namespace]
 GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'schedules.json').read_text())
 
 
 def sgd(lr: float = 0.05, weight_decay: float = 5e-4) -> torch.optim.SGD:
     return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr, weight_decay=weight_decay)
+
+
+def schedule(optimizer: Any, updates: int = 10, two_stages: bool = True, **values: Any) -> TwoStageSchedule:
+    """A schedule by flat settings."""
+    stages = replace(StageSettings(), **values) if two_stages else None
+    return TwoStageSchedule(optimizer, replace(ScheduleSettings(), **values), stages, updates)
 
 
 def rates(schedule: TwoStageSchedule) -> list[float]:
@@ -42,168 +48,108 @@ def rates(schedule: TwoStageSchedule) -> list[float]:
         ('cifar100_vanilla', 'vanilla'),
     ],
 )
-def test_recipes_follow_the_published_schedules(flags: Flags, recipe: str, key: str) -> None:
+def test_recipes_follow_the_published_schedules(recipe: str, key: str) -> None:
     """The published code's own numbers."""
-    args = flags('-c', f'recipes/{recipe}.yaml')
-    schedule = TwoStageSchedule(sgd(args.lr), args, 782, args.mode == 'ctc')
-    golden = GOLDEN[key]
-    assert schedule.num_epochs == golden['epochs']
-    assert schedule.temporal_start == golden.get('stage_two_epoch', golden['epochs'])
-    assert rates(schedule) == pytest.approx(golden['values'], rel=1e-12, abs=0)
+    settings = build(TrainSettings, read_recipe(recipe))
+    stages = settings.stages if settings.ctc.mode == 'ctc' else None
+    assert settings.optimizer.lr is not None
+    mine, golden = TwoStageSchedule(sgd(settings.optimizer.lr), settings.schedule, stages, 782), GOLDEN[key]
+    assert mine.num_epochs == golden['epochs']
+    assert mine.temporal_start == golden.get('stage_two_epoch', golden['epochs'])
+    assert rates(mine) == pytest.approx(golden['values'], rel=1e-12, abs=0)
 
 
-def test_stages_against_plain_timm(flags: Flags) -> None:
-    """Each stage is timm's own schedule over its length, the second one scaled, from 10% and without warm-up."""
-    args = flags(
-        *[
-            '--epochs',
-            '30',
-            '--temporal-start-epoch',
-            '20',
-            '--warmup-epochs',
-            '3',
-            '--warmup-lr',
-            '1e-4',
-            '--min-lr',
-            '1e-3',
-        ]
-    )
-    mine = rates(TwoStageSchedule(sgd(0.1), args, 10))
-    optimizer = sgd(0.1)
-    for start, length, warmup, scale in ((0, 20, 3, 1.0), (20, 10, 0, 0.1)):
-        plain, _ = create_scheduler_v2(
-            optimizer, 'cosine', num_epochs=length, warmup_epochs=warmup, warmup_lr=1e-4, min_lr=1e-3
-        )
-        for epoch in range(length):
-            plain.step(epoch)
-            assert mine[start + epoch] == pytest.approx(scale * optimizer.param_groups[0]['lr'], rel=1e-12)
-    warm = [1e-4 + (0.1 - 1e-4) * epoch / 3 for epoch in range(3)]
-    assert mine[:3] == pytest.approx(warm, rel=1e-12)
+def cosine(top: float, steps: range, length: int) -> list[float]:
+    return [top * 0.5 * (1 + math.cos(math.pi * step / length)) for step in steps]
 
 
-def test_temporal_cosine_in_closed_form(flags: Flags) -> None:
-    args = flags(*['--epochs', '12', '--temporal-start-epoch', '4', '--temporal-lr-scale', '0.2'])
-    mine = rates(TwoStageSchedule(sgd(0.5), args, 10))
-    assert mine[4:] == pytest.approx([0.1 * 0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(8)], rel=1e-12)
+@pytest.mark.parametrize(
+    'values, lr, first, expected',
+    [
+        (dict(epochs=12, temporal_start_epoch=4, temporal_lr_scale=0.2), 0.5, 4, cosine(0.1, range(8), 8)),
+        # the open cosine's warm-up reaches the full rate within its own epochs, then it goes on from where it is
+        (
+            dict(epochs=8, sched='cosine_open', warmup_epochs=4, warmup_lr=0.0, two_stages=False),
+            *(0.2, 0, [0.05, 0.1, 0.15, 0.2, *cosine(0.2, range(5, 9), 9)]),
+        ),
+        # a warm-up that comes on top of the epochs
+        (
+            dict(epochs=6, temporal_start_epoch=4, warmup_epochs=2, warmup_prefix=True, warmup_lr=0.0),
+            *(1.0, 0, [0.0, 0.5, *cosine(1.0, range(4), 4), *cosine(0.1, range(2), 2)]),
+        ),
+    ],
+)
+def test_closed_forms(values: dict[str, Any], lr: float, first: int, expected: list[float]) -> None:
+    assert rates(schedule(sgd(lr), **values))[first:] == pytest.approx(expected, rel=1e-12)
 
 
-def test_on_updates_in_closed_form(flags: Flags) -> None:
+def test_on_updates_in_closed_form() -> None:
     """Every optimizer step is a point of the cosine, in both stages."""
-    args = flags(*['--epochs', '5', '--temporal-start-epoch', '3', '--sched-on-updates'])
-    schedule = TwoStageSchedule(sgd(0.5), args, 7)
+    mine = schedule(sgd(0.5), 7, epochs=5, temporal_start_epoch=3, sched_on_updates=True)
+    seen = []
     for epoch in range(5):
-        start, length, scale = (0, 3, 1.0) if epoch < 3 else (3, 2, 0.1)
         for update in range(7):
-            schedule.step(epoch, update)
-            share = ((epoch - start) * 7 + update) / (length * 7)
-            expected = scale * 0.25 * (1 + math.cos(math.pi * share))
-            assert schedule.optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-12)
+            mine.step(epoch, update)
+            seen.append(mine.optimizer.param_groups[0]['lr'])
+    assert seen == pytest.approx([*cosine(0.5, range(21), 21), *cosine(0.05, range(14), 14)], rel=1e-12)
 
 
-def test_open_cosine_warm_up(flags: Flags) -> None:
-    """The warm-up reaches the full rate within its own epochs, then the cosine goes on from where it is."""
-    words = '--epochs 8 --mode vanilla --sched cosine_open --warmup-epochs 4 --warmup-lr 0.0'
-    mine = rates(TwoStageSchedule(sgd(0.2), flags(words), 10, two_stages=False))
-    cosine = [0.1 * (1 + math.cos(math.pi * t / 9)) for t in range(5, 9)]
-    assert mine == pytest.approx([0.05, 0.1, 0.15, 0.2, *cosine], rel=1e-12)
-
-
-def test_the_warm_up_may_come_on_top(flags: Flags) -> None:
-    args = flags(
-        *[
-            '--epochs',
-            '6',
-            '--temporal-start-epoch',
-            '4',
-            '--warmup-epochs',
-            '2',
-            '--warmup-prefix',
-            '--warmup-lr',
-            '0.0',
-        ]
-    )
-    schedule = TwoStageSchedule(sgd(1.0), args, 10)
-    assert (schedule.num_epochs, schedule.temporal_start) == (8, 6)
-    first = [0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
-    assert rates(schedule)[:6] == pytest.approx([0.0, 0.5, *first], rel=1e-12)
-
-
-def test_weight_decay_by_stage(flags: Flags) -> None:
+def test_weight_decay_by_stage() -> None:
     """Scaled in the instance stage, plain in the temporal one; groups without any keep none."""
-    args = flags(
-        *[
-            '--epochs',
-            '3',
-            '--temporal-start-epoch',
-            '2',
-            '--instance-weight-decay-scale',
-            '2.0',
-            '--weight-decay',
-            '5e-4',
-        ]
-    )
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    args.lr = resolve_lr(args, 1)
-    schedule = TwoStageSchedule(create_optimizer(args, module), args, 10)
+    optimizer = create_optimizer(OptimizerSettings(lr=0.1, weight_decay=5e-4), module)
+    mine = schedule(optimizer, epochs=3, temporal_start_epoch=2, instance_weight_decay_scale=2.0)
     seen = []
     for epoch in range(3):
-        schedule.step(epoch)
-        seen.append(sorted(group['weight_decay'] for group in schedule.optimizer.param_groups))
+        mine.step(epoch)
+        seen.append(sorted(group['weight_decay'] for group in optimizer.param_groups))
     assert seen == [[0.0, 1e-3], [0.0, 1e-3], [0.0, 5e-4]]
 
 
-def test_layer_decay_survives_the_stages(flags: Flags) -> None:
+@pytest.mark.parametrize('sched', ['cosine', 'cosine_open', 'none'])
+def test_layer_decay_survives_the_stages(sched: str) -> None:
     """Groups keep the ratio of their learning rates, with any schedule and with none."""
-    for sched in ('cosine', 'cosine_open', 'none'):
-        optimizer = torch.optim.SGD(
-            [
-                {'params': [nn.Parameter(torch.zeros(1))], 'lr_scale': 1.0},
-                {'params': [nn.Parameter(torch.zeros(1))], 'lr_scale': 0.5},
-            ],
-            lr=0.1,
-        )
-        args = flags(f'--epochs 4 --temporal-start-epoch 2 --sched {sched}')
-        schedule = TwoStageSchedule(optimizer, args, 10)
-        for epoch in range(4):
-            schedule.step(epoch)
-            top, low = (group['lr'] for group in optimizer.param_groups)
-            assert 0 < top <= 0.1 and low == pytest.approx(0.5 * top, rel=1e-12)
+    groups = [{'params': [nn.Parameter(torch.zeros(1))], 'lr_scale': scale} for scale in (1.0, 0.5)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    mine = schedule(optimizer, epochs=4, temporal_start_epoch=2, sched=sched)
+    for epoch in range(4):
+        mine.step(epoch)
+        top, low = (group['lr'] for group in optimizer.param_groups)
+        assert 0 < top <= 0.1 and low == pytest.approx(0.5 * top, rel=1e-12)
 
 
 @pytest.mark.parametrize('epochs, start', [(10, 11), (10, 50), (1, 5)])
-def test_a_stage_outside_the_run(flags: Flags, epochs: int, start: int) -> None:
-    args = flags('--epochs', str(epochs), '--temporal-start-epoch', str(start))
-    with pytest.raises(UserError, match=f'--temporal-start-epoch {start} lies outside .* use 0 to {epochs}'):
-        TwoStageSchedule(sgd(), args, 10)
+def test_a_stage_outside_the_run(epochs: int, start: int) -> None:
+    with pytest.raises(UserError, match=f'`temporal_start_epoch` {start} lies outside .* use 0 to {epochs}'):
+        schedule(sgd(), epochs=epochs, temporal_start_epoch=start)
 
 
 @pytest.mark.parametrize('epochs, start, expected', [(9, None, 6), (15, None, 10), (300, None, 200), (5, 0, 0)])
-def test_where_the_temporal_stage_starts(flags: Flags, epochs: int, start: int | None, expected: int) -> None:
-    words = ['--epochs', str(epochs)] + ([] if start is None else ['--temporal-start-epoch', str(start)])
-    schedule = TwoStageSchedule(sgd(), flags(*words), 10)
-    assert [schedule.stage(epoch) for epoch in range(epochs)].count('instance') == expected
+def test_where_the_temporal_stage_starts(epochs: int, start: int | None, expected: int) -> None:
+    mine = schedule(sgd(), epochs=epochs, temporal_start_epoch=start)
+    assert [mine.stage(epoch) for epoch in range(epochs)].count('instance') == expected
 
 
 @pytest.mark.parametrize('sched, cooldown', [('cosine_open', 2), ('cosine', 2), ('multistep', 0)])
-def test_a_temporal_stage_that_never_starts(flags: Flags, sched: str, cooldown: int) -> None:
-    """The learning rates of plain training, with the weight decay of the instance stage."""
-    words = f'--epochs 6 --sched {sched} --cooldown-epochs {cooldown} --lr 0.1 --instance-weight-decay-scale 2'.split()
-    two, plain = sgd(), sgd()
-    schedule = TwoStageSchedule(two, flags(*words, '--temporal-start-epoch', '6'), 10)
-    alone = TwoStageSchedule(plain, flags(*words), 10, two_stages=False)
-    assert schedule.num_epochs == schedule.temporal_start == alone.num_epochs == 6 + cooldown
+def test_a_temporal_stage_that_never_starts(sched: str, cooldown: int) -> None:
+    """The learning rates of supervised training, with the weight decay of the instance stage."""
+    values = dict(epochs=6, sched=sched, cooldown_epochs=cooldown, instance_weight_decay_scale=2.0)
+    two, one = sgd(), sgd()
+    mine, alone = schedule(two, temporal_start_epoch=6, **values), schedule(one, two_stages=False, **values)
+    assert mine.num_epochs == mine.temporal_start == alone.num_epochs == 6 + cooldown
     for epoch in range(6 + cooldown):
-        schedule.step(epoch)
+        mine.step(epoch)
         alone.step(epoch)
-        assert schedule.stage(epoch) == 'instance'
-        for group, other in zip(two.param_groups, plain.param_groups):
-            assert group['lr'] == other['lr']
-            assert group['weight_decay'] == 2 * other['weight_decay']
+        assert mine.stage(epoch) == 'instance'
+        assert two.param_groups[0]['lr'] == one.param_groups[0]['lr']
+        assert two.param_groups[0]['weight_decay'] == 2 * one.param_groups[0]['weight_decay']
 
 
-def test_learning_rate_by_batch_size(flags: Flags) -> None:
+@pytest.mark.parametrize(
+    'values, expected',
+    [({}, 0.1 * 1024 / 256), ({'opt': 'adamw'}, 0.1 * (1024 / 256) ** 0.5), ({'opt': 'adamw', 'lr': 0.3}, 0.3)],
+)
+def test_learning_rate_by_batch_size(values: dict[str, Any], expected: float) -> None:
     """timm's rule: linear in the images a step, by their square root for adaptive optimizers."""
-    words = ['--lr-base', '0.1', '--lr-base-size', '256', '-b', '128', '--grad-accum-steps', '4']
-    assert resolve_lr(flags(*words), 2) == pytest.approx(0.1 * 1024 / 256)
-    assert resolve_lr(flags(*words, '--opt', 'adamw'), 2) == pytest.approx(0.1 * (1024 / 256) ** 0.5)
-    assert resolve_lr(flags(*words, '--lr', '0.3'), 2) == 0.3
+    settings = OptimizerSettings(lr_base=0.1, lr_base_size=256, grad_accum_steps=4, **values)
+    assert resolve_lr(settings, batch_size=128, world_size=2) == pytest.approx(expected)
