@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 'torch.linspace(-1, 1, 1536).view(2, 3, 16, 16)'
 ALICE, BOB = 'hf_aliceAliceAliceAliceAlice', 'hf_bobBobBobBobBobBobBobBob'
 
+COMMAND = 'from ctc_timm.cli.main import main; main()'
 # A process that has the slow imports behind it and forks for each piece of code, which then imports timm and
 # huggingface_hub afresh: these read most of their environment when they are imported.
 _FORKER = """
@@ -60,8 +61,8 @@ class Done:
 
     @property
     def last(self) -> str:
-        """The last line it printed."""
-        return self.out.strip().rpartition('\n')[2]
+        """The last line it printed, as code where it is `python -c "..."`."""
+        return self.out.strip().rpartition('\n')[2].removeprefix('python -c ').strip('"')
 
 
 class Client:
@@ -110,16 +111,9 @@ class Client:
         self.forker.stdin.flush()
         return int(self.forker.stdout.readline())
 
-    def script(self, file: str, *argv: str, **env: str) -> Done:
-        """Run a script of this repository."""
-        code = f'import runpy, sys; sys.argv[0] = {file!r}; runpy.run_path({str(ROOT / file)!r}, run_name="__main__")'
-        return self(code, *argv, **env)
-
     def command(self, *argv: str, **env: str) -> Done:
         """Run `ctc-timm`."""
-        return self(
-            'import sys; sys.argv[0] = "ctc-timm"; from ctc_timm.cli.commands import script; script()', *argv, **env
-        )
+        return self(COMMAND, *argv, **env)
 
 
 def start_forker() -> subprocess.Popen:
@@ -131,24 +125,12 @@ def start_forker() -> subprocess.Popen:
 
 
 def hub_environment(hub: Hub, cache: Path, token: str = '') -> dict[str, str]:
-    """What huggingface_hub is told of a Hub."""
-    return {
-        'HF_ENDPOINT': hub.url,
-        'HF_HOME': str(cache),
-        'HF_TOKEN': token,
-        'HF_HUB_DISABLE_XET': '1',
-        'HF_HUB_DISABLE_PROGRESS_BARS': '1',
-        'HF_HUB_DISABLE_TELEMETRY': '1',
-        'HF_HUB_DOWNLOAD_TIMEOUT': '5',
-    }
+    """Of a process that knows this Hub and no other."""
+    quiet = {f'HF_HUB_DISABLE_{name}': '1' for name in ('XET', 'PROGRESS_BARS', 'TELEMETRY')}
+    return {'HF_ENDPOINT': hub.url, 'HF_HOME': str(cache), 'HF_TOKEN': token, 'HF_HUB_DOWNLOAD_TIMEOUT': '5', **quiet}
 
 
 def logits_of(folder: Path) -> np.ndarray:
-    """What plain timm makes of a run and `IMAGES`, in this process; bit for bit, so with one thread, as clients."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-        return model(torch.linspace(-1, 1, 1536).view(2, 3, 16, 16)).detach().numpy()
-    finally:
-        torch.set_num_threads(threads)
+    """What plain timm makes of a run and `IMAGES`, in this process."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    return model(torch.linspace(-1, 1, 1536).view(2, 3, 16, 16)).detach().numpy()

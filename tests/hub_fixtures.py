@@ -1,14 +1,15 @@
-"""Fixtures of what talks to a Hub: the Hub on loopback, and processes that know no other."""
+"""Fixtures of what talks to a Hub: the Hub on loopback, processes that know no other, and a run to publish."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hub_client import ALICE, Client, hub_environment, start_forker
-from hub_server import Hub
+from hub_server import Blob, Hub, Repo
 
 
 @pytest.fixture(scope='session')
@@ -31,6 +32,60 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture
 def client(forker: subprocess.Popen, hub: Hub, tmp_path: Path) -> Client:
     """Processes that know only this Hub, with an empty cache, logged in as alice."""
-    folder = tmp_path / 'client'
-    folder.mkdir()
-    return Client(forker, folder, hub_environment(hub, tmp_path / 'cache', ALICE))
+    (tmp_path / 'client').mkdir()
+    return Client(forker, tmp_path / 'client', hub_environment(hub, tmp_path / 'cache', ALICE))
+
+
+@pytest.fixture
+def anyone(client: Client) -> Callable[..., Client]:
+    """Others: who they are by their token, and what is theirs."""
+
+    def make(token: str = '', cache: str = 'cache', **env: str) -> Client:
+        theirs = {**client.env, 'HF_TOKEN': token, 'HF_HOME': str(client.folder.parent / cache), **env}
+        return Client(client.forker, client.folder, theirs)
+
+    return make
+
+
+@pytest.fixture(scope='session')
+def trained(forker: subprocess.Popen, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of both stages on digits, with twelve classes of which two never occur, and its validation."""
+    folder = tmp_path_factory.mktemp('trained')
+    client = Client(forker, folder, {'HF_HUB_OFFLINE': '1'})
+    words = [word if word != 'test_resnet' else 'test_resnet_ctc' for word in tiny]
+    where = ['--num-classes', '12', '--epochs', '3', '--output', 'runs', '--experiment', 'digits']
+    for command in (['train', *words, *where], ['validate', str(folder / 'runs' / 'digits'), '-j', '0']):
+        done = client.command(*command)
+        assert done.code == 0, done.err
+    return folder / 'runs' / 'digits'
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / 'runs' / 'mine'))
+
+
+@pytest.fixture(scope='session')
+def export(forker: subprocess.Popen, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Blob]:
+    """The files of that run's repo, as `ctc-timm publish` makes them."""
+    client = Client(forker, tmp_path_factory.mktemp('export'), {'HF_HUB_OFFLINE': '1'})
+    done = client.command('publish', str(trained), '--repo-id', 'alice/test_resnet_ctc.digits', '--dry-run')
+    assert done.code == 0, done.err
+    folder = trained / 'publish'
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+    shutil.rmtree(folder)
+    return {name: Blob(data, lfs=name.endswith(('.safetensors', '.png'))) for name, data in files.items()}
+
+
+@pytest.fixture
+def shelve(hub: Hub, export: dict[str, Blob]) -> Callable[..., Repo]:
+    """Put that run into a repo, with files of one's own in place of some."""
+
+    def make(repo_id: str, files: dict[str, Blob | None] | None = None, private: bool = False) -> Repo:
+        repo = hub.repos.get(repo_id) or hub.create(repo_id, private)
+        mine = {**export, **(files or {})}
+        hub.commit(repo, 'main', 'shelved', {name: blob for name, blob in mine.items() if blob is not None})
+        return repo
+
+    return make

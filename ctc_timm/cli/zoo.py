@@ -35,10 +35,12 @@ def show(pattern: str = '*', json: bool = False, **given: Any) -> None:
     if not chosen:
         print(f'nothing is cataloged{"" if pattern == "*" else f" as {pattern}"}; see `ctc-timm zoo add --help`')
     for entry in chosen:
-        size = 'x'.join(map(str, entry.config['input_size']))
+        size = 'x'.join(map(str, entry.pretrained_cfg['input_size']))
         best = next((f'{row["value"]:.2f} {row["metric"]} on {row["dataset"]}' for row in entry.results), '')
         where = f'hf-hub:{entry.hub_id}@{entry.revision[:12]}' if entry.hub_id else entry.path
-        print('  '.join(filter(None, [entry.name, f'{entry.config["num_classes"]} classes', size, best, where])))
+        print(
+            '  '.join(filter(None, [entry.name, f'{entry.pretrained_cfg["num_classes"]} classes', size, best, where]))
+        )
 
 
 def add(source: str, name: str = '', tag: str = '', replace: bool = False, zoo: str = '', **given: Any) -> None:

@@ -229,7 +229,7 @@ def open_pyramid(
         )
     else:
         try:
-            loaded = LoadedModel(timm.create_model(name, **options), file_name(name), 'random', None, {})
+            loaded = LoadedModel(timm.create_model(name, **options), file_name(name), 'random')
         except Exception as error:  # of any model of any family
             raise UserError(f'`model` {name}: {one_line(error)}') from None
     pyramid = Pyramid(loaded, img_size, backbone.fpn_channels, extra)

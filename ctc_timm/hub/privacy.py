@@ -1,7 +1,7 @@
 """What must not be published: paths, names and secrets of the machine that a run was made on.
 
-Texts of a run are checked one by one, and those that tell something are left out; what is then written is
-searched once more as a whole.
+Texts of a run are checked one by one, and those that give something away are left out; what is then written is searched
+once more as a whole.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token
+
 from ..utils.errors import UserError
 from ..utils.text import secret_values, without_tokens
 
@@ -23,49 +25,39 @@ _PATH = re.compile(
 
 
 class Private:
-    """Knows what this machine would give away.
+    """Knows the secrets and names of this machine."""
 
-    Args:
-        *more: Further texts that must not appear, such as a token that was given.
-    """
-
-    def __init__(self, *more: str | None) -> None:
-        from huggingface_hub import get_token
-
-        self.secrets = {text for text in (*more, get_token(), *secret_values()) if text}
+    def __init__(self) -> None:
+        self.secrets = {text for text in (get_token(), *secret_values()) if text}
         names = {Path.home().name, socket.gethostname(), socket.gethostname().partition('.')[0]}
         with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
             names.add(getpass.getuser())
         self.names = {name for name in names if len(name) > 1 and name != 'localhost'}
 
-    def found_in(self, text: str) -> str:
-        """What a text of a run would give away, or nothing."""
+    def find(self, text: str) -> str:
+        """What a text of a run would give away, or an empty text."""
         words = set(re.split(r'[^\w.-]+', text)) | set(re.split(r'\W+', text))
-        return self.found_in_all(text) or ('a user or host name' if words & self.names else '')
+        return self.find_in_file(text) or ('a user or host name' if words & self.names else '')
 
-    def found_in_all(self, text: str) -> str:
-        """As `found_in`, without names: one may also be an ordinary word of the card."""
+    def find_in_file(self, text: str) -> str:
+        """As `find`, without names: one may also be an ordinary word of the card."""
         if any(secret in text for secret in self.secrets) or without_tokens(text) != text:
             return 'a token'
         return 'a path' if _PATH.search(text) else ''
 
     def clean(self, value: Any) -> Any:
-        """A value without the texts that would give something away; None where nothing is left.
-
-        Args:
-            value: As YAML or JSON hold it.
-        """
+        """Leave out what would give something away of a value as YAML holds it; None where nothing is left."""
         if isinstance(value, dict):
-            items = {k: self.clean(v) for k, v in value.items() if not self.found_in(str(k))}
+            items = {k: self.clean(v) for k, v in value.items() if not self.find(str(k))}
             return {k: v for k, v in items.items() if v is not None}
         if isinstance(value, (list, tuple)):
             parts = [self.clean(v) for v in value]
             return None if None in parts else parts
         if isinstance(value, str):
-            return None if self.found_in(value) else value
+            return None if self.find(value) else value
         return value if isinstance(value, (bool, int, float)) else None
 
-    def refuse(self, folder: Path) -> None:
+    def check_folder(self, folder: Path) -> None:
         """Search everything that is about to be published.
 
         Raises:
@@ -73,9 +65,8 @@ class Private:
         """
         for file in sorted(path for path in folder.rglob('*') if path.is_file()):
             content = file.read_bytes()
-            if any(secret.encode() in content for secret in self.secrets):
-                raise UserError(f'{file.name} would publish a token; nothing was uploaded')
-            if file.suffix in ('.md', '.json', '.yaml'):
-                found = self.found_in_all(content.decode('utf-8'))
-                if found:
-                    raise UserError(f'{file.name} would publish {found}; nothing was uploaded')
+            found = 'a token' if any(secret.encode() in content for secret in self.secrets) else ''
+            if not found and file.suffix in ('.md', '.json', '.yaml'):
+                found = self.find_in_file(content.decode('utf-8'))
+            if found:
+                raise UserError(f'{file.name} would publish {found}; nothing was uploaded')

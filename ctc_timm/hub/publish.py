@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
@@ -22,57 +24,41 @@ from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 
 from ..models.catalog import is_repo_id
-from ..models.failures import HubError, explain, translate_errors
+from ..models.download import HubError, translate_errors
 from ..utils.errors import UserError, one_line
 from .model_card import write_card
 from .privacy import Private
-from .summary import RunDetails, data_set, read_run, recipe
+from .summary import RunDetails, summarize
 
 DRY_RUN = 'publish'  # folder in the run
-_LICENSE = re.compile(r'[a-z0-9][a-z0-9.+-]{0,63}')
-_TAG = re.compile(r'[\w][\w .:/+-]{0,63}')
-_REVISION = re.compile(r'[\w][\w./-]{0,199}')
 
 
 @dataclass(frozen=True)
 class Published:
-    """What came of it.
+    """Where a run was published.
 
     Attributes:
         url: Of the commit, or the folder of a dry run.
         load: The line that loads exactly this, whatever is committed later.
-        commit: Empty for a dry run.
-        pull_request: URL of the pull request, or empty.
+        pull_request: Its URL, or empty.
         notes: What was left out, and why.
     """
 
     url: str
     load: str
-    commit: str = ''
     pull_request: str = ''
     notes: list[str] = field(default_factory=list)
 
     def report(self) -> str:
-        """For people: the commit's URL and the pinned line to load it come last."""
+        """Lines for people; the commit's URL and the pinned line to load it come last."""
         lines = [f'left out: {note}' for note in self.notes]
         lines += [f'pull request: {self.pull_request}'] if self.pull_request else []
-        return '\n'.join([*lines, f'{"published" if self.commit else "written"}: {self.url}', self.load])
+        done = 'published' if '://' in self.url else 'written'
+        return '\n'.join([*lines, f'{done}: {self.url}', self.load])
 
 
 def publish(run: str | os.PathLike, repo_id: str, **options: Any) -> str:
-    """Publish a run's best weights on the Hub, with a card, in one commit.
-
-    Args:
-        run: A run's folder.
-        repo_id: USER/NAME; created where it is missing. Named `<arch>_ctc[.tag]` it loads by that name, too.
-        **options: Those of `push`.
-
-    Returns:
-        URL of the commit.
-
-    Raises:
-        UserError: A run that can't be published, or a Hub that does not take it; nothing is visible then.
-    """
+    """Publish a run as `push` does, and return the URL of the commit, or the folder of a dry run."""
     return push(run, repo_id, **options).url
 
 
@@ -83,61 +69,48 @@ def push(
     private: bool | None = None,
     revision: str = '',
     create_pr: bool = False,
-    tags: list[str] | None = None,
+    tags: Sequence[str] = (),
     license: str = 'apache-2.0',
     dry_run: bool = False,
-    token: str | None = None,
 ) -> Published:
-    """As `publish`, telling more.
+    """Publish a run's best weights on the Hub, with a card, in one commit.
 
     Args:
         run: A run's folder.
-        repo_id: USER/NAME.
+        repo_id: USER/NAME; created where it is missing. Named `<arch>_ctc[.tag]` it loads by that name, too.
         private: Whether a repo that is created is private; the Hub's own default when None.
         revision: Branch, made where it is missing; the main one when empty.
         create_pr: Open a pull request instead of committing.
         tags: More tags for the card.
         license: By its identifier on the Hub.
         dry_run: Write RUN/publish and send nothing.
-        token: In place of the one huggingface_hub knows.
-
-    Returns:
-        The commit, and how to load it.
 
     Raises:
         UserError: A run that can't be published, or a Hub that does not take it; nothing is visible then.
     """
-    _check(repo_id, revision, tags or [], license)
-    secret = Private(token)
-    source = read_run(os.fspath(run), secret)
+    _check(repo_id, revision, tags, license)
+    hidden = Private()
+    details = summarize(run, hidden)
     if dry_run:
-        folder = source.path / DRY_RUN
+        folder = details.path / DRY_RUN
         shutil.rmtree(folder, ignore_errors=True)
-        write_folder(source, folder, repo_id, license, tags or [], secret)
-        load = _load_line(source, f'local-dir:{folder}')
-        return Published(str(folder), load, notes=source.notes)
+        _write_folder(details, folder, repo_id, license, tags, hidden)
+        return Published(str(folder), _load_line(details, f'local-dir:{folder}'), notes=details.notes)
     with tempfile.TemporaryDirectory(prefix='ctc-timm-') as temporary:
-        folder = Path(temporary)
-        write_folder(source, folder, repo_id, license, tags or [], secret)
-        info = _upload(folder, repo_id, private, revision, create_pr, token, f'{source.architecture}, by ctc-timm')
-    return Published(
-        url=str(info.commit_url),
-        load=_load_line(source, f'hf-hub:{repo_id}@{info.oid}'),
-        commit=str(info.oid),
-        pull_request=str(info.pr_url or ''),
-        notes=source.notes,
-    )
+        _write_folder(details, Path(temporary), repo_id, license, tags, hidden)
+        title = f'Publish {details.architecture}, by ctc-timm'
+        info = _upload(Path(temporary), repo_id, private, revision, create_pr, title)
+    load = _load_line(details, f'hf-hub:{repo_id}@{info.oid}')
+    return Published(str(info.commit_url), load, str(info.pr_url or ''), details.notes)
 
 
 def check_target(repo_id: str) -> None:
-    """See before a long run that there will be somebody to publish it as.
+    """Check before a long run that somebody is logged in to publish it.
 
     Raises:
         UserError: No name of a repo, or nobody is logged in.
     """
-    from huggingface_hub import HfApi
-
-    _check(repo_id, '', [], 'other')
+    _check(repo_id)
     with translate_errors(repo_id):
         try:
             HfApi().whoami()
@@ -145,29 +118,23 @@ def check_target(repo_id: str) -> None:
             raise HubError(f'{repo_id}: log in with `hf auth login`, or set HF_TOKEN') from None
 
 
-def write_folder(run: RunDetails, folder: Path, repo_id: str, license: str, tags: list[str], private: Private) -> None:
-    """Everything that goes into the repo: weights, config.json, card, recipe and pictures.
-
-    Raises:
-        UserError: Weights that do not fit their config, a disk that is full, or something private in what was
-            written.
-    """
+def _write_folder(
+    run: RunDetails, folder: Path, repo_id: str, license: str, tags: Sequence[str], hidden: Private
+) -> None:
+    """Write everything that goes into the repo: weights, config.json, card, recipe and pictures."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _export(run, folder)
-        flags = recipe(run, private)
-        (folder / 'recipe.yaml').write_text(yaml.safe_dump(flags, sort_keys=True), encoding='utf-8')
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        pictures = _copy_pictures(run, folder)
-        card = write_card(run, config, flags, data_set(run, private), repo_id, license, tags, pictures)
+        (folder / 'recipe.yaml').write_text(yaml.safe_dump(run.recipe, sort_keys=True), encoding='utf-8')
+        card = write_card(run, repo_id, license, tags, _copy_pictures(run, folder))
         (folder / 'README.md').write_text(card, encoding='utf-8')
     except OSError as error:
-        raise UserError(f'{folder}: {explain(error)}') from None
-    private.refuse(folder)
+        raise UserError(f'{folder}: {one_line(error)}') from None
+    hidden.check_folder(folder)
 
 
 def _copy_pictures(run: RunDetails, folder: Path) -> dict[str, str]:
-    """The run's pictures, as pixels alone: their metadata may tell who made them, and where.
+    """Copy the run's pictures as pixels alone: their metadata may tell who made them, and where.
 
     Returns:
         Title of each by its file in the repo.
@@ -181,14 +148,13 @@ def _copy_pictures(run: RunDetails, folder: Path) -> dict[str, str]:
             run.notes.append(f'{file.name}, which is no sound picture: {one_line(error)}')
             continue
         (folder / 'plots').mkdir(exist_ok=True)
-        plain = Image.frombytes('RGBA', pixels.size, pixels.tobytes())
-        plain.save(folder / 'plots' / file.name, optimize=True)
+        Image.frombytes('RGBA', pixels.size, pixels.tobytes()).save(folder / 'plots' / file.name, optimize=True)
         pictures[f'plots/{file.name}'] = title
     return pictures
 
 
 def _export(run: RunDetails, folder: Path) -> None:
-    """Weights and config.json, by timm's own export."""
+    """Write weights and config.json by timm's own export, and check that they are the run's."""
     try:
         model = timm.create_model(f'local-dir:{run.path}', pretrained=False)
         weights = load_file(run.weights)
@@ -209,46 +175,33 @@ def _export(run: RunDetails, folder: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
-def _upload(
-    folder: Path, repo_id: str, private: bool | None, revision: str, create_pr: bool, token: str | None, title: str
-) -> Any:
+def _upload(folder: Path, repo_id: str, private: bool | None, revision: str, create_pr: bool, title: str) -> Any:
     """Send a folder as one commit; the Hub shows all of it or nothing."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     files = sorted(path for path in folder.rglob('*') if path.is_file())
     operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in files]
-    api = HfApi(token=token, library_name='ctc-timm')
+    api = HfApi(library_name='ctc-timm')
     with translate_errors(repo_id):
-        try:
-            if create_pr:  # which needs no right to write, so the repo has to be there
-                api.repo_info(repo_id)
-            else:
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                if revision and revision != 'main':
-                    api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.create_commit(
-                repo_id,
-                operations,
-                commit_message=f'Publish {title}',
-                revision=revision or None,
-                create_pr=create_pr,
-            )
-        except ValueError as error:  # the Hub's opinion of the card comes as one
-            if type(error) is ValueError:
-                raise HubError(f'{repo_id}: {one_line(error)}') from None
-            raise
+        if create_pr:  # which needs no right to write, so the repo has to be there
+            api.repo_info(repo_id)
+        else:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision and revision != 'main':
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.create_commit(
+            repo_id, operations, commit_message=title, revision=revision or None, create_pr=create_pr
+        )
 
 
-def _check(repo_id: str, revision: str, tags: list[str], license: str) -> None:
+def _check(repo_id: str, revision: str = '', tags: Sequence[str] = (), license: str = 'other') -> None:
     if not is_repo_id(repo_id):
-        raise UserError(f'--repo-id {repo_id!r}: must be USER/NAME, of letters, digits, dots, dashes and underscores')
-    if revision and (not _REVISION.fullmatch(revision) or '..' in revision):
-        raise UserError(f'--revision {revision!r}: must be the name of a branch')
+        raise UserError(f'`repo_id` {repo_id!r}: must be USER/NAME, of letters, digits, dots, dashes and underscores')
+    if revision and (not re.fullmatch(r'[\w][\w./-]{0,199}', revision) or '..' in revision):
+        raise UserError(f'`revision` {revision!r}: must be the name of a branch')
     for tag in tags:
-        if not _TAG.fullmatch(tag):
-            raise UserError(f'--tag {tag!r}: must be a short text of letters, digits, spaces and . : / + -')
-    if not _LICENSE.fullmatch(license):
-        raise UserError(f'--license {license!r}: must be an identifier of the Hub such as apache-2.0, mit or other')
+        if not re.fullmatch(r'[\w][\w .:/+-]{0,63}', tag):
+            raise UserError(f'`tags` {tag!r}: must be short texts of letters, digits, spaces and . : / + -')
+    if not re.fullmatch(r'[a-z0-9][a-z0-9.+-]{0,63}', license):
+        raise UserError(f'`license` {license!r}: must be an identifier of the Hub such as apache-2.0, mit or other')
 
 
 def _load_line(run: RunDetails, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which CTC weights exist: where each set lies, its hash, its input, its numbers and its recipe.
+"""Catalogs of weights: where each set lies, its hash, its input, its numbers and its recipe.
 
 A catalog is a JSON file, the one shipped with this package and those named by `CTC_TIMM_ZOO`:
 
@@ -10,16 +10,17 @@ A catalog is a JSON file, the one shipped with this package and those named by `
          "model_args": {}, "license": "apache-2.0", "results": [...], "recipe": {...}}}}
 
 Weights on this machine have a `path` in place of hub_id, revision and filename; a relative one starts at the
-catalog's folder and stays in it. Catalogs come from elsewhere, so everything in them is checked before it is
-believed.
+catalog's folder and stays in it. Catalogs come from other people, so each value is checked.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,18 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from ..utils.errors import UserError
-from .pretrained_cfg import check_facts, check_model_args, is_number
+from ..utils.files import write_text
+from .pretrained_cfg import check_model_args, check_pretrained_cfg
 
 ENVIRONMENT = 'CTC_TIMM_ZOO'
 SHIPPED = Path(__file__).with_name('zoo.json')
-BASELINES = Path(__file__).with_name('baselines.json')  # plain training, to compare with; names without the suffix
+BASELINES = Path(__file__).with_name('baselines.json')  # supervised training, to compare with; names without the suffix
 VERSION = 1
 SUFFIX = '_ctc'
 WEIGHTS = 'model.safetensors'
 
-_BASELINE = re.compile(r'[a-z0-9][a-z0-9_]*\.[A-Za-z0-9_][A-Za-z0-9_.-]*')
 NAME = re.compile(r'[a-z0-9][a-z0-9_]*_ctc(\.[A-Za-z0-9_][A-Za-z0-9_.-]*)?')
-WORD = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]*')  # of a repo, a tag, a namespace
-_HASH = re.compile(r'[0-9a-f]{64}')
-_COMMIT = re.compile(r'[0-9a-f]{40}')
+_BASELINE = re.compile(r'[a-z0-9][a-z0-9_]*\.[A-Za-z0-9_][A-Za-z0-9_.-]*')
 
 
 class NoCatalog(UserError):
@@ -53,20 +52,18 @@ class Entry:
 
     Attributes:
         name: '<arch>_ctc' or '<arch>_ctc.<tag>'.
-        config: Facts about input and shape, by the names of timm's PretrainedCfg.
-        sha256: Of the weights file; empty where nobody vouches for one.
-        hub_id: Repo on the Hub, or empty.
-        revision: Commit in it.
-        filename: Weights in it, always safetensors.
-        path: Weights on this machine, or empty.
+        pretrained_cfg: Input and shape, by the names of timm's PretrainedCfg.
+        sha256: Of the weights file; empty for a repo that no catalog lists.
+        hub_id, revision, filename: Repo, commit and file of weights on the Hub, always safetensors.
+        path: Of weights on this machine.
         model_args: What the architecture is built with besides.
         license: By its identifier on the Hub.
-        results: Measured numbers, one dict a number.
-        recipe: The flags that matter, by name.
+        results: Measured numbers, each a dict of dataset, metric and value.
+        recipe: Settings that the weights were trained with, by name.
     """
 
     name: str
-    config: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
     sha256: str = ''
     hub_id: str = ''
     revision: str = ''
@@ -80,49 +77,31 @@ class Entry:
     @property
     def architecture(self) -> str:
         """The base architecture."""
-        return self.name.partition('.')[0].removesuffix(SUFFIX)
+        return base_of(self.name)
 
     @property
     def tag(self) -> str:
         """The part after the dot, or empty."""
         return self.name.partition('.')[2]
 
-    @property
-    def source(self) -> tuple[str, str]:
-        """What tells these weights from others: where they are, in the words of timm's config."""
-        return (f'{self.hub_id}@{self.revision}', self.filename) if self.hub_id else (self.path, '')
-
-    def pretrained_cfg(self) -> PretrainedCfg:
+    def to_timm(self) -> PretrainedCfg:
         """timm's config, pointing at the pinned weights."""
-        where, filename = self.source
-        place = {'hub_id': where, 'filename': filename} if self.hub_id else {}
-        facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.config.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.pretrained_cfg.items()}
+        if self.hub_id:
+            values |= {'hf_hub_id': f'{self.hub_id}@{self.revision}', 'hf_hub_filename': self.filename}
+        architecture, license = self.name.partition('.')[0], self.license or None
         return PretrainedCfg(
-            hf_hub_id=place.get('hub_id'),
-            hf_hub_filename=place.get('filename'),
-            file=self.path or None,
-            architecture=self.name.partition('.')[0],
-            tag=self.tag or None,
-            license=self.license or None,
-            **facts,
+            file=self.path or None, architecture=architecture, tag=self.tag or None, license=license, **values
         )
 
     def to_json(self, folder: Path | None = None) -> dict[str, Any]:
         """What a catalog holds; a path inside the catalog's `folder` is written relative to it."""
-        where: dict[str, Any] = {'hub_id': self.hub_id, 'revision': self.revision, 'filename': self.filename}
-        if self.path:
-            path = Path(self.path)
-            inside = folder is not None and path.is_relative_to(folder)
-            where = {'path': str(path.relative_to(folder) if inside and folder else path)}
-        return {
-            **where,
-            'sha256': self.sha256,
-            'pretrained_cfg': self.config,
-            'model_args': self.model_args,
-            'license': self.license,
-            'results': self.results,
-            'recipe': self.recipe,
-        }
+        values = dataclasses.asdict(self)
+        for key in ('name', *(('hub_id', 'revision', 'filename') if self.path else ('path',))):
+            del values[key]
+        if self.path and folder is not None and Path(self.path).is_relative_to(folder):
+            values['path'] = str(Path(self.path).relative_to(folder))
+        return values
 
 
 def named_files() -> list[Path]:
@@ -131,10 +110,9 @@ def named_files() -> list[Path]:
 
 
 def load_all() -> tuple[dict[str, Entry], list[UserError]]:
-    """Every entry that can be had, and what stands in the way of the rest.
+    """Load the shipped catalog and those of `CTC_TIMM_ZOO`.
 
-    A name may stand in two files if both mean the same weights, say on the Hub and in a folder; the later one
-    is used.
+    A name may stand in two files if both mean the same weights, say on the Hub and in a folder; the later one is used.
 
     Returns:
         Entries by name, shipped ones first, and what is wrong with each file that can't be used.
@@ -143,40 +121,38 @@ def load_all() -> tuple[dict[str, Entry], list[UserError]]:
     problems: list[UserError] = []
     for file in [SHIPPED, *named_files()]:
         try:
-            found = load(file)
-            for name, entry in found.items():
+            loaded = load(file)
+            for name, entry in loaded.items():
                 if name in entries and entries[name].sha256 != entry.sha256:
                     raise UserError(f'{file}: {name} is other weights than in the catalogs before it; rename it')
         except UserError as error:
             problems.append(error)
         else:
-            entries.update(found)
+            entries.update(loaded)
     return entries, problems
 
 
 def load(file: Path) -> dict[str, Entry]:
-    """The entries of one catalog, by name. Those of `BASELINES` are called ARCH.TAG, those of all others ARCH_ctc.
+    """Load a catalog. The names in `BASELINES` are ARCH.TAG, those in all others ARCH_ctc or ARCH_ctc.TAG.
 
     Raises:
         NoCatalog: No such file.
         UserError: Not a catalog, or an entry that is not sound.
     """
     try:
-        text = file.read_text(encoding='utf-8')
+        content = json.loads(file.read_text(encoding='utf-8'), object_pairs_hook=_unique)
+        if not isinstance(content, dict) or content.get('version') != VERSION or set(content) != {'version', 'models'}:
+            raise UserError(f'{file}: not a catalog of version {VERSION}')
+        if not isinstance(content['models'], dict):
+            raise UserError(f'{file}: "models" must be a mapping of names to entries')
+        folder = file.absolute().parent
+        return {name: parse(name, raw, str(file), folder) for name, raw in content['models'].items()}
+    except UserError:
+        raise
     except FileNotFoundError:
         raise NoCatalog(f'{file}: no such catalog; make one with `ctc-timm zoo add`') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{file}: cannot be read: {error}') from None
-    try:
-        content = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{file}: not a catalog: {error}') from None
-    if not isinstance(content, dict) or content.get('version') != VERSION or set(content) != {'version', 'models'}:
-        raise UserError(f'{file}: not a catalog of version {VERSION}')
-    if not isinstance(content['models'], dict):
-        raise UserError(f'{file}: "models" must be a mapping of names to entries')
-    folder = file.absolute().parent
-    return {name: parse(name, raw, str(file), folder) for name, raw in content['models'].items()}
 
 
 def save(file: Path, entries: Iterable[Entry]) -> None:
@@ -184,115 +160,86 @@ def save(file: Path, entries: Iterable[Entry]) -> None:
     file = file.absolute()
     models = {entry.name: entry.to_json(file.parent) for entry in sorted(entries, key=lambda entry: entry.name)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + '.tmp')
-    with temporary.open('w', encoding='utf-8') as stream:
-        json.dump({'version': VERSION, 'models': models}, stream, indent=2)
-        stream.write('\n')
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    write_text(file, json.dumps({'version': VERSION, 'models': models}, indent=2) + '\n')
 
 
-def parse(name: str, raw: Any, where: str, folder: Path | None = None) -> Entry:
-    """An entry from what a catalog says.
+def parse(name: str, raw: Any, where: str, folder: Path = Path()) -> Entry:
+    """Check an entry of a catalog.
 
     Args:
         name: The model's name.
-        raw: What stands there.
-        where: For error messages: the file.
+        raw: As JSON holds it.
+        where: For messages: the file.
         folder: Where a relative path starts.
 
     Raises:
-        UserError: Anything that is missing, unknown, or not what it should be.
+        UserError: Anything that is missing, unknown, or of another form.
     """
-
-    def refuse(key: str, wanted: str) -> UserError:
-        return UserError(f'{where}: {name!r}: {key} must be {wanted}')
-
     if not (_BASELINE if where == str(BASELINES) else NAME).fullmatch(name):
         raise UserError(f'{where}: {name!r} is no name of a model: it must be ARCH_ctc or ARCH_ctc.TAG')
+    where = f'{where}: {name!r}'
     if not isinstance(raw, dict):
-        raise refuse('the entry', 'a mapping')
-    at_hub = 'hub_id' in raw
-    places = {'hub_id', 'revision', 'filename'} if at_hub else {'path'}
-    needed = {*places, 'sha256', 'pretrained_cfg'}
+        raise UserError(f'{where}: the entry must be a mapping')
+    needed = {*(('hub_id', 'revision', 'filename') if 'hub_id' in raw else ('path',)), 'sha256', 'pretrained_cfg'}
     known = {*needed, 'model_args', 'license', 'results', 'recipe'}
-    if set(raw) - known or needed - set(raw):
-        raise refuse('its keys', f'of {", ".join(sorted(known))}; missing or unknown: {_differing(raw, needed, known)}')
-    if not isinstance(raw['sha256'], str) or not _HASH.fullmatch(raw['sha256']):
-        raise refuse('sha256', '64 hexadecimal digits')
-    path = ''
-    if at_hub:
-        if not is_repo_id(raw['hub_id']):
-            raise refuse('hub_id', 'USER/NAME')
-        if not isinstance(raw['revision'], str) or not _COMMIT.fullmatch(raw['revision']):
-            raise refuse('revision', 'a whole commit, 40 hexadecimal digits')
-        if not isinstance(raw['filename'], str) or not re.fullmatch(r'[\w-][\w.-]*\.safetensors', raw['filename']):
-            raise refuse('filename', 'a .safetensors file')
-    else:
-        if not isinstance(raw['path'], str) or not raw['path'].endswith('.safetensors') or '\0' in raw['path']:
-            raise refuse('path', 'a .safetensors file')
-        if '..' in re.split(r'[\\/]', raw['path']):
-            raise refuse('path', "a .safetensors file in the catalog's folder, or an absolute path")
-        path = str((folder or Path()) / raw['path'])
-    for key, kind, wanted in (
-        ('model_args', dict, 'a mapping'),
-        ('recipe', dict, 'a mapping'),
-        ('license', str, 'text'),
-        ('results', list, 'a list'),
-    ):
-        if not isinstance(raw.get(key, kind()), kind):
-            raise refuse(key, wanted)
-    for row in raw.get('results', []):
-        if not is_result(row):
-            raise refuse('results', f'mappings of dataset, metric and value, not {row!r}')
-    return Entry(
-        name=name,
-        config=check_facts(raw['pretrained_cfg'], f'{where}: {name!r}'),
-        sha256=raw['sha256'],
-        hub_id=raw['hub_id'] if at_hub else '',
-        revision=raw['revision'] if at_hub else '',
-        filename=raw['filename'] if at_hub else WEIGHTS,
-        path=path,
-        model_args=check_model_args(raw.get('model_args', {}), f'{where}: {name!r}'),
-        license=raw.get('license', ''),
-        results=raw.get('results', []),
-        recipe=raw.get('recipe', {}),
-    )
+    if odd := (needed - set(raw)) | (set(raw) - known):
+        raise UserError(f'{where}: its keys must be of {", ".join(sorted(known))}; missing or unknown: {sorted(odd)}')
+    for key, value in raw.items():
+        if key in _CHECKS and not _CHECKS[key][0](value):
+            raise UserError(f'{where}: {key} must be {_CHECKS[key][1]}')
+    values = {**raw, 'pretrained_cfg': check_pretrained_cfg(raw['pretrained_cfg'], where)}
+    values['model_args'] = check_model_args(raw.get('model_args', {}), where)
+    if 'path' in raw:
+        values['path'] = str(folder / raw['path'])
+    return Entry(name, **values)
 
 
 def is_repo_id(text: Any) -> bool:
     """Whether a text can only be USER/NAME: no path, no revision, nothing that means more."""
     parts = text.split('/') if isinstance(text, str) else []
-    return len(parts) == 2 and all(is_word(part) for part in parts) and len(text) <= 96
+    return len(parts) == 2 and all(map(is_word, parts)) and len(text) <= 96
 
 
 def is_word(text: str) -> bool:
     """Whether a text can be one half of a repo's id."""
-    return bool(WORD.fullmatch(text)) and not any(bad in text for bad in ('..', '--')) and text[-1] not in '.-'
+    return bool(re.fullmatch(r'[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?', text)) and not re.search(r'\.\.|--', text)
 
 
-def base_of(architecture: Any) -> str:
-    """The base architecture of a config, which may name it with the suffix, and with a tag, as timm lets it."""
-    return str(architecture).partition('.')[0].removesuffix(SUFFIX)
+def base_of(architecture: str) -> str:
+    """The base of an architecture that may have the suffix, and a tag, as timm lets it."""
+    return architecture.partition('.')[0].removesuffix(SUFFIX)
 
 
 def is_result(row: Any) -> bool:
-    """Whether this is a measured number: dataset and metric, short texts for a terminal, and value."""
-    return (
-        isinstance(row, dict)
-        and set(row) == {'dataset', 'metric', 'value'}
-        and all(isinstance(row[key], str) and row[key].isprintable() for key in ('dataset', 'metric'))
-        and is_number(row['value'])
-    )
+    """Whether this is a measured number: dataset and metric, printable texts, and value."""
+    if not isinstance(row, dict) or set(row) != {'dataset', 'metric', 'value'}:
+        return False
+    texts = all(isinstance(row[key], str) and row[key].isprintable() for key in ('dataset', 'metric'))
+    return texts and type(row['value']) in (int, float) and abs(row['value']) < math.inf
+
+
+def _is_path(value: Any) -> bool:
+    sound = isinstance(value, str) and value.endswith('.safetensors') and '\0' not in value
+    return sound and '..' not in re.split(r'[\\/]', value)
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'hub_id': (is_repo_id, 'USER/NAME'),
+    'revision': (_matches(r'[0-9a-f]{40}'), 'a whole commit, 40 hexadecimal digits'),
+    'filename': (_matches(r'[\w-][\w.-]*\.safetensors'), 'a .safetensors file'),
+    'path': (_is_path, "a .safetensors file in the catalog's folder, or an absolute path"),
+    'sha256': (_matches(r'[0-9a-f]{64}'), '64 hexadecimal digits'),
+    'license': (lambda value: isinstance(value, str), 'text'),
+    'results': (lambda v: isinstance(v, list) and all(map(is_result, v)), 'a list of dataset, metric and value'),
+    'recipe': (lambda value: isinstance(value, dict), 'a mapping'),
+}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(dict(pairs)) < len(pairs):
         raise ValueError('a name stands twice in one mapping')
-    return found
-
-
-def _differing(raw: dict[str, Any], needed: set[str], known: set[str]) -> str:
-    return ', '.join(sorted(map(repr, (needed - set(raw)) | (set(raw) - known))))
+    return dict(pairs)

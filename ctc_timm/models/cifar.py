@@ -1,8 +1,8 @@
 """timm models with stems for 32x32 images.
 
-The networks of the CTC paper's CIFAR experiments, put together from timm's own nets: each keeps its parent's
-blocks, head and interface, and only the way in is changed, so that a 32x32 image isn't shrunk to nothing.
-They are registered like timm's own: `timm.create_model('cifar_resnet18', num_classes=10)`.
+The networks of the CTC paper's CIFAR experiments, put together from timm's own nets: each keeps its parent's blocks,
+head and interface, and only the stem is changed, so that a 32x32 image isn't shrunk to nothing. They are registered
+like timm's own: `timm.create_model('cifar_resnet18', num_classes=10)`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from timm.models.resnetv2 import ResNetV2
 from torch import nn
 from torchvision.models.shufflenetv2 import InvertedResidual
 
-from . import catalog as catalog
+from . import catalog
 
 __all__ = ['CifarResNet', 'CifarResNetV2', 'CifarMobileNetV2', 'CifarShuffleNetV2']
 
@@ -36,12 +36,12 @@ def _stem(in_chs: int, out_chs: int, device: Any = None, dtype: Any = None, **_:
 
 
 class _FullResolution:
-    """What a timm ResNet has to be told when its stem keeps the image's size and its stages may be three."""
+    """Corrects what a timm ResNet states when its stem keeps the image's size and its stages may be three."""
 
     feature_info: list[dict[str, Any]]
 
-    def _tell_reductions(self) -> None:
-        """Take the factor 4 of the parent's stem out of the strides that the parent wrote down."""
+    def _correct_reductions(self) -> None:
+        """Take the factor 4 of the parent's stem out of the strides that the parent states."""
         for info in self.feature_info:
             info['reduction'] = max(info['reduction'] // 4, 1)
 
@@ -59,44 +59,33 @@ class _FullResolution:
 class CifarResNet(_FullResolution, ResNet):
     """timm's ResNet with one 3x3 convolution of stride 1 as its stem, and three or four stages.
 
-    Args:
-        stem_chs: Channels of the stem.
-        in_chans: Channels of the images.
-        **kwargs: What timm's ResNet takes.
+    No block starts as an identity, as in the ResNets for CIFAR that are published.
     """
 
-    def __init__(self, stem_chs: int = 64, in_chans: int = 3, **kwargs: Any) -> None:
+    def __init__(self, stem_chs: int = 64, in_chans: int = 3, zero_init_last: bool = False, **kwargs: Any) -> None:
         # The parent's width of a plain stem is fixed at 64; only its deep stem can be asked for another one.
-        super().__init__(in_chans=in_chans, stem_type='deep', stem_width=stem_chs // 2, **kwargs)
+        arguments = dict(kwargs, stem_type='deep', stem_width=stem_chs // 2, zero_init_last=zero_init_last)
+        super().__init__(in_chans=in_chans, **arguments)
         self.conv1 = _stem(in_chans, stem_chs, **kwargs)  # type: ignore[assignment]
         self.maxpool = nn.Identity()  # type: ignore[assignment]
         if not hasattr(self, 'layer4'):
             self.layer4 = nn.Sequential()  # empty, not Identity: checkpointing iterates over it
-        self._tell_reductions()
+        self._correct_reductions()
 
 
 class CifarResNetV2(_FullResolution, ResNetV2):
-    """timm's pre-activation ResNet with one 3x3 convolution of stride 1 as its stem: a wide ResNet.
-
-    Args:
-        stem_chs: Channels of the stem.
-        in_chans: Channels of the images.
-        **kwargs: What timm's ResNetV2 takes.
-    """
+    """timm's pre-activation ResNet with one 3x3 convolution of stride 1 as its stem: a wide ResNet."""
 
     def __init__(self, stem_chs: int = 16, in_chans: int = 3, **kwargs: Any) -> None:
         super().__init__(in_chans=in_chans, stem_chs=stem_chs, **kwargs)
         self.stem = nn.Sequential(OrderedDict(conv=_stem(in_chans, stem_chs, **kwargs)))
-        self._tell_reductions()
+        self._correct_reductions()
 
 
 class CifarMobileNetV2(EfficientNet):
-    """timm's EfficientNet told to list its stem among the feature levels.
+    """timm's EfficientNet with its stem among the feature levels.
 
     The parent lists the last block before each stride; for 32x32 images the stem's output is wanted too.
-
-    Args:
-        **kwargs: What timm's EfficientNet takes.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -109,19 +98,9 @@ class CifarMobileNetV2(EfficientNet):
 class CifarShuffleNetV2(EfficientNet):
     """ShuffleNetV2 for 32x32 images: torchvision's blocks between EfficientNet's stem and head.
 
-    timm has no ShuffleNet, but an EfficientNet has the same skeleton (stem, stages of blocks, 1x1
-    convolution, pooled linear head), so all of its methods serve; only what they run over is built here.
-
-    Args:
-        layers: Blocks in each stage; the first of a stage halves the map.
-        channels: Channels of the stem and of each stage, one more than `layers`.
-        num_features: Channels of the 1x1 convolution before the head.
-        num_classes: Classes, 0 for no classifier.
-        in_chans: Channels of the images.
-        drop_rate: Dropout before the classifier.
-        global_pool: timm's pooling type.
-        device: Where the parameters are.
-        dtype: What the parameters are.
+    timm has no ShuffleNet, but an EfficientNet has the same skeleton (stem, stages of blocks, 1x1 convolution, pooled
+    linear head), so all of its methods serve; only what they run over is built here. The first block of a stage halves
+    the map; `channels` are those of the stem and of each stage.
     """
 
     def __init__(
@@ -164,7 +143,7 @@ class CifarShuffleNetV2(EfficientNet):
 
 
 def _cfg(pool_size: int, first_conv: str, classifier: str) -> dict[str, Any]:
-    """What timm has to know about a model: CIFAR-100's numbers, and names of its first and last layer."""
+    """timm's config of a model: CIFAR-100's numbers, and names of its first and last layer."""
     return dict(
         num_classes=100,
         input_size=(3, 32, 32),
@@ -193,47 +172,46 @@ default_cfgs = generate_default_cfgs(
 # Weights to compare CTC with have tags of their own, so that an untagged name keeps the input size of CIFAR.
 for _entry in catalog.load(catalog.BASELINES).values():
     default_cfgs[_entry.architecture].tags.append(_entry.tag)
-    default_cfgs[_entry.architecture].cfgs[_entry.tag] = _entry.pretrained_cfg()
+    default_cfgs[_entry.architecture].cfgs[_entry.tag] = _entry.to_timm()
 
 
-def _resnet(variant: str, pretrained: bool, num_levels: int, given: dict[str, Any], **own: Any) -> nn.Module:
-    """A post-activation ResNet; what the caller gave wins over the variant's own arguments."""
-    own = dict(own, zero_init_last=False)  # the plain start that ResNets for CIFAR are published with
-    feature_cfg = dict(out_indices=tuple(range(num_levels)))
-    return build_model_with_cfg(CifarResNet, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given))
+def _build(
+    cls: type[nn.Module], variant: str, pretrained: bool, levels: int, kwargs: dict[str, Any], **arguments: Any
+) -> nn.Module:
+    """Build a model of so many feature levels; what the caller gives wins over the variant's own arguments."""
+    feature_cfg = dict(out_indices=tuple(range(levels)), flatten_sequential=cls is not CifarResNet)
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **{**arguments, **kwargs})
 
 
-def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, given: dict[str, Any]) -> nn.Module:
+def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, kwargs: dict[str, Any]) -> nn.Module:
     """A wide ResNet: three stages of (depth - 4) / 6 pre-activation blocks, `width` times as wide."""
-    own = dict(
-        layers=((depth - 4) // 6,) * 3,
-        channels=(16 * width, 32 * width, 64 * width),
-        basic=True,
-        bottle_ratio=1.0,
-        norm_layer=nn.BatchNorm2d,
-        conv_layer=create_conv2d,
-    )
-    feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model_with_cfg(CifarResNetV2, variant, pretrained, feature_cfg=feature_cfg, **dict(own, **given))
+    sizes = dict(layers=((depth - 4) // 6,) * 3, channels=(16 * width, 32 * width, 64 * width))
+    kinds = dict(basic=True, bottle_ratio=1.0, norm_layer=nn.BatchNorm2d, conv_layer=create_conv2d)
+    return _build(CifarResNetV2, variant, pretrained, 4, kwargs, **sizes, **kinds)
+
+
+def _halve(channels: int) -> int:
+    """Halve the channels exactly: timm's rounding to multiples of 8 would turn 12 into 16."""
+    return int(channels * 0.5)
 
 
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-20 for 32x32 images: three stages of three basic blocks, 16 to 64 channels."""
-    own = dict(block=BasicBlock, layers=(3, 3, 3), channels=(16, 32, 64), stem_chs=16)
-    return _resnet('cifar_resnet20', pretrained, 4, kwargs, **own)
+    arguments = dict(block=BasicBlock, layers=(3, 3, 3), channels=(16, 32, 64), stem_chs=16)
+    return _build(CifarResNet, 'cifar_resnet20', pretrained, 4, kwargs, **arguments)
 
 
 @register_model
 def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 for 32x32 images."""
-    return _resnet('cifar_resnet18', pretrained, 5, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
+    return _build(CifarResNet, 'cifar_resnet18', pretrained, 5, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
 
 
 @register_model
 def cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-34 for 32x32 images."""
-    return _resnet('cifar_resnet34', pretrained, 5, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
+    return _build(CifarResNet, 'cifar_resnet34', pretrained, 5, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
 
 
 @register_model
@@ -251,8 +229,9 @@ def cifar_wrn_28_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def cifar_resnext32_16x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNeXt of 16 groups for 32x32 images: three stages of five bottlenecks."""
-    own = dict(block=Bottleneck, layers=(5, 5, 5), channels=(32, 64, 128), stem_chs=32)
-    return _resnet('cifar_resnext32_16x4d', pretrained, 4, kwargs, cardinality=16, base_width=4, **own)
+    blocks = dict(block=Bottleneck, layers=(5, 5, 5), cardinality=16, base_width=4)
+    arguments = dict(channels=(32, 64, 128), stem_chs=32, **blocks)
+    return _build(CifarResNet, 'cifar_resnext32_16x4d', pretrained, 4, kwargs, **arguments)
 
 
 @register_model
@@ -267,20 +246,11 @@ def cifar_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         ['ir_r3_k3_s2_e6_c160'],
         ['ir_r1_k3_s1_e6_c320'],
     ]
-    own = dict(block_args=decode_arch_def(blocks), num_features=1280, stem_size=32, round_chs_fn=_half)
-    feature_cfg = dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True)
-    return build_model_with_cfg(
-        CifarMobileNetV2, 'cifar_mobilenetv2_050', pretrained, feature_cfg=feature_cfg, **dict(own, **kwargs)
-    )
-
-
-def _half(channels: int) -> int:
-    """Half the channels as they are: timm's rounding to multiples of 8 would turn 12 into 16."""
-    return int(channels * 0.5)
+    arguments = dict(block_args=decode_arch_def(blocks), num_features=1280, stem_size=32, round_chs_fn=_halve)
+    return _build(CifarMobileNetV2, 'cifar_mobilenetv2_050', pretrained, 5, kwargs, **arguments)
 
 
 @register_model
 def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ShuffleNetV2 for 32x32 images."""
-    feature_cfg = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
-    return build_model_with_cfg(CifarShuffleNetV2, 'cifar_shufflenetv2', pretrained, feature_cfg=feature_cfg, **kwargs)
+    return _build(CifarShuffleNetV2, 'cifar_shufflenetv2', pretrained, 4, kwargs)

@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.models import get_arch_name, resolve_model_input_args
-from torch import nn
 
-from ..runs import check_hash
 from ..utils.errors import UserError, nearest, one_line
 from .backbones import architecture, has_classification_head
+from .loading import load_weights
 from .settings import ArchitectureSettings, BatchNormSettings, ExecutionSettings, ModelSettings
 
-
-class InputSettings(Protocol):
-    """The settings of data that shape a model."""
-
-    @property
-    def img_size(self) -> int | None:
-        """Height and width of the images."""
-
-    @property
-    def in_chans(self) -> int | None:
-        """Channels of the images."""
-
-    @property
-    def input_size(self) -> tuple[int, int, int] | None:
-        """Channels, height and width of the images."""
+if TYPE_CHECKING:
+    from ..data.settings import DataSettings
 
 
-def create_model(
-    model: ModelSettings, architecture: ArchitectureSettings, images: InputSettings, num_classes: int | None
-) -> Any:
+def create_model(model: ModelSettings, built: ArchitectureSettings, data: DataSettings, num_classes: int | None) -> Any:
     """Create the model to train.
 
     Args:
         model: Which one, and its first weights.
-        architecture: How timm builds it.
-        images: Channels and size of its images.
+        built: How timm builds it.
+        data: Channels and size of its images.
         num_classes: Outputs; None leaves the model's own.
 
     Raises:
@@ -50,12 +33,11 @@ def create_model(
     name = model.model
     if ':' not in name and not timm.is_model(name):
         raise UserError(f'`model` {name}: unknown to timm{nearest(get_arch_name(name), timm.list_models())}')
-    wanted = {'img_size': images.img_size, 'in_chans': images.in_chans, 'input_size': images.input_size}
     try:
-        options = {'num_classes': num_classes, **model_options(architecture, images)}
-        resolved = resolve_model_input_args(name, wanted, **options)
+        options = {'num_classes': num_classes, **model_options(built, data)}
+        resolved = resolve_model_input_args(name, vars(data), **options)
         created = timm.create_model(pretrained=model.pretrained, **{k: v for k, v in resolved.items() if v is not None})
-    except Exception as error:  # timm's, torch's and the client's of the Hub, about weights and configs of other people
+    except Exception as error:  # of timm, torch and huggingface_hub, about weights and configs of other people
         raise UserError(f'`model` {name}: {one_line(error)}') from None
     if model.initial_checkpoint:
         load_weights(created, model.initial_checkpoint, 'initial_checkpoint')
@@ -64,18 +46,18 @@ def create_model(
     return created
 
 
-def model_options(architecture: ArchitectureSettings, images: InputSettings) -> dict[str, Any]:
+def model_options(built: ArchitectureSettings, data: DataSettings) -> dict[str, Any]:
     """Collect arguments of timm's `create_model` beside name and classes; None leaves the model's own."""
     options: dict[str, Any] = dict(
-        in_chans=images.in_chans or (images.input_size[0] if images.input_size else None),
-        drop_rate=architecture.drop or None,
-        drop_path_rate=architecture.drop_path,
-        drop_block_rate=architecture.drop_block,
-        global_pool=architecture.gp,
-        bn_momentum=architecture.bn_momentum,
-        bn_eps=architecture.bn_eps,
+        in_chans=data.in_chans or (data.input_size[0] if data.input_size else None),
+        drop_rate=built.drop or None,
+        drop_path_rate=built.drop_path,
+        drop_block_rate=built.drop_block,
+        global_pool=built.gp,
+        bn_momentum=built.bn_momentum,
+        bn_eps=built.bn_eps,
     )
-    return {**options, **architecture.model_kwargs}
+    return {**options, **built.model_kwargs}
 
 
 def checkpoint_gradients(model: Any, name: str) -> None:
@@ -118,28 +100,5 @@ def check_compiler(backend: str) -> None:
     """
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
-        raise UserError(
-            f'`torchcompile` {backend}: no such backend{nearest(backend, known)}; there are {", ".join(known)}'
-        )
-
-
-def load_weights(model: nn.Module, path: str | Path, setting: str) -> None:
-    """Load all of a weights file into a model.
-
-    Args:
-        model: Of the same architecture.
-        path: Safetensors, or a checkpoint that loads with `weights_only=True`.
-        setting: That names the file, for messages.
-
-    Raises:
-        UserError: No such file, not a weights file, or weights of another architecture.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f'`{setting}` {path}: no such file')
-    try:
-        if file.suffix == '.safetensors':
-            check_hash(file)
-        timm.models.load_checkpoint(model, str(file), weights_only=True)
-    except Exception as error:
-        raise UserError(f'`{setting}` {path}: not weights of {architecture(model)}: {one_line(error)}') from None
+        near = nearest(backend, known)
+        raise UserError(f'`torchcompile` {backend}: no such backend{near}; there are {", ".join(known)}')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -10,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_name
 
-from ..runs import check_hash
+from ..runs import Run, check_hash, weights_metadata
 from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
-from ..utils.yaml_files import read_mapping
-from .pretrained_cfg import check_model_args, known_facts
+from .backbones import architecture as architecture_of
+from .pretrained_cfg import read_config
 from .settings import SourceSettings
 
-DATA_FLAGS = (
+_DATA = (
     'dataset',
     'data_dir',
     'data',
@@ -31,8 +29,6 @@ DATA_FLAGS = (
     'input_img_mode',
     'workers',
 )
-
-
 _COMMAND = re.compile(r'pipe:|[\'"`$;\\\n]')  # webdataset reads pipe:COMMAND, and hands URLs to a shell
 
 
@@ -45,14 +41,12 @@ class LoadedModel:
         name: Short, for tables and file names.
         weights: File, or name at the Hub or in timm.
         run: The folder of the run that trained it, if it is one of ours.
-        run_args: That run's arguments, or empty.
     """
 
     model: Any
     name: str
     weights: str
-    run: Path | None
-    run_args: dict[str, Any]
+    run: Path | None = None
 
 
 def named_source(settings: SourceSettings) -> tuple[str, str, str]:
@@ -88,54 +82,67 @@ def load_model(
     """
     options = {k: v for k, v in options.items() if v is not None}
     source = os.fspath(source)
-    path = Path(source)
+    where, path = f'`{setting}` {source}', Path(source)
     if path.is_dir():
-        weights = path / 'best.safetensors'
-        if not weights.is_file():
-            weights = path / 'last.safetensors'
-        if not weights.is_file():
-            raise UserError(f'`{setting}` {source}: a folder without best.safetensors or last.safetensors is no run')
-        return _from_file(weights, source, architecture, setting, options)
+        path = Run(path).best_weights
+        if not path.is_file():
+            raise UserError(f'{where}: a folder without best.safetensors or last.safetensors is no run')
     if path.is_file():
-        return _from_file(path, source, architecture, setting, options)
+        return _load_file(path, where, architecture, options)
     if path.suffix in ('.safetensors', '.pth', '.pt', '.bin', '.tar'):
-        raise UserError(f'`{setting}` {source}: no such file')
+        raise UserError(f'{where}: no such file')
     if ':' not in source and not timm.is_model(source):
         near = nearest(get_arch_name(source), timm.list_models())
-        raise UserError(f'`{setting}` {source}: no run folder, weights file or timm model of that name{near}')
+        raise UserError(f'{where}: no run folder, weights file or timm model of that name{near}')
     try:
         model = timm.create_model(source, pretrained=True, **options)
-    except Exception as error:
-        raise UserError(f'`{setting}` {source}: {one_line(error)}') from None
-    return LoadedModel(model.eval(), file_name(source), source, None, {})
+    except Exception as error:  # of timm, torch and huggingface_hub, about weights and configs of other people
+        raise UserError(f'{where}: {one_line(error)}') from None
+    return LoadedModel(model.eval(), file_name(source), source)
 
 
-def run_of(source: str | Path) -> Path | None:
-    """The run's folder that a source is, or lies in; None for anything else."""
+def load_weights(model: Any, path: str | os.PathLike, setting: str) -> None:
+    """Load all of a weights file into a model.
+
+    Args:
+        model: Of the same architecture.
+        path: Safetensors, or a checkpoint that loads with `weights_only=True`.
+        setting: That names the file, for messages.
+
+    Raises:
+        UserError: No such file, not a weights file, or weights of another architecture.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f'`{setting}` {path}: no such file')
+    _load(model, file, f'`{setting}` {path}', architecture_of(model))
+
+
+def run_of(source: str | os.PathLike) -> Path | None:
+    """Find the run's folder that a source is, or lies in; None for anything else."""
     path = Path(source).resolve()
     if not path.exists():
         return None
     near = [path] if path.is_dir() else list(path.parents[:2])
-    return next((p for p in near if (p / 'config.json').is_file()), None)
+    return next((p for p in near if Run(p).config_file.is_file()), None)
 
 
 def run_arguments(run: Path | None) -> dict[str, Any]:
-    """The arguments that a run was trained with, empty where there is no run.
+    """Read the settings that a run was trained with, by name; empty where there is no run.
 
     Raises:
         UserError: They are not plain values.
     """
-    file = run / 'args.yaml' if run is not None else None
-    return read_mapping(file) if file and file.is_file() else {}
+    return Run(run).args() if run is not None and Run(run).args_file.is_file() else {}
 
 
 def data_flags(run_args: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's arguments those that say where its images come from, for measuring it on them.
+    """Pick those of a run's settings that say where its images come from, for measuring it on them.
 
     Raises:
         UserError: One of another type, or one that would be run as a command. A run may be of other people.
     """
-    found = {key: run_args[key] for key in DATA_FLAGS if run_args.get(key) is not None}
+    found = {key: run_args[key] for key in _DATA if run_args.get(key) is not None}
     for key, value in found.items():
         if type(value) is not (int if key == 'workers' else str):
             raise UserError(f'args.yaml: `{key}` cannot be {value!r}')
@@ -146,55 +153,33 @@ def data_flags(run_args: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _from_file(weights: Path, source: str, architecture: str, setting: str, options: dict[str, Any]) -> LoadedModel:
-    run = run_of(weights)
-    arguments: dict[str, Any] = {}
+def _load_file(weights: Path, where: str, architecture: str, options: dict[str, Any]) -> LoadedModel:
+    """Load a weights file: of the architecture that is named, that its run's config.json names, or that it states."""
+    run, arguments = run_of(weights), {}
     if run is not None and not architecture:
-        architecture, arguments, data_facts = _read_config(run / 'config.json')
-        options = {'pretrained_cfg_overlay': data_facts, **options}
-    elif not architecture:
-        facts = _metadata(weights)
-        architecture = facts.get('architecture', '')
-        if facts.get('num_classes', '').isdecimal():
-            arguments = {'num_classes': int(facts['num_classes'])}
-        if not architecture:
-            raise UserError(
-                f'`{setting}` {source}: the file does not say which architecture it is for; name it with `model`'
-            )
+        architecture, config, model_args = read_config(run)
+        arguments = {'num_classes': config.pop('num_classes'), 'pretrained_cfg_overlay': config, **model_args}
+    elif not architecture and weights.suffix == '.safetensors':
+        stated = weights_metadata(weights)
+        architecture, classes = stated.get('architecture', ''), stated.get('num_classes', '')
+        arguments = {'num_classes': int(classes)} if classes.isdecimal() else {}
+    if not architecture:
+        raise UserError(f'{where}: the file does not say which architecture it is for; name it with `model`')
     if not timm.is_model(architecture):
-        raise UserError(f'`{setting}` {source}: is for {architecture!r}, which timm does not know')
+        raise UserError(f'{where}: is for {architecture!r}, which timm does not know')
+    try:
+        model = timm.create_model(architecture, **{**arguments, **options})
+    except Exception as error:  # of any architecture
+        raise UserError(f'{where}: not weights of {architecture}: {one_line(error)}') from None
+    _load(model, weights, where, architecture)
+    name = file_name(f'{run.name}-{weights.stem}' if run is not None else weights.stem)
+    return LoadedModel(model.eval(), name, str(weights), run)
+
+
+def _load(model: Any, weights: Path, where: str, architecture: str) -> None:
     try:
         if weights.suffix == '.safetensors':
             check_hash(weights)
-        model = timm.create_model(architecture, **{**arguments, **options})
         timm.models.load_checkpoint(model, str(weights), weights_only=True)
-    except Exception as error:
-        raise UserError(f'`{setting}` {source}: not weights of {architecture}: {one_line(error)}') from None
-    name = file_name(f'{run.name}-{weights.stem}' if run is not None else weights.stem)
-    return LoadedModel(model.eval(), name, str(weights), run, run_arguments(run))
-
-
-def _read_config(file: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Architecture, arguments of the model, and facts about its data, as a run's config.json gives them."""
-    try:
-        config = json.loads(file.read_text(encoding='utf-8'))
-        architecture, facts = config['architecture'], dict(config['pretrained_cfg'])
-        known_facts(facts, str(file))
-        arguments = {'num_classes': config['num_classes'], **check_model_args(config.get('model_args', {}), str(file))}
-        if not isinstance(architecture, str):
-            raise TypeError(f'the architecture cannot be {architecture!r}')
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f'{file}: no config of timm: {one_line(error)}') from None
-    return architecture, arguments, {k: v for k, v in facts.items() if k not in ('num_classes', 'architecture')}
-
-
-def _metadata(weights: Path) -> dict[str, str]:
-    if weights.suffix != '.safetensors':
-        return {}
-    try:
-        with safe_open(weights, framework='pt') as file:
-            return file.metadata() or {}
-    except SafetensorError:
-        return {}
+    except Exception as error:  # of any format
+        raise UserError(f'{where}: not weights of {architecture}: {one_line(error)}') from None

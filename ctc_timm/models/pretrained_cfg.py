@@ -1,63 +1,78 @@
-"""Facts about input and shape that published weights may state, and the check of each.
+"""Checks of what published weights state about their input and shape.
 
-They come from files of other people, so each has to be of its right type before timm is told it.
+Catalogs and config.json files come from other people, so each value must be of its form before timm reads it.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from ..utils.errors import UserError
+from timm.models._hub import load_model_config_from_path
 
-_WORD = re.compile(r'[A-Za-z0-9_][A-Za-z0-9_.-]*')
-_MODULE = re.compile(r'[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*')
+from ..utils.errors import UserError, one_line
 
-# Arguments of timm's factory that would change where weights come from or how strictly they are loaded, beside
-# those that begin with `pretrained`; an entry has no say in that.
+_COUNT = r'[1-9]\d*'
+_NUMBER = r'-?\d[\d.]*(e[+-]?\d+)?'
+_POSITIVE = rf'(?![0.]+([],e]|$)){_NUMBER[2:]}'
+_WORD = r'"\w[\w.-]*"'
+_MODULE = r'"\w+(\.\w+)*"'
+# Fields of timm's PretrainedCfg that hold for any weights of a model, each with the form of its JSON. A list of what
+# to keep, not of what to drop: a kind of weight source that timm adds later must not slip through.
+_REQUIRED = {
+    'num_classes': _COUNT,
+    'input_size': rf'\[{_COUNT}, {_COUNT}, {_COUNT}\]',
+    'mean': rf'\[{_NUMBER}(, {_NUMBER})*\]',
+    'std': rf'\[{_POSITIVE}(, {_POSITIVE})*\]',
+}
+_FORMS = {
+    **_REQUIRED,
+    'test_input_size': rf'null|{_REQUIRED["input_size"]}',
+    'min_input_size': rf'null|{_REQUIRED["input_size"]}',
+    'fixed_input_size': 'true|false',
+    'interpolation': _WORD,
+    'crop_pct': _POSITIVE,
+    'test_crop_pct': rf'null|{_POSITIVE}',
+    'crop_mode': _WORD,
+    'pool_size': rf'null|\[{_COUNT}, {_COUNT}\]',
+    'test_pool_size': rf'null|\[{_COUNT}, {_COUNT}\]',
+    'first_conv': rf'null|{_MODULE}|\[{_MODULE}(, {_MODULE})*\]',
+    'classifier': rf'null|{_MODULE}|\[{_MODULE}(, {_MODULE})*\]',
+}
+FIELDS = tuple(_FORMS)
+# Arguments of timm's factory that would change where weights come from or how strictly they are loaded, beside those
+# that begin with `pretrained`.
 _RESERVED = {'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit', 'features_only', 'device', 'dtype'}
 
 
-def check_facts(facts: Any, where: str) -> dict[str, Any]:
-    """The known facts about input and shape, each of its right type.
-
-    Raises:
-        UserError: One that is missing, unknown or of another type.
-    """
-    if not isinstance(facts, dict):
-        raise UserError(f'{where}: pretrained_cfg must be a mapping')
-    for key in ('num_classes', 'input_size', 'mean', 'std', 'classifier', 'first_conv'):
-        if key not in facts:
-            raise UserError(f'{where}: pretrained_cfg has no {key}')
-    for key, value in facts.items():
-        if key not in FACTS:
-            raise UserError(f'{where}: pretrained_cfg has no {key!r} in timm, or none that a catalog may set')
-        if not FACTS[key](value):
-            raise UserError(f'{where}: {key} cannot be {value!r}')
-    if len(facts['mean']) != len(facts['std']):
-        raise UserError(f'{where}: mean and std must be of the same length')
-    return dict(facts)
-
-
-def known_facts(config: Any, where: str) -> dict[str, Any]:
-    """The facts that a config.json of timm states, checked; what else it states is left out.
+def check_pretrained_cfg(config: Any, where: str) -> dict[str, Any]:
+    """Take the fields of `FIELDS` out of a pretrained_cfg, each of its form; others are left out.
 
     Args:
-        config: Its pretrained_cfg.
-        where: For error messages: the file.
+        config: As JSON holds it.
+        where: For messages: the file.
 
     Raises:
-        UserError: As `check_facts`.
+        UserError: A field that is missing or of another form.
     """
-    if not isinstance(config, dict):
+    if not isinstance(config, Mapping):
         raise UserError(f'{where}: pretrained_cfg must be a mapping')
-    facts = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key in FACTS}
-    return check_facts({'classifier': None, 'first_conv': None, **facts}, where)
+    found = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key in FIELDS}
+    if missing := sorted(set(_REQUIRED) - set(found)):
+        raise UserError(f'{where}: pretrained_cfg has no {missing[0]}')
+    for key, value in found.items():
+        if not re.fullmatch(_FORMS[key], json.dumps(value, default=str), re.ASCII):
+            raise UserError(f'{where}: {key} cannot be {value!r}')
+    if len(found['mean']) != len(found['std']):
+        raise UserError(f'{where}: mean and std must be of the same length')
+    return found
 
 
 def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
-    """Arguments an architecture may be built with.
+    """Check arguments that an architecture is built with.
 
     Raises:
         UserError: One that would change where weights come from.
@@ -70,56 +85,26 @@ def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
     return dict(model_args)
 
 
-def _integers(count: int) -> Callable[[Any], bool]:
-    def check(value: Any) -> bool:
-        whole = isinstance(value, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        return whole and len(value) == count and min(value) > 0
+def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Read and check a folder's config.json, as timm and training write it.
 
-    return check
+    Args:
+        folder: With the file.
+        where: For messages: what the file is of; its path when empty.
 
+    Returns:
+        The architecture, the pretrained_cfg, and the arguments that the architecture is built with.
 
-def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
-def is_number(value: Any) -> bool:
-    """Whether this is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float('inf')
-
-
-def _positive(value: Any) -> bool:
-    return is_number(value) and value > 0
-
-
-def _numbers(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and len(value) > 0 and all(map(check, value))
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(_WORD.fullmatch(value))
-
-
-def _modules(value: Any) -> bool:
-    names = value if isinstance(value, (list, tuple)) else [value]
-    return all(isinstance(name, str) and _MODULE.fullmatch(name) for name in names)
-
-
-# Facts about the data and the shape of a model, which hold for any weights of it, each with its check. A list
-# of what to keep, not of what to drop: a kind of weight source that timm adds later must not slip through.
-FACTS: dict[str, Callable[[Any], bool]] = {
-    'input_size': _integers(3),
-    'test_input_size': _optional(_integers(3)),
-    'min_input_size': _optional(_integers(3)),
-    'fixed_input_size': lambda value: isinstance(value, bool),
-    'interpolation': _text,
-    'crop_pct': _positive,
-    'test_crop_pct': _optional(_positive),
-    'crop_mode': _text,
-    'mean': _numbers(is_number),
-    'std': _numbers(_positive),
-    'num_classes': lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
-    'pool_size': _optional(_integers(2)),
-    'test_pool_size': _optional(_integers(2)),
-    'first_conv': _optional(_modules),
-    'classifier': _optional(_modules),
-}
+    Raises:
+        UserError: It can't be read, or states something that is not sound.
+    """
+    where = f'{where}: config.json' if where else str(folder / 'config.json')
+    try:
+        pretrained_cfg, architecture, model_args = load_model_config_from_path(folder)
+        if not isinstance(architecture, str):
+            raise TypeError(f'the architecture cannot be {architecture!r}')
+        return architecture, check_pretrained_cfg(pretrained_cfg, where), check_model_args(model_args, where)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f'{where}: no config of timm: {one_line(error)}') from None

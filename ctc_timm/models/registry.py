@@ -1,8 +1,8 @@
 """`<arch>_ctc`: a second name for every timm architecture, under which only CTC weights are ever loaded.
 
-A `_ctc` model is the base architecture itself, class and parameter names included, and takes every argument
-the base takes. What differs is where `pretrained=True` looks: in the catalog of CTC weights, never among
-the weights of the base. So a mistyped or not yet published name is an error, not a quietly different model.
+A `_ctc` model is the base architecture itself, class and parameter names included, and takes every argument the base
+takes. What differs is where `pretrained=True` looks: in the catalogs of CTC weights, never among the weights of the
+base. So a mistyped or not yet published name is an error, not a quietly different model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from timm.models import (
@@ -28,9 +29,9 @@ from timm.models import (
 from torch import nn
 
 from ..utils.errors import UserError, one_line
-from . import catalog as catalog
+from . import catalog
 from .catalog import SUFFIX, Entry
-from .pretrained_cfg import FACTS
+from .pretrained_cfg import FIELDS
 
 __all__ = ['NoPretrainedWeights', 'register_all']
 
@@ -40,7 +41,7 @@ NAMESPACE = 'CTC_TIMM_NAMESPACE'
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where timm's register_model looks
 
-_catalogd: dict[str, dict[str, Entry]] = {}  # by architecture and tag
+_entries: dict[str, dict[str, Entry]] = {}  # by architecture and tag
 _problems: list[UserError] = []  # with catalogs that can't be used
 
 
@@ -55,50 +56,43 @@ def register_all() -> None:
     """
     from . import cifar  # noqa: F401  (registers its models)
 
-    _read_catalogs()
+    entries, _problems[:] = catalog.load_all()
+    for problem in _problems:
+        if not isinstance(problem, catalog.NoCatalog):  # which `ctc-timm zoo add` may be about to make
+            _logger.warning('%s: %s', catalog.ENVIRONMENT, problem)
+    for entry in entries.values():
+        _entries.setdefault(entry.architecture, {})[entry.tag] = entry
     for arch in list_models():
         name = arch + SUFFIX
         if arch.endswith(SUFFIX) or is_model(name):
             continue
-        default_cfgs[name] = _cfgs(arch)
-        entry = _entry_point(arch)
-        globals()[name] = entry  # register_model lists it in __all__
-        register_model(entry)
+        default_cfgs[name] = _make_cfgs(arch)
+        globals()[name] = entrypoint = _make_entrypoint(arch)  # register_model lists it in __all__
+        register_model(entrypoint)
 
 
-def _read_catalogs() -> None:
-    entries, problems = catalog.load_all()
-    _problems[:] = problems
-    for problem in problems:
-        if not isinstance(problem, catalog.NoCatalog):  # which `ctc-timm zoo add` may be about to make
-            _logger.warning('%s: %s', catalog.ENVIRONMENT, problem)
-    for entry in entries.values():
-        _catalogd.setdefault(entry.architecture, {})[entry.tag] = entry
-
-
-def _cfgs(arch: str) -> DefaultCfg:
-    """The configs of `<arch>_ctc` by tag; the first one, or one without a tag, is the default, as in timm."""
-    catalogd = _catalogd.get(arch)
-    if catalogd:
-        tags = sorted(catalogd, key=bool)  # stable: only the empty tag moves, to the front
-        cfgs = {tag: catalogd[tag].pretrained_cfg() for tag in tags}
-        return DefaultCfg(tags=deque(tags), cfgs=cfgs, is_pretrained=True)
+def _make_cfgs(arch: str) -> DefaultCfg:
+    """Make the configs of `<arch>_ctc` by tag; the one without a tag, or else the first, is the default, as in timm."""
+    entries = _entries.get(arch)
+    if entries:
+        tags = sorted(entries, key=bool)  # stable: only the empty tag moves, to the front
+        return DefaultCfg(deque(tags), {tag: entries[tag].to_timm() for tag in tags}, is_pretrained=True)
     # timm's public look-up copies deeply, which over all architectures is most of the time `import ctc_timm`
     # may take. Its table is only read here, and what is taken from it doesn't change.
     cfg = getattr(_registry, '_model_pretrained_cfgs', {}).get(arch) or get_pretrained_cfg(arch)
-    kept = {key: getattr(cfg, key) for key in FACTS} if cfg else {}
-    return DefaultCfg(tags=deque(['']), cfgs={'': PretrainedCfg(**kept)})
+    kept = {key: getattr(cfg, key) for key in FIELDS} if cfg else {}
+    return DefaultCfg(deque(['']), {'': PretrainedCfg(**kept)})
 
 
-def _entry_point(arch: str) -> Callable[..., nn.Module]:
-    """The function timm calls to build `<arch>_ctc`."""
+def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
+    """Make the function that timm calls to build `<arch>_ctc`."""
 
-    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create(arch, pretrained, **kwargs)
 
-    entry.__name__ = entry.__qualname__ = arch + SUFFIX
-    entry.__doc__ = f'timm {arch}, to be trained by CTC or loaded with CTC weights.'
-    return entry
+    entrypoint.__name__ = entrypoint.__qualname__ = arch + SUFFIX
+    entrypoint.__doc__ = f'timm {arch}, to be trained by CTC or loaded with CTC weights.'
+    return entrypoint
 
 
 def _create(
@@ -108,24 +102,13 @@ def _create(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build the base architecture with the config of its `_ctc` name.
-
-    Args:
-        arch: The base architecture.
-        pretrained: Load weights from the config's source.
-        pretrained_cfg: A tag, or a whole config (a dict or a PretrainedCfg) that replaces the registered one.
-        pretrained_cfg_overlay: Single entries that replace those of the config.
-        **kwargs: What the base architecture takes.
-
-    Returns:
-        The base architecture's model.
+    """Build the base architecture with the config of its `_ctc` name, from arguments as timm's factory gives them.
 
     Raises:
         NoPretrainedWeights: The tag is unknown, or weights are wanted and nobody published any.
         HubError: There are weights, but they can't be had, or are not those that were published.
     """
-    cache_dir = kwargs.get('cache_dir')
-    cfg, entry = _resolve(arch, pretrained, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+    cfg, entry = _resolve(arch, pretrained, pretrained_cfg, pretrained_cfg_overlay, kwargs.get('cache_dir'))
     if entry is not None:
         # What the weights were made with is the default, as it is for timm's hf-hub: and local-dir: names.
         kwargs = {**entry.model_args, 'pretrained_model_args': dict(entry.model_args), **kwargs}
@@ -137,15 +120,14 @@ def _create(
     # They are lent the base's own tag, which the finished model must not carry: it has none of those weights.
     lent = entry is None and not cfg.tag and not pretrained_cfg
     if lent:
-        cfg = dataclasses.replace(cfg, tag=_default_tag(arch))
-    if entry is not None and pretrained:
-        model = _with_weights(arch, entry, cfg, kwargs)
-    else:
-        model = model_entrypoint(arch)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+        base_cfg = get_pretrained_cfg(arch)
+        cfg = dataclasses.replace(cfg, tag=base_cfg.tag if base_cfg else None)
+    create = partial(model_entrypoint(arch), pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+    model = create() if entry is None or not pretrained else _with_weights(create, entry, kwargs.get('cache_dir'))
     if entry is not None:
         # timm's factory records the arguments it was given; an export needs those that were filled in, too.
         filled = {k: v for k, v in kwargs.items() if k in entry.model_args}
-        model._model_args = {**getattr(model, '_model_args', {}), **filled}  # type: ignore[assignment]
+        model._model_args = {**getattr(model, '_model_args', {}), **filled}
     if lent:
         for module in model.modules():  # a features_only wrapper and the model inside have their own copies
             for alias in ('pretrained_cfg', 'default_cfg'):
@@ -156,49 +138,44 @@ def _create(
 def _resolve(
     arch: str, pretrained: bool, pretrained_cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any
 ) -> tuple[PretrainedCfg, Entry | None]:
-    """The config that was meant, and the published weights it points at, if it does."""
+    """Find the config that was meant, and the published weights that it points at, if it does."""
     name = arch + SUFFIX
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else ''
+    cfg = None
     try:
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
     except RuntimeError as error:  # a tag that no catalog has
         if not pretrained:
             raise _not_published(name, tag) from error
-        cfg = None
-    if cfg is not None:
-        entry = _entry_of(arch, cfg)
-        if entry is not None and pretrained:
-            _require_catalogs(name)
-        if entry is not None or cfg.has_weights or cfg.state_dict or not pretrained:
-            return cfg, entry
-    _require_catalogs(name)
-    found = _in_namespace(name, tag, cache_dir)
-    if found is None:
-        raise _not_published(name, tag)
-    whole: Any = found.pretrained_cfg()  # which timm takes too, beside the dict it declares
-    return resolve_pretrained_cfg(name, whole, overlay), found
-
-
-def _entry_of(arch: str, cfg: PretrainedCfg) -> Entry | None:
-    """The catalog's entry that a config is of, if timm would load its weights for that config."""
-    entry = _catalogd.get(arch, {}).get(cfg.tag or '')
-    place = (cfg.file, '') if cfg.file else (cfg.hf_hub_id, cfg.hf_hub_filename)
-    return entry if entry is not None and place == entry.source and not cfg.state_dict else None
-
-
-def _require_catalogs(name: str) -> None:
-    """Refuse to guess which weights a name means while a catalog that may say so can't be read."""
-    if _problems:
+    entry = _find_entry(arch, cfg) if cfg is not None else None
+    given = cfg is not None and entry is None and (cfg.has_weights or cfg.state_dict)  # by the caller
+    if cfg is not None and (given or not pretrained):
+        return cfg, entry
+    if _problems:  # a catalog that can't be read may say which weights are meant
         raise NoPretrainedWeights(f'{name}: {catalog.ENVIRONMENT}: {_problems[0]}')
+    if cfg is not None and entry is not None:
+        return cfg, entry
+    entry = _find_in_namespace(name, tag, cache_dir)
+    if entry is None:
+        raise _not_published(name, tag)
+    whole: Any = entry.to_timm()  # which timm takes too, beside the dict it declares
+    return resolve_pretrained_cfg(name, whole, overlay), entry
 
 
-def _in_namespace(name: str, tag: str, cache_dir: Any) -> Entry | None:
-    """The weights of that name that the user's own namespace on the Hub holds, or None."""
+def _find_entry(arch: str, cfg: PretrainedCfg) -> Entry | None:
+    """Find the catalog's entry that a config is of, if timm would load its weights for that config."""
+    entry = _entries.get(arch, {}).get(cfg.tag or '')
+    theirs = entry.to_timm() if entry is not None and not cfg.state_dict else None
+    places = [(c.file, c.hf_hub_id, c.hf_hub_filename) for c in (cfg, theirs) if c is not None]
+    return entry if len(places) == 2 and places[0] == places[1] else None
+
+
+def _find_in_namespace(name: str, tag: str, cache_dir: Any) -> Entry | None:
+    """Find the weights of that name in the user's own namespace on the Hub; None without a namespace."""
     namespace = os.environ.get(NAMESPACE, '').strip()
     if not namespace:
         return None
-    from . import download as hub
-    from . import failures
+    from .download import NotPublished, find
 
     if not catalog.is_word(namespace):
         raise NoPretrainedWeights(f'{NAMESPACE}={namespace!r}: must be the name of a user or an organization')
@@ -207,52 +184,32 @@ def _in_namespace(name: str, tag: str, cache_dir: Any) -> Entry | None:
     if not catalog.NAME.fullmatch(full):
         raise NoPretrainedWeights(f'{full!r} is no name of a model')
     try:
-        return hub.find(f'{namespace}/{full}', full, revision, cache_dir)
-    except failures.NotPublished as error:
-        near = _near_in_namespace(namespace, name)
-        raise _not_published(name, tag, f'; {error}' + (f'; there is {near}' if near else '')) from None
+        return find(f'{namespace}/{full}', full, revision, cache_dir)
+    except NotPublished as error:
+        raise _not_published(name, tag, f'; {error}') from None
 
 
-def _near_in_namespace(namespace: str, name: str) -> str:
-    """What the namespace holds for an architecture, if the Hub says so."""
-    from . import download as hub
-    from . import failures
-
-    try:
-        found = [repo.partition('/')[2] for repo in hub.published(namespace, name)]
-    except failures.HubError:
-        return ''
-    return ', '.join([repo for repo in found if repo.partition('.')[0] == name][:10])
-
-
-def _with_weights(arch: str, entry: Entry, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> nn.Module:
+def _with_weights(create: Callable[[], nn.Module], entry: Entry, cache_dir: Any) -> nn.Module:
     """Build and load, once the weights lie here and are those that were published."""
     from safetensors import SafetensorError
 
-    from . import download as hub
-    from . import failures
+    from .download import HubError, fetch
 
-    hub.fetch(entry, kwargs.get('cache_dir'))
+    fetch(entry, cache_dir)
     try:
-        return model_entrypoint(arch)(pretrained=True, pretrained_cfg=cfg, **kwargs)
+        return create()
     except (SafetensorError, RuntimeError, KeyError) as error:
-        raise failures.HubError(f'{entry.name}: {entry.source[0]} does not fit {arch}: {one_line(error)}') from error
+        where = entry.path or f'{entry.hub_id}@{entry.revision}'
+        raise HubError(f'{entry.name}: {where} does not fit {entry.architecture}: {one_line(error)}') from error
 
 
-def _not_published(name: str, tag: str, more: str = '') -> NoPretrainedWeights:
-    """What there is, and how to have what there is not."""
+def _not_published(name: str, tag: str, reason: str = '') -> NoPretrainedWeights:
+    """Say what there is, and how to make what there is not."""
     arch = name.removesuffix(SUFFIX)
-    asked = f'{name}.{tag}' if tag else name
-    names = [entry.name for entry in _catalogd.get(arch, {}).values()]
-    there = f'there is {", ".join(names)}' if names else f'there is nothing for {arch} yet'
+    wanted = f'{name}.{tag}' if tag else name
+    names = ', '.join(entry.name for entry in _entries.get(arch, {}).values()) or f'nothing for {arch} yet'
     text = (
-        f'no CTC weights are catalogd for {asked!r}: {there}{more}; train it with `train.py --model {arch} '
-        f'--mode ctc` and publish it with `ctc-timm publish RUN --repo-id USER/{asked}`'
+        f'no CTC weights are cataloged for {wanted!r}: there is {names}{reason}; train it with '
+        f'`ctc-timm train --model {arch}` and publish it with `ctc-timm publish RUN --repo-id USER/{wanted}`'
     )
     return NoPretrainedWeights(text if tag else f'{text}, or create it with pretrained=False')
-
-
-def _default_tag(arch: str) -> str | None:
-    """The tag of the weights timm takes for `arch` by default."""
-    cfg = get_pretrained_cfg(arch)
-    return cfg.tag if cfg else None

@@ -35,7 +35,7 @@ def read(words: str = WORDS) -> argparse.Namespace:
 def model(seed: int = 0) -> LoadedModel:
     """A small model with random weights."""
     torch.manual_seed(seed)
-    return LoadedModel(timm.create_model('test_resnet', num_classes=7).eval(), 'small', 'small', None, {})
+    return LoadedModel(timm.create_model('test_resnet', num_classes=7).eval(), 'small', 'small')
 
 
 def images_of(accelerator: Accelerator, split: str = 'validation[:70]', most: int | None = None) -> SplitImages:

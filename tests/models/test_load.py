@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hub_client import BOB, IMAGES, Client, Done, logits_of
+from hub_client import BOB, IMAGES, Client, logits_of
 from hub_server import Blob, Hub, Repo
-from safetensors.torch import load_file
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors.torch import load, load_file, save
+
+from ctc_timm.models.download import HubError, translate_errors
 
 Shelve = Callable[..., Repo]
 
 NAME = 'test_resnet_ctc.digits'
 REPO = f'alice/{NAME}'
 
-# Loads what it is told, saves the logits of fixed images, and prints where the weights are said to be from.
+# Loads what is named, saves the logits of fixed images, and prints where the weights are said to be from.
 LOAD = f"""
 import sys, json, numpy, torch, timm, ctc_timm
 options = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {{}}
@@ -47,60 +48,47 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope='module', autouse=True)
-def refused(forker: subprocess.Popen, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Done]]:
-    """A load where nobody listens; the client retries it for half a minute, which other tests use."""
-    folder = tmp_path_factory.mktemp('refused')
-    with socket.socket() as bound:  # so that nobody else listens there; it does not listen either
-        bound.bind(('127.0.0.1', 0))
-        where = {'HF_ENDPOINT': f'http://127.0.0.1:{bound.getsockname()[1]}', 'HF_HOME': str(folder)}
-        other = Client(forker, folder, {**where, 'CTC_TIMM_NAMESPACE': 'alice', 'HF_HUB_DISABLE_XET': '1'})
-        process = other.start(TRY, NAME)
-        yield lambda: other.end(process)
-
-
 def catalog(file: Path, name: str, repo: Repo, **changes: object) -> Path:
     """A catalog of one entry, written by hand."""
-    head = repo.at('main')
-    assert head is not None
+    head = repo.at()
     config = json.loads(head.files['config.json'].data)
-    facts = {k: v for k, v in config['pretrained_cfg'].items() if k != 'custom_load'}
     entry = {
-        'hub_id': repo.id,
-        'revision': head.oid,
-        'filename': 'model.safetensors',
-        'sha256': head.files['model.safetensors'].sha256,
-        'pretrained_cfg': facts,
-        'model_args': config['model_args'],
+        **{'hub_id': repo.id, 'revision': head.oid, 'filename': 'model.safetensors'},
+        **{'sha256': head.files['model.safetensors'].sha256, 'model_args': config['model_args']},
+        'pretrained_cfg': config['pretrained_cfg'],
+        **changes,
     }
-    file.write_text(json.dumps({'version': 1, 'models': {name: {**entry, **changes}}}))
+    entry = {key: value for key, value in entry.items() if value is not None}
+    file.write_text(json.dumps({'version': 1, 'models': {name: entry}}))
     return file
 
 
-def scaled(blob: Blob, factor: float) -> Blob:
-    """The same weights, times a number."""
-    from safetensors.torch import load, save
-
-    return Blob(save({key: value * factor for key, value in load(blob.data).items()}), lfs=True)
+def doubled(blob: Blob) -> Blob:
+    """The same weights, times two."""
+    return Blob(save({key: value * 2 for key, value in load(blob.data).items()}), lfs=True)
 
 
-def cached(client: Client, name: str) -> list[Path]:
-    """Files of that name that a later load would take."""
-    return list(Path(client.env['HF_HOME']).rglob(f'snapshots/*/{name}'))
+def cached(client: Client) -> list[Path]:
+    """Weights that a later load would take."""
+    return list(Path(client.env['HF_HOME']).rglob('snapshots/*/model.safetensors'))
+
+
+def same_logits(client: Client, run: Path) -> bool:
+    return np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(run))
 
 
 def test_the_namespace_gives_the_published_weights_and_the_cache_keeps_them(
     client: Client, hub: Hub, shelve: Shelve, trained: Path
 ) -> None:
-    head = shelve(REPO).at('main')
+    head = shelve(REPO).at()
     done = client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice')
-    assert head and (done.code, done.last) == (0, f'{REPO}@{head.oid}'), done.err
-    assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained))
+    assert (done.code, done.last) == (0, f'{REPO}@{head.oid}'), done.err
+    assert same_logits(client, trained)
 
     asked = len(hub.requests)
     done = client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice', HF_HUB_OFFLINE='1')
     assert (done.code, done.last, len(hub.requests)) == (0, f'{REPO}@{head.oid}', asked), done.err
-    assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained))
+    assert same_logits(client, trained)
 
     done = client(LOAD, NAME, '{"cache_dir": "elsewhere"}', CTC_TIMM_NAMESPACE='alice', HF_HUB_OFFLINE='1')
     assert done.code == 1 and 'HF_HUB_OFFLINE' in done.err
@@ -110,33 +98,26 @@ def test_the_namespace_gives_the_published_weights_and_the_cache_keeps_them(
 
 
 def test_the_order_of_sources(client: Client, hub: Hub, shelve: Shelve, tmp_path: Path, trained: Path) -> None:
-    first = shelve('alice/elsewhere')
-    second = shelve(REPO)
-    other = scaled(second.at('main').files['model.safetensors'], 2.0)  # type: ignore[union-attr]
-    shelve(REPO, {'model.safetensors': other})
-    file = catalog(tmp_path / 'zoo.json', NAME, first)
-    where = {'CTC_TIMM_ZOO': str(file), 'CTC_TIMM_NAMESPACE': 'alice'}
+    first, second = shelve('alice/elsewhere'), shelve(REPO)
+    shelve(REPO, {'model.safetensors': doubled(second.at().files['model.safetensors'])})
+    where = {'CTC_TIMM_ZOO': str(catalog(tmp_path / 'zoo.json', NAME, first)), 'CTC_TIMM_NAMESPACE': 'alice'}
 
     done = client(LOAD, NAME, **where)
-    assert done.last.startswith('alice/elsewhere@'), done.err
-    assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained))
+    assert done.last.startswith('alice/elsewhere@') and same_logits(client, trained), done.err
     assert not hub.asked(f'/{REPO}/')
     done = client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice')
-    assert done.last.startswith(f'{REPO}@'), done.err
-    assert not np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained))
+    assert done.last.startswith(f'{REPO}@') and not same_logits(client, trained), done.err
 
     before = len(hub.requests)
     done = client(TRY, NAME, 'test_resnet_ctc', 'resnet50_ctc')
     assert len(hub.requests) == before  # nobody's repo answers for ours
     for name, error in json.loads(done.out).items():
         arch = name.partition('_ctc')[0]
-        assert f"no CTC weights are catalogd for '{name}': there is nothing for {arch} yet" in error
-        assert f'`train.py --model {arch} --mode ctc`' in error and '`ctc-timm publish RUN --repo-id USER/' in error
-    done = client(TRY, 'test_resnet_ctc.other', 'test_vit_ctc', **where)
-    found = json.loads(done.out)
-    assert f'there is {NAME}; alice/test_resnet_ctc.other: not on the Hub' in found['test_resnet_ctc.other']
-    assert f'; there is {NAME}' in found['test_resnet_ctc.other'] and NAME not in found['test_vit_ctc']
-    assert not any('\n' in error for error in found.values())
+        assert f"no CTC weights are cataloged for '{name}': there is nothing for {arch} yet" in error
+        assert f'`ctc-timm train --model {arch}`' in error and '`ctc-timm publish RUN --repo-id USER/' in error
+    found = json.loads(client(TRY, 'test_resnet_ctc.other', 'test_vit_ctc', **where).out)
+    assert f'there is {NAME}; alice/test_resnet_ctc.other: Repository not found' in found['test_resnet_ctc.other']
+    assert NAME not in found['test_vit_ctc'] and not any('\n' in error for error in found.values())
 
 
 def test_timm_knows_the_catalog(client: Client, shelve: Shelve, tmp_path: Path) -> None:
@@ -151,7 +132,7 @@ cfg = timm.get_pretrained_cfg('test_resnet_ctc')
 assert cfg == timm.get_pretrained_cfg('test_resnet_ctc.one') and (cfg.tag, cfg.num_classes) == ('one', 12)
 assert cfg.input_size == (3, 16, 16) and cfg.mean == (0.3, 0.3, 0.3) and cfg.hf_hub_filename == 'model.safetensors'
 model = timm.create_model('test_resnet_ctc')
-assert model.num_classes == 12  # the facts of the default weights, as in timm
+assert model.num_classes == 12  # the config of the default weights, as in timm
 given = {'state_dict': model.state_dict()}  # a source that the user gives comes first; nothing is fetched
 again = timm.create_model('test_resnet_ctc', pretrained=True, pretrained_cfg_overlay=given)
 assert all((again.state_dict()[key] == value).all() for key, value in given['state_dict'].items())
@@ -165,55 +146,52 @@ print(cfg.hf_hub_id)
 def test_a_wrong_hash_is_refused_and_leaves_nothing(
     place: str, client: Client, shelve: Shelve, trained: Path, tmp_path: Path
 ) -> None:
-    repo = shelve(REPO)
-    local = {'path': str(trained / 'best.safetensors')} if place == 'run' else {}
-    file = catalog(tmp_path / 'zoo.json', NAME, repo)
-    content = json.loads(file.read_text())
-    entry = content['models'][NAME]
-    if local:
-        entry = {**{k: v for k, v in entry.items() if k not in ('hub_id', 'revision', 'filename')}, **local}
-    right = hashlib.sha256((trained / 'best.safetensors').read_bytes()).hexdigest() if local else entry['sha256']
-    for sha256, expected in (('0' * 64, 1), (right, 0)):
-        file.write_text(json.dumps({'version': 1, 'models': {NAME: {**entry, 'sha256': sha256}}}))
-        done = client(LOAD, NAME, CTC_TIMM_ZOO=str(file))
-        assert done.code == expected, done.err
-        if expected:
+    repo, file = shelve(REPO), trained / 'best.safetensors'
+    right, changes = repo.at().files['model.safetensors'].sha256, {}
+    if place == 'run':
+        right = hashlib.sha256(file.read_bytes()).hexdigest()
+        changes = {'path': str(file), 'hub_id': None, 'revision': None, 'filename': None}
+    for sha256, code in (('0' * 64, 1), (right, 0)):
+        zoo = catalog(tmp_path / 'zoo.json', NAME, repo, sha256=sha256, **changes)
+        done = client(LOAD, NAME, CTC_TIMM_ZOO=str(zoo))
+        assert done.code == code, done.err
+        if code:
             assert 'hash differs' in done.err or 'sha256 differs' in done.err
-            assert not cached(client, 'model.safetensors') and not list(tmp_path.rglob('blobs/' + entry['sha256']))
-    assert (trained / 'best.safetensors').is_file()  # what is not in the cache is not ours to remove
-    assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained))
+            assert not cached(client) and not list(tmp_path.rglob(f'blobs/{right}'))
+    assert file.is_file() and same_logits(client, trained)  # what is not in the cache is not ours to remove
 
 
 def test_every_failure_is_one_line_and_a_later_load_works(
     client: Client, hub: Hub, shelve: Shelve, export: dict[str, Blob], tmp_path: Path
 ) -> None:
-    config = json.loads(export['config.json'].data)
-    boom = tmp_path / 'executed'
+    config, boom = json.loads(export['config.json'].data), tmp_path / 'executed'
     pickled = b"cposix\nsystem\n(S'touch " + str(boom).encode() + b"'\ntR."
-    overlay = {**config, 'model_args': {'pretrained_cfg_overlay': {'file': '/etc/passwd'}}}
+
+    def changed(**values: object) -> dict[str, Blob | None]:
+        return {'config.json': Blob(json.dumps({**config, **values}).encode())}
+
     files: dict[str, dict[str, Blob | None]] = {
         'noweights': {'model.safetensors': None, 'pytorch_model.bin': Blob(pickled, lfs=True)},
         'pickle': {'model.safetensors': Blob(pickled, lfs=True)},
         'notjson': {'config.json': Blob(b'[1')},
-        'otherarch': {'config.json': Blob(json.dumps({**config, 'architecture': 'resnet18'}).encode())},
-        'overlay': {'config.json': Blob(json.dumps(overlay).encode())},
-        'otherclasses': {'config.json': Blob(json.dumps({**config, 'num_classes': 3}).encode())},
+        'otherarch': changed(architecture='resnet18'),
+        'overlay': changed(model_args={'pretrained_cfg_overlay': {'file': '/etc/passwd'}}),
+        'otherclasses': changed(num_classes=3),
     }
     wanted = {
-        '401': 'log in with `hf auth login`',
-        '403': 'forbidden: use a token that may do this',
-        '404': 'has no config.json; publish it again',
-        '429': 'too many requests; wait a few minutes',
-        '500': 'the Hub is in trouble (HTTP 500); retry later',
-        'gated': f'accept its conditions at {hub.url}/alice/test_resnet_ctc.gated, and log in',
-        'stall': 'the connection stalled; retry, or allow it more seconds with HF_HUB_DOWNLOAD_TIMEOUT',
-        'break': 'the connection broke before all was transferred; retry',
+        '401': 'made to answer 401 (HTTP 401); log in with `hf auth login`',
+        '403': 'made to answer 403 (HTTP 403); use a token that may do this',
+        '404': '(HTTP 404); check the name',
+        '429': '(HTTP 429); retry later',
+        '500': '(HTTP 500); retry later',
+        'gated': 'Access to this model is restricted.',
+        'stall': 'timed out; check the network and HF_ENDPOINT, then retry',
+        'break': 'check the network and HF_ENDPOINT, then retry',
         'corrupt': 'is not the file that was published (its hash differs) and was removed from the cache',
         'corruptconfig': 'is not the file that was published (its hash differs) and was removed from the cache',
-        'truncate': 'the connection broke before all was transferred; retry',
-        'noweights': 'has no model.safetensors; publish it again',
+        'noweights': 'Entry not found (HTTP 404)',
         'pickle': 'does not fit test_resnet: ',
-        'notjson': 'config.json is none of timm',
+        'notjson': 'config.json: no config of timm',
         'otherarch': "holds weights of 'resnet18', not of test_resnet",
         'overlay': "model_args may not set 'pretrained_cfg_overlay'",
         'otherclasses': 'does not fit test_resnet: ',
@@ -221,23 +199,18 @@ def test_every_failure_is_one_line_and_a_later_load_works(
     names = {case: f'test_resnet_ctc.{case}' for case in wanted}
     for case, name in names.items():
         shelve(f'alice/{name}', files.get(case))
-    for case, kind in {case: int(case) if case.isdecimal() else case for case in wanted if case not in files}.items():
-        at_storage = kind in ('stall', 'break', 'corrupt', 'truncate')
-        request = f'GET /get/.*/{names[case]}/model' if at_storage else f'/{names[case]}/resolve/.*config'
-        times = 1 if kind == 'truncate' else float('inf')
-        hub.fail(request, 'corrupt' if kind == 'corruptconfig' else kind, times)
+        if case not in files:
+            at_storage = case in ('stall', 'break', 'corrupt')
+            request = f'GET /get/.*/{name}/model' if at_storage else f'/{name}/resolve/.*config'
+            hub.fail(request, int(case) if case.isdecimal() else case.removesuffix('config'))
 
     where = {'CTC_TIMM_NAMESPACE': 'alice', 'HF_HUB_DOWNLOAD_TIMEOUT': '1', 'HF_HUB_ETAG_TIMEOUT': '5'}
     found = json.loads(client(TRY, *names.values(), **where).out)
     hub.released.set()
     for case, text in wanted.items():
         error = found[names[case]]
-        if case == 'truncate' and not error:
-            continue  # newer clients go on where they were cut off
-        assert text in error and '\n' not in error, (case, error)
-        assert error.startswith((f'alice/{names[case]}', names[case])), error
-    kept = {path.parts[-4] for path in cached(client, 'model.safetensors')}
-    kept -= {f'models--alice--{names["truncate"]}'} if not found[names['truncate']] else set()
+        assert text in error and names[case] in error and '\n' not in error, (case, error)
+    kept = {path.parts[-4] for path in cached(client)}
     assert kept == {f'models--alice--{names[case]}' for case in ('pickle', 'otherclasses')}
     assert not boom.exists()
 
@@ -246,17 +219,32 @@ def test_every_failure_is_one_line_and_a_later_load_works(
     assert set(json.loads(client(TRY, *again, **where).out).values()) == {''}
 
 
+@pytest.mark.parametrize(
+    ('cause', 'words'),
+    [
+        (HTTPError('refused'), 'refused; check the network and HF_ENDPOINT, then retry'),
+        (OfflineModeIsEnabled('offline: unset\nHF_HUB_OFFLINE'), 'offline: unset HF_HUB_OFFLINE'),
+        (OSError(28, 'No space left on device'), '[Errno 28] No space left on device'),
+        (None, 'not in the cache'),
+    ],
+)
+def test_errors_keep_the_words_of_their_cause(cause: BaseException | None, words: str) -> None:
+    with pytest.raises(HubError) as caught, translate_errors('alice/x'):
+        raise LocalEntryNotFoundError('not in the cache') from cause
+    assert str(caught.value) == f'alice/x: {words}' and isinstance(caught.value, RuntimeError)
+    with pytest.raises(KeyError), translate_errors('alice/x'):
+        raise KeyError('a defect')
+
+
 def test_a_damaged_cache_is_not_used_twice(client: Client, shelve: Shelve, trained: Path) -> None:
     shelve(REPO)
     assert client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice').code == 0
-    (file,) = cached(client, 'model.safetensors')
+    (file,) = cached(client)
     whole = file.read_bytes()
     file.resolve().write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     done = client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice', HF_HUB_OFFLINE='1')
-    assert done.code == 1 and 'was removed from the cache' in done.err
-    assert not cached(client, 'model.safetensors')
-    assert client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice').code == 0
-    assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained))
+    assert done.code == 1 and 'was removed from the cache' in done.err and not cached(client)
+    assert client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice').code == 0 and same_logits(client, trained)
 
 
 def test_private_repos_need_their_owners_token(
@@ -265,23 +253,20 @@ def test_private_repos_need_their_owners_token(
     shelve(REPO, private=True)
     assert client(LOAD, NAME, CTC_TIMM_NAMESPACE='alice').code == 0
     assert hub.asked('GET /get/')  # the storage refuses every request that has a token
-    for token in ('', BOB):
+    for token, text in (('', 'not found'), (BOB, 'not found'), ('hf_nobodyKnowsThisOneHere', 'set a valid HF_TOKEN')):
         done = anyone(token, cache='theirs')(LOAD, NAME, CTC_TIMM_NAMESPACE='alice')
-        assert done.code == 1 and 'not on the Hub, or private' in done.err, done.err
-    done = anyone('hf_nobodyKnowsThisOneHere', cache='theirs')(LOAD, NAME, CTC_TIMM_NAMESPACE='alice')
-    assert done.code == 1 and 'set a valid HF_TOKEN' in done.err and 'hf_nobody' not in done.err
+        assert done.code == 1 and text in done.err and 'hf_nobody' not in done.err, done.err
 
 
 def test_a_revision_pins(client: Client, hub: Hub, shelve: Shelve, export: dict[str, Blob], trained: Path) -> None:
     repo = shelve(REPO)
     repo.refs['v1.0'] = repo.refs['main']
-    shelve(REPO, {'model.safetensors': scaled(export['model.safetensors'], 2.0)})
+    shelve(REPO, {'model.safetensors': doubled(export['model.safetensors'])})
     for name, old in ((f'{NAME}@v1.0', True), (f'{NAME}@{repo.refs["v1.0"]}', True), (NAME, False)):
         done = client(LOAD, name, CTC_TIMM_NAMESPACE='alice')
         assert done.last == f'{REPO}@{repo.refs["v1.0" if old else "main"]}', done.err
-        assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained)) is old
-    done = client(LOAD, f'{NAME}@v2', CTC_TIMM_NAMESPACE='alice')
-    assert 'no such branch, tag or commit' in done.err
+        assert same_logits(client, trained) is old
+    assert 'Invalid rev id: v2 (HTTP 404)' in client(LOAD, f'{NAME}@v2', CTC_TIMM_NAMESPACE='alice').err
 
 
 def test_a_namespace_is_one_word(client: Client, hub: Hub) -> None:
@@ -298,8 +283,7 @@ for namespace in ('../..', 'alice/bob', 'a@b', 'alice--bob', '-', 'a b', 'a' * 2
 
 
 def test_a_broken_catalog_stops_loads_and_nothing_else(client: Client, shelve: Shelve, tmp_path: Path) -> None:
-    good = catalog(tmp_path / 'good.json', NAME, shelve(REPO))
-    bad = tmp_path / 'bad.json'
+    good, bad = catalog(tmp_path / 'good.json', NAME, shelve(REPO)), tmp_path / 'bad.json'
     code = f"""
 import timm, ctc_timm
 assert timm.create_model('resnet10t_ctc').num_classes == 1000
@@ -307,19 +291,19 @@ for name in ('{NAME}', 'resnet10t_ctc'):
     try: timm.create_model(name, pretrained=True)
     except ctc_timm.UserError as error: print(error)
 """
-    for content, said in (('{', True), (None, False)):
-        bad.unlink(missing_ok=True)
+    for content, warned in ((None, False), ('{', True)):
         if content is not None:
             bad.write_text(content)
         done = client(code, CTC_TIMM_ZOO=f'{good}{os.pathsep}{bad}')
         lines = done.out.splitlines()
         assert len(lines) == 2 and all(str(bad) in line and 'CTC_TIMM_ZOO' in line for line in lines), done.err
-        assert (str(bad) in done.err) is said  # a catalog still to be made is nobody's mistake
+        assert (str(bad) in done.err) is warned  # a catalog still to be made is nobody's mistake
 
 
 def test_arguments_mean_what_they_mean_in_timm(client: Client, tmp_path: Path) -> None:
+    """Of a cataloged run, against plain timm's `local-dir:` of the same folder, and in what is exported later."""
     code = """
-import json, sys, timm, torch, ctc_timm
+import sys, timm, torch, ctc_timm
 from pathlib import Path
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
@@ -329,7 +313,6 @@ archs = {
     'test_resnet': {'in_chans': 1, 'num_classes': 7},
     'test_vit': {'img_size': 32, 'num_classes': 5, 'class_token': False, 'global_pool': 'avg'},
     'test_convnext': {'num_classes': 4, 'act_layer': 'relu'},
-    'test_efficientnet': {'num_classes': 3},
     'cifar_resnet20': {'num_classes': 6},
 }
 for seed, (arch, options) in enumerate(archs.items()):
@@ -339,22 +322,19 @@ for seed, (arch, options) in enumerate(archs.items()):
     model = timm.create_model(arch, **options)
     save_file(model.state_dict(), run / 'best.safetensors')
     save_config_for_hf(model, run / 'config.json')
-    add(str(run), folder / 'zoo.json', tag='mine')
+    add(run, folder / 'zoo.json', tag='mine')
 """
     assert (done := client(code, str(tmp_path))).code == 0, done.err
     code = """
 import json, sys, timm, torch, ctc_timm
 from timm.models._hub import save_config_for_hf
-folder = sys.argv[1]
 cases = [{}, {'num_classes': 2}, {'in_chans': 1}, {'in_chans': 4}, {'features_only': True}, {'num_classes': 0},
          {'features_only': True, 'out_indices': (1, 2)}, {'drop_rate': 0.1}, {'img_size': 64}]
 compared = 0
-for arch in ('test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'cifar_resnet20'):
-    for case in cases:
-        if 'img_size' in case and arch != 'test_vit':
-            continue
+for arch in ('test_resnet', 'test_vit', 'test_convnext', 'cifar_resnet20'):
+    for case in cases[:None if arch == 'test_vit' else -1]:
         models = []
-        for name in (f'local-dir:{folder}/{arch}', f'{arch}_ctc.mine'):
+        for name in (f'local-dir:{sys.argv[1]}/{arch}', f'{arch}_ctc.mine'):
             torch.manual_seed(9)  # of a new classifier
             models.append(timm.create_model(name, pretrained=True, **case).eval())
         plain, ours = (model.state_dict() for model in models)
@@ -372,14 +352,14 @@ for arch in ('test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'c
 print(compared)
 """
     done = client(code, str(tmp_path), CTC_TIMM_ZOO=str(tmp_path / 'zoo.json'), HF_HUB_OFFLINE='1')
-    assert (done.code, done.last) == (0, '41'), done.err
+    assert (done.code, done.last) == (0, '33'), done.err
 
 
-def test_what_timms_own_scripts_call(client: Client, shelve: Shelve, trained: Path, tmp_path: Path) -> None:
-    """What timm's train and validate scripts do with `--device-modules`, `--model`, `--pretrained` and `hf-hub:`."""
+def test_what_timms_train_script_calls(client: Client, shelve: Shelve, trained: Path, tmp_path: Path) -> None:
+    """With `--device-modules ctc_timm --model NAME --pretrained`."""
     shelve('alice/test_resnet_ctc')
     file = catalog(tmp_path / 'zoo.json', NAME, shelve(REPO))
-    train = """
+    code = """
 import importlib, sys, timm
 from types import SimpleNamespace
 from timm.models import create_model, resolve_model_input_args
@@ -398,54 +378,7 @@ save_file(body, 'body.safetensors')
 """
     expected = load_file(trained / 'best.safetensors')
     for name, where in (('test_resnet_ctc', {'CTC_TIMM_NAMESPACE': 'alice'}), (NAME, {'CTC_TIMM_ZOO': str(file)})):
-        done = client(train, name, **where)
+        done = client(code, name, **where)
         assert done.code == 0, done.err
         body = load_file(client.folder / 'body.safetensors')
         assert len(body) == len(expected) - 2 and all(torch.equal(body[key], expected[key]) for key in body)
-
-    write_digits(tmp_path / 'images' / 'validation')
-    validate = """
-import sys, torch, timm
-from timm.data import create_dataset, create_loader, resolve_input_data_config
-from timm.models import create_model, is_model, list_models, resolve_model_input_args
-from timm.utils import AverageMeter, accuracy
-name, folder = sys.argv[1:]
-assert not is_model(name) and not list_models(name, pretrained=True)  # so it is no pattern, but a model
-args = {'img_size': None, 'input_size': None, 'in_chans': None, 'mean': None, 'std': None, 'crop_pct': None}
-model = create_model(**resolve_model_input_args(name, args, pretrained=True, num_classes=None)).eval()
-config = resolve_input_data_config(model, args, use_test_size=True)
-loader = create_loader(create_dataset('', root=folder, split='validation'), batch_size=35, num_workers=0,
-                       device=torch.device('cpu'), **{k: config[k] for k in ('input_size', 'mean', 'std', 'crop_pct')},
-                       interpolation=config['interpolation'])
-meter = AverageMeter()
-with torch.inference_mode():
-    for images, labels in loader:
-        meter.update(accuracy(model(images), labels)[0].item(), len(images))
-assert not [module for module in sys.modules if module.startswith('ctc_timm')]
-print(meter.count, meter.avg)
-"""
-    done = client(validate, 'hf-hub:alice/test_resnet_ctc', str(tmp_path / 'images'))
-    assert done.code == 0, done.err
-    count, top1 = done.last.split()
-    assert count == '70'
-    assert float(top1) == pytest.approx(
-        json.loads((trained / 'validation' / 'results.json').read_text())['top1'], abs=1e-3
-    )
-
-
-def write_digits(folder: Path) -> None:
-    """The images that the run was validated on, as class folders."""
-    from PIL import Image
-
-    from ctc_timm.data.digits import create_digits
-
-    for number, (pixels, label) in enumerate(create_digits('validation[:70]', 'RGB')):
-        (folder / f'{label:02d}').mkdir(parents=True, exist_ok=True)
-        assert isinstance(pixels, Image.Image)
-        pixels.save(folder / f'{label:02d}' / f'{number:03d}.png')
-
-
-def test_a_refused_connection_is_one_line(refused: Callable[[], Done]) -> None:
-    (error,) = json.loads(refused().out).values()
-    assert error.startswith(f'{REPO}: http://127.0.0.1:') and '\n' not in error
-    assert error.endswith(' cannot be reached; check the network and HF_ENDPOINT, then retry')

@@ -231,7 +231,7 @@ def test_cached_features(tmp_path: Path, mark: Path, flags: Callable[..., argpar
     config = {'input_size': (1, 16, 16), 'mean': (0.3,), 'std': (0.4,), 'interpolation': 'bicubic', 'crop_pct': 1.0}
     images = SplitImages(open_split(args, 'validation[:32]'), args, {**config, 'crop_mode': 'center'}, accelerator)
     torch.manual_seed(0)
-    loaded = LoadedModel(timm.create_model('test_resnet', num_classes=10, in_chans=1).eval(), 'x', 'x', None, {})
+    loaded = LoadedModel(timm.create_model('test_resnet', num_classes=10, in_chans=1).eval(), 'x', 'x')
     first = features_of(loaded, images, accelerator, tmp_path / 'features')
     (file,) = (tmp_path / 'features').iterdir()
     for data in payloads(mark).values():
