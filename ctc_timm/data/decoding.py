@@ -205,7 +205,7 @@ def fetch_batches(loader: Iterable[T]) -> Iterator[T]:
     except (OSError, EOFError) as error:  # not of a worker, but of the connection to one that is dying
         with translate_errors():
             time.sleep(2)  # PyTorch raises the death itself out of it
-        raise WorkerError(f'a batch could not be fetched: {one_line(error)}') from error
+        raise WorkerError(f'a data loading process exited unexpectedly: {one_line(error)}') from error
 
 
 @contextmanager

@@ -2,112 +2,99 @@
 
 from __future__ import annotations
 
-import argparse
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import timm
 import torch
 from PIL import Image
-from runs import forget_processes
+from runs import CONFIG, forget_processes
 from safetensors.torch import load_file
 
 from ctc_timm.data import cached
-from ctc_timm.data.arrays import CropAndFlip
-from ctc_timm.data.cached import cache_images
+from ctc_timm.data.cached import cache_split
 from ctc_timm.data.datasets import open_split
-from ctc_timm.data.training_loader import TrainLoader
-from ctc_timm.data.training_loader import cached as cached_split
-from ctc_timm.data.transforms import data_config
-from ctc_timm.training.trainer import Trainer
+from ctc_timm.data.decoding import ReplacingDataset
+from ctc_timm.data.loaders import TrainLoader
+from ctc_timm.data.settings import AugmentationSettings, DataSettings, LoaderSettings
+from ctc_timm.training.build import build_trainer
 from ctc_timm.utils.errors import UserError
 
-Flags = Callable[..., argparse.Namespace]
-SMALL = '--crop-padding 2 --scale 1 1 --ratio 1 1 --color-jitter 0'
+CPU = torch.device('cpu')
+SMALL: dict[str, Any] = dict(crop_padding=2, scale=(1.0, 1.0), ratio=(1.0, 1.0), color_jitter=0.0)
 AUGMENTATIONS = {
-    'crop and flip': (SMALL, True),
-    'flip alone': ('--no-aug --hflip 0', False),
-    'without flip': (f'{SMALL} --hflip 0', True),
-    'gray': (f'{SMALL} --in-chans 1 --mean 0.5 --std 0.5', True),
-    'resized crops': ('--scale 0.5 1 --ratio 0.8 1.2', False),
-    'auto-augment': (f'{SMALL} --aa rand-m9-mstd0.5', False),
-    'erasing': (f'{SMALL} --reprob 0.5', True),
+    'crop and flip': (SMALL, {}, True),
+    'flip alone': ({'no_aug': True, 'hflip': 0.0}, {}, False),
+    'without flip': ({**SMALL, 'hflip': 0.0}, {}, True),
+    'gray': (SMALL, {'in_chans': 1}, True),
+    'resized crops': ({'scale': (0.5, 1.0), 'ratio': (0.8, 1.2)}, {}, False),
+    'auto-augment': ({**SMALL, 'aa': 'rand-m9-mstd0.5'}, {}, False),
+    'erasing': ({**SMALL, 'reprob': 0.5}, {}, True),
+    'images too small for the crop': (SMALL, {'img_size': 16}, False),
 }
 
 
-def loaded(args: argparse.Namespace, keep: bool, epoch: int) -> tuple[list, object]:
-    """All batches of an epoch, from files or from memory, and the transform at the end."""
-    model = timm.create_model('test_resnet', num_classes=10, in_chans=args.in_chans or 3)
-    dataset = open_split(args, args.train_split).dataset
-    dataset = cache_images(dataset, quiet=True) if keep else dataset
-    loader = TrainLoader(dataset, args, data_config(args, model), torch.device('cpu'))
-    loader.set_epoch(epoch)
-    return list(loader), dataset.transform
-
-
-@pytest.mark.parametrize('words,on_arrays', AUGMENTATIONS.values(), ids=AUGMENTATIONS)
-def test_epochs_are_the_same(flags: Flags, words: str, on_arrays: bool) -> None:
+@pytest.mark.parametrize('augmentation, data, on_arrays', AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+def test_epochs_are_the_same(augmentation: dict[str, Any], data: dict[str, Any], on_arrays: bool) -> None:
     """Images, targets and indices, to the bit, with a padded crop on arrays or timm's transforms on images."""
-    args = flags(f'--dataset digits --train-split train[:96] -b 32 -j 0 --img-size 8 {words}')
-    for epoch in (0, 3):
-        plain, _ = loaded(args, False, epoch)
-        kept, transform = loaded(args, True, epoch)
-        assert isinstance(transform, CropAndFlip) == on_arrays
+    settings, size = DataSettings(dataset='digits', **data), data.get('img_size', 8)
+    config = {**CONFIG, 'input_size': (data.get('in_chans', 3), size, size)}
+    epochs = []
+    for keep in (False, True):
+        split = open_split(settings, 'train[:96]')
+        dataset = cache_split(split, quiet=True).dataset if keep else split.dataset
+        loader = LoaderSettings(batch_size=32, workers=0)
+        train = TrainLoader(dataset, loader, AugmentationSettings(**augmentation), config, CPU, 42)
+        for epoch in (0, 3):
+            train.set_epoch(epoch)
+            epochs.append(list(train))
+    assert isinstance(dataset[0][0], Image.Image) != on_arrays
+    for plain, kept in zip(epochs[:2], epochs[2:]):
         for one, other in zip(plain, kept, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_another_size_goes_through_timm(flags: Flags) -> None:
-    """A crop larger than image and border together would be padded further, which is left to torchvision."""
-    args = flags(f'--dataset digits --train-split train[:32] -b 32 -j 0 --img-size 16 {SMALL}')
-    plain, _ = loaded(args, False, 0)
-    kept, transform = loaded(args, True, 0)
-    assert not isinstance(transform, CropAndFlip)
-    assert torch.equal(plain[0][0], kept[0][0])
-
-
-def test_images_of_any_size(flags: Flags, image_folder: Path) -> None:
-    """Each keeps its own; an unreadable one is the next one, and says so; worker processes get the same."""
+def test_images_of_any_size(image_folder: Path) -> None:
+    """Each keeps its own; an unreadable one is replaced by the next, and named; worker processes get the same."""
     files = sorted(image_folder.glob('train/*/*.png'))
     for i, file in enumerate(files):
         Image.open(file).resize((20 + i % 5, 30 + i % 7)).save(file)
     files[4].write_bytes(b'not an image')
-    source = open_split(flags('--data-dir', str(image_folder)), 'train')
-    kept = cache_images(source.dataset, quiet=True)
-    kept.with_index = True
+    kept = cache_split(open_split(DataSettings(data_dir=str(image_folder)), 'train'), quiet=True).dataset
+    contents = {i: Image.open(file).convert('RGB').tobytes() for i, file in enumerate(files) if i != 4}
+    for file in files:
+        file.unlink()
     for dataset in (kept, pickle.loads(pickle.dumps(kept))):
+        replacing = ReplacingDataset(dataset)
         for i in range(len(files)):
-            image, target, delivered = dataset[i]
-            assert delivered == (5 if i == 4 else i)
-            assert image.tobytes() == Image.open(files[delivered]).convert('RGB').tobytes()
+            image, target, delivered = replacing.read(i)
+            assert delivered == (5 if i == 4 else i) and image.tobytes() == contents[delivered]
             assert target == int(files[delivered].parent.name.removeprefix('class'))
+        assert replacing.log_unreadable() == [str(files[4])] and replacing.name(7) == str(files[7])
 
 
-def test_memory_is_checked_first(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused with how much it would take and how much there is, before anything is decoded."""
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little memory, with how much it would take and how much there is; streams; images of more than 8 bits."""
+    source = open_split(DataSettings(dataset='digits'), 'train')
+    with pytest.raises(UserError, match='`cache_dataset`: digits is a stream'):
+        cache_split(replace(source, labels_N=None))
+    with pytest.raises(UserError, match='`cache_dataset`: only 8-bit images are kept, not those of mode F'):
+        cache_split(open_split(DataSettings(dataset='digits', in_chans=1, input_img_mode='F'), 'train'))
     monkeypatch.setattr(cached.psutil, 'virtual_memory', lambda: SimpleNamespace(available=200_000))
-    source = open_split(flags('--dataset digits'), 'train')
-    with pytest.raises(UserError, match='--cache-dataset: the 1,437 decoded images would take about 0.0 GiB'):
-        cache_images(source.dataset, quiet=True)
+    with pytest.raises(UserError, match='`cache_dataset`: the 1,437 decoded images would take about 0.0 GiB'):
+        cache_split(source, quiet=True)
 
 
-def test_a_run_is_the_same(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+def test_a_run_is_the_same(flags: Callable[..., Any], tiny: list[str], tmp_path: Path) -> None:
     """Both stages, trained from files and from memory: the same weights and numbers to the bit."""
     common = f'--crop-padding 2 --epochs 2 --temporal-start-epoch 1 --output {tmp_path} --experiment'
     for words in ('files', 'memory --cache-dataset'):
         forget_processes()
-        Trainer(flags(*tiny, common, words)).fit(quiet=True)
+        build_trainer(flags(*tiny, common, words)).fit()
     weights = [load_file(tmp_path / name / 'last.safetensors') for name in ('files', 'memory')]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert (tmp_path / 'files' / 'summary.csv').read_text() == (tmp_path / 'memory' / 'summary.csv').read_text()
-
-
-def test_streams_are_not_kept(flags: Flags) -> None:
-    """One line that names the flag."""
-    source = open_split(flags('--dataset digits'), 'train')
-    source.labels_N = None
-    with pytest.raises(UserError, match='--cache-dataset: digits is a stream'):
-        cached_split(flags('--dataset digits'), source)

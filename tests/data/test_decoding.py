@@ -31,23 +31,16 @@ from ctc_timm.utils.errors import RunError, UserError
 CPU = torch.device('cpu')
 MODEL = '--model test_resnet --img-size 16 --mean 0.3 --std 0.4 --num-negatives 16 --smoothing 0 --lr 0.01'
 # Spaces, signs of the shell, of Markdown and of terminals, both forms of an accent, what is no UTF-8, the longest.
-NAMES = [
-    b'two  spaces .png',
-    b'-rf.png',
-    b'$(reboot) `id` "quoted" \'too\'.png',
-    b'line\nbreak.png',
-    b'\x1b[31mred.png',
-    b'<b>bold & [link](x).png',
-    'smile \U0001f600\u200d\U0001f525.png'.encode(),
-    'caf\u00e9.png'.encode(),
-    'cafe\u0301.png'.encode(),
-    'turn\u202egnp.png'.encode(),
-    '\u6f22\u5b57 \u0639\u0631\u0628\u064a.png'.encode(),
-    b'no utf8 \xff\xfe.png',
-    b'.hidden.png',
-    b'x' * 251 + b'.png',
-    b'UPPER.PNG',
-]
+NAMES = (
+    (
+        b'two  spaces .png/-rf.png/$(reboot) `id` "quoted" \'too\'.png/line\nbreak.png/\x1b[31mred.png/'
+        b'<b>bold & [link](x).png/no utf8 \xff\xfe.png/.hidden.png/UPPER.PNG/%b.png/'
+        + 'smile \U0001f600\u200d\U0001f525.png/caf\u00e9.png/cafe\u0301.png/turn\u202egnp.png/'.encode()
+        + '\u6f22\u5b57 \u0639\u0631\u0628\u064a.png'.encode()
+    )
+    .replace(b'%b', b'x' * 251)
+    .split(b'/')
+)
 
 
 @pytest.fixture
@@ -93,13 +86,18 @@ def test_damaged_images_are_refused(name: str, recwarn: pytest.WarningsRecorder)
 
 @pytest.fixture(scope='module')
 def bad_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Training images of three classes among them damaged and odd ones; validation images, two of them damaged."""
+    """Training images, damaged, odd and duplicated, a class of one; validation images, two of them damaged."""
     root = tmp_path_factory.mktemp('bad')
     write_folder(root / 'train', 'train', 12)
     write_folder(root / 'validation', 'validation', 5)
     write_odd(root / 'train' / 'class0')
     write_damaged(root / 'train' / 'class1')
-    (root / 'train' / 'class2' / '011.png').write_bytes(b'')  # the last, after which comes the first
+    train, content = root / 'train', (root / 'train' / 'class0' / '000.png').read_bytes()
+    (train / 'class2' / '011.png').write_bytes(b'')  # the last but one
+    for name in ('class0/copy.png', 'class1/copy.png', 'class3/alone.png'):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).write_bytes(content)
+    (train / 'class1' / 'link.png').symlink_to(train / 'class1' / '001.png')
     for name in ('class0/001.png', 'class2/004.png'):
         (root / 'validation' / name).write_bytes(b'no image')
     return root
@@ -146,7 +144,10 @@ def test_a_run_over_all_of_them(
     words: str,
     workers: int,
 ) -> None:
-    """Both stages: each skip is counted, each file named once, and no bank row is touched but by its own image."""
+    """Both stages: each skip is counted, each file named once, and no bank row is touched but by its own image.
+
+    Every file is an instance of its own, whatever is in it.
+    """
     monkeypatch.setattr('timm.data.dataset._ERROR_RETRY', 40)
     files, damaged = unreadable(bad_folder / 'train')
     words += f' --data-dir {bad_folder} --epochs 3 --temporal-start-epoch 1 --output {tmp_path} --experiment run'
@@ -163,6 +164,7 @@ def test_a_run_over_all_of_them(
         skips.append(len(damaged & set(indices)))
     with (tmp_path / 'run' / 'summary.csv').open(newline='') as file:
         assert [row['train_skipped'] for row in csv.DictReader(file)] == [str(n) for n in skips] and all(skips)
+    assert len(task.temporal.present_bank) == len(files)
     readable = set(range(len(files))) - damaged
     for name, bank in task.banks().items():
         changed = set((bank != before[name]).any(dim=1).nonzero().flatten().tolist())
@@ -225,26 +227,6 @@ def test_an_evaluation_names_what_it_could_not_read(bad_folder: Path, warned: li
 
     refresh = RefreshLoader(open_split(data, 'validation'), small, CONFIG, CPU)
     assert torch.cat([index for _, _, index in refresh]).tolist() == [0, 2, *range(2, 14), 0] and len(warned) == 2
-
-
-def test_a_class_of_one_image_and_duplicates(flags: Callable[..., Any], tmp_path: Path) -> None:
-    """Every file is an instance of its own, whatever is in it; both stages end."""
-    for split, count in (('train', 9), ('validation', 3)):
-        write_folder(tmp_path / 'images' / split, split, count)
-    folder = tmp_path / 'images' / 'train'
-    for file in sorted((folder / 'class2').iterdir())[1:]:
-        file.unlink()
-    for label in ('class0', 'class1'):
-        (folder / label / 'copy.png').write_bytes((folder / 'class0' / '000.png').read_bytes())
-    (folder / 'class1' / 'link.png').symlink_to(folder / 'class1' / '001.png')
-    words = f'{MODEL} -b 11 -j 0 --epochs 3 --temporal-start-epoch 1 --output {tmp_path} --experiment run'
-    trainer = build_trainer(flags('--data-dir', str(tmp_path / 'images'), words))
-    trainer.fit()
-    with (tmp_path / 'run' / 'summary.csv').open(newline='') as opened:
-        rows = list(csv.DictReader(opened))
-    assert [row['train_skipped'] for row in rows] == ['0'] * 3 and all(float(row['train_loss']) < 20 for row in rows)
-    task: Any = trainer.task
-    assert task.temporal.present_bank.isfinite().all() and len(task.temporal.present_bank) == 22
 
 
 def test_a_shortage_is_no_fault_of_an_image(image_folder: Path) -> None:

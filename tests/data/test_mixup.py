@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from timm.data import Mixup
 from timm.utils import random_seed
 
 from ctc_timm.data.mixup import InstanceMixup, create_mixup
+from ctc_timm.data.settings import MixupSettings
+from ctc_timm.utils.errors import UserError
 
 B, C, SMOOTHING = 8, 5, 0.1
 SETTINGS = {
@@ -23,18 +24,12 @@ SETTINGS = {
 }
 
 
-def pair(kind: str, mode: str) -> tuple[InstanceMixup, Mixup]:
-    settings = SETTINGS[kind]
-    names = {'mixup_alpha': 'mixup', 'cutmix_alpha': 'cutmix'}
-    mine = InstanceMixup(C, SMOOTHING, mode=mode, **{names.get(k, k): v for k, v in settings.items()})  # type: ignore[arg-type]
-    return mine, Mixup(**settings, mode=mode, label_smoothing=SMOOTHING, num_classes=C)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize('mode', ['batch', 'pair', 'elem'])
 @pytest.mark.parametrize('kind', SETTINGS)
 def test_images_targets_and_lambda_are_timms(kind: str, mode: str) -> None:
     """Images and soft targets equal timm's; lambda is what the pixels themselves say."""
-    mine, timms = pair(kind, mode)
+    options: Any = {**SETTINGS[kind], 'mode': mode}
+    mine, timms = InstanceMixup(C, SMOOTHING, **options), Mixup(**options, label_smoothing=SMOOTHING, num_classes=C)
     for seed in range(6):
         images = torch.rand(B, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
         targets = torch.randint(C, (B,), generator=torch.Generator().manual_seed(seed))
@@ -56,9 +51,9 @@ def test_images_targets_and_lambda_are_timms(kind: str, mode: str) -> None:
             assert lam[b].item() == pytest.approx(share, abs=1e-4)
 
 
-def test_lambda_weighs_the_partner(flags: Callable[..., argparse.Namespace]) -> None:
+def test_lambda_weighs_the_partner() -> None:
     """With one class per image the soft targets are lambda at home and the rest at B - 1 - b."""
-    mixup = create_mixup(flags('--mixup 0.8 --smoothing 0.0 --mixup-mode elem'), B)
+    mixup = create_mixup(MixupSettings(mixup=0.8, mixup_mode='elem'), B, smoothing=0.0)
     assert mixup is not None
     np.random.seed(0)
     _, soft, lam = mixup(torch.rand(B, 3, 4, 4), torch.arange(B))
@@ -69,6 +64,17 @@ def test_lambda_weighs_the_partner(flags: Callable[..., argparse.Namespace]) -> 
     assert torch.allclose(soft, expected, atol=1e-6) and len(set(lam.tolist())) > 1
 
 
-@pytest.mark.parametrize('words, on', [('', False), ('--mixup 0.2', True), ('--cutmix 1', True)])
-def test_when_anything_is_mixed(flags: Callable[..., argparse.Namespace], words: str, on: bool) -> None:
-    assert (create_mixup(flags(words), C) is not None) is on
+def test_settings() -> None:
+    """What mixes, and which ranges of box sizes are refused."""
+    for settings, on in (
+        ({}, False),
+        ({'mixup': 0.2}, True),
+        ({'cutmix': 1.0}, True),
+        ({'cutmix_minmax': (0, 1)}, True),
+    ):
+        assert (create_mixup(MixupSettings(**settings), C, 0.1) is not None) is on  # type: ignore[arg-type]
+    with pytest.raises(UserError, match='`cutmix_minmax` 0.5 0.3: the first must be smaller than the second'):
+        create_mixup(MixupSettings(cutmix_minmax=(0.5, 0.3)), C, 0.1)
+    mixup = create_mixup(MixupSettings(cutmix_minmax=(0.3, 0.35)), C, 0.1)
+    with pytest.raises(UserError, match='`cutmix_minmax` 0.3 0.35: no box is between these shares of 8x8 images'):
+        assert mixup is not None and mixup(torch.rand(B, 3, 8, 8), torch.zeros(B, dtype=torch.int64))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +11,11 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from ctc_timm.data.datasets import DatasetSplit, open_split
+from ctc_timm.data.decoding import ReplacingDataset
 from ctc_timm.data.indexed import IndexedDataset
-from ctc_timm.data.subsets import Subset, draw, part_of, stratified_order
+from ctc_timm.data.settings import DataSettings
+from ctc_timm.data.subsets import draw, part_of, stratified_order
 
-Flags = Callable[..., argparse.Namespace]
 FRACTIONS = (0.001, 0.01, 0.1, 0.33, 0.5, 0.999, 1.0)
 
 
@@ -75,9 +74,9 @@ def test_an_order_of_all_images() -> None:
         assert np.bincount(labels[order[:count]]).tolist() == [count // 7] * 7
 
 
-def test_part_of_a_folder(flags: Flags, image_folder: Path) -> None:
-    """Pixels and labels of the images named, also from a worker process's copy; the whole is left as it was."""
-    source = open_split(flags(f'--data-dir {image_folder}'), 'train')
+def test_part_of_a_folder(image_folder: Path) -> None:
+    """Pixels, labels and names of the images named, also from a worker process's copy; the whole is left as it was."""
+    source = open_split(DataSettings(data_dir=str(image_folder)), 'train')
     plain = ImageFolder(str(image_folder / 'train'))
     index = torch.tensor([30, 2, 2, 17])
     part = part_of(source, index)
@@ -87,37 +86,31 @@ def test_part_of_a_folder(flags: Flags, image_folder: Path) -> None:
     for place, i in enumerate(index.tolist()):
         image, label = dataset[place]
         assert label == plain.targets[i] and np.array_equal(np.asarray(image), np.asarray(plain[i][0]))
+        assert ReplacingDataset(dataset).name(place) == plain.samples[i][0]
     assert part.num_classes == 3 and part.class_names == source.class_names
 
 
-def test_unreadable_images_are_replaced_within_the_part(flags: Flags, image_folder: Path) -> None:
+def test_unreadable_images_are_replaced_within_the_part(image_folder: Path) -> None:
     """By the next one of the part, never by one that was not drawn, and the index delivered tells."""
-    source = open_split(flags(f'--data-dir {image_folder}'), 'train')
+    source = open_split(DataSettings(data_dir=str(image_folder)), 'train')
     files = sorted((image_folder / 'train').rglob('*.png'))
     files[5].write_bytes(b'no image')
     part = IndexedDataset(part_of(source, torch.tensor([5, 20])).dataset)
-    image, (label, delivered, asked) = part[0]
+    image, (label, delivered, requested) = part[0]
     plain = ImageFolder(str(image_folder / 'train'))
     assert np.array_equal(np.asarray(image), np.asarray(plain[20][0]))
-    assert (int(label), int(delivered), int(asked)) == (plain.targets[20], 1, 0)
+    assert (int(label), int(delivered), int(requested)) == (plain.targets[20], 1, 0)
+    assert part.log_unreadable() == [str(files[5])]
 
 
 def test_part_of_another_dataset(image_folder: Path) -> None:
-    """Any map-style dataset, through its transform."""
+    """Any map-style dataset."""
     plain = ImageFolder(str(image_folder / 'train'))
-    source = DatasetSplit(plain, torch.tensor(plain.targets), 3, 'folder', {})
-    part = part_of(source, torch.tensor([35, 0]))
-    part.dataset.transform = np.asarray
-    assert len(part.dataset) == 2
+    part = part_of(DatasetSplit(plain, torch.tensor(plain.targets), 3, 'folder', {}), torch.tensor([35, 0]))
+    replacing = ReplacingDataset(part.dataset)
+    replacing.transform = np.asarray
+    assert len(replacing) == 2
     for place, i in enumerate((35, 0)):
-        image, label = part.dataset[place]
+        image, label = replacing[place]
         assert label == plain.targets[i] and np.array_equal(image, plain[i][0])
-
-
-def test_subset_is_the_images_chosen(flags: Flags) -> None:
-    """By number, through the dataset's own transform."""
-    whole = open_split(flags('--dataset digits'), 'train').dataset
-    part = Subset(whole, torch.tensor([5, 2]))
-    assert len(part) == 2 and [part[i][1] for i in range(2)] == [whole[i][1] for i in (5, 2)]
-    part.transform = lambda image: 'seen'
-    assert part[0][0] == 'seen'
+        assert replacing.name(place) == plain.samples[i][0]
