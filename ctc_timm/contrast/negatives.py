@@ -1,80 +1,76 @@
 """Which bank rows an image is contrasted with: rows of other classes only, drawn on the training device.
 
-What a draw depends on that is the same in every step, such as sizes of classes, is read once, on the host: a
-step must not wait for the device to tell. Only draws on the processor itself look at their own numbers.
+A step must not wait for the device. What is the same in every step, such as sizes of classes, is therefore read once.
 
-Letters: B batch (of all processes together where banks are split), C classes, N instances, K negatives an image,
-R rows shared by a batch or held by a process, M rows of other classes.
+Letters: B batch (of all ranks together where banks are sharded), C classes, K negatives an image, M rows of other
+classes, N instances, P classes that an image is mixed from, R rows shared by a batch or held by a rank, S rows drawn.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..utils.errors import UserError
 from .sharding import BankShard, gather_rows
 
 MODES = ('sampled', 'shared', 'all')
 POSITIVES = ('exact', 'relaxed')
 
-
-# Random rows that are sorted at a time, 32 MiB of them.
-_ROWS_AT_ONCE = 1 << 22
-# With fewer bank rows per negative than this it is cheaper to score the whole bank, a matrix product, and to
-# weight the rows than to gather each image's own.
+# With fewer bank rows per negative than this it is cheaper to score the whole bank, a matrix product, and to weight
+# the rows than to gather each image's rows.
 WHOLE_BANK_RATIO = 12
+# Rows that a draw looks through at a time; so many order numbers, 2 MiB, stay in a CPU core's cache.
+_BLOCK = 1 << 19
+_BLOCK_GPU = 1 << 25
 
 
-@dataclass(frozen=True)
-class OtherClasses:
-    """Which rows are of other classes than each image, made a block of rows at a time.
+class OtherClasses(NamedTuple):
+    """The mask [B, R] of rows of other classes, by the labels that it is made from a block at a time."""
 
-    Stands where a [B, R] boolean tensor could: `mask[:, start:stop]` is its block of columns, `mask.sum(dim=1)`
-    the number of true entries in each row. Nothing of size B x R is ever there.
-
-    Args:
-        labels_B: Class of each image.
-        partners_B: Class of the image mixed into each, left out too; None when nothing is mixed.
-        labels_R: Class of each row.
-        count_B: Rows of other classes for each image.
-    """
-
-    labels_B: Tensor
-    partners_B: Tensor | None
+    classes_BP: Tensor
     labels_R: Tensor
-    count_B: Tensor
-
-    def __getitem__(self, place: tuple[slice, slice]) -> Tensor:
-        rows, columns = place
-        partners_B = None if self.partners_B is None else self.partners_B[rows]
-        return ~own_class(self.labels_B[rows], partners_B, self.labels_R[columns])
-
-    def sum(self, dim: int) -> Tensor:
-        """Rows of other classes for each image, [B]; `dim` is 1."""
-        return self.count_B
 
 
-class Draw(NamedTuple):
-    """One step's rows.
+class Negatives(NamedTuple):
+    """A step's negatives, and its positives, from the sampler to the loss.
 
     Attributes:
-        negatives: [B, K], each image's own rows; [R], rows for the whole batch; None, the whole bank, R = N. With
-            split banks, places in this process's share.
-        use_BR: Which of the batch's rows are negatives of which image, [B, R] booleans, or the same as a mask
-            made block by block. None with rows of each image's own.
-        scale_B: Factor of each image's sum over its negatives, [B], so that they stand for K; None for one.
-        positives_B: The positive's row for each image of this process, by its number in the whole bank.
+        rows: [B, K], each image's rows; [R], rows for the whole batch; None, the whole bank, R = N. In a sharded bank
+            they are places in this rank's shard.
+        weights: How much each row counts for each image: [B, R] booleans or numbers, or `OtherClasses`. None counts
+            every row once; always None with rows of each image.
+        count_B: Sum of each image's weights, [B].
+        scale_B: Factor of each image's sum over its negatives, [B], so that they stand for K.
+        positives_B: Row of each image's positive, by its number in the whole bank, [B]; of this rank's images.
     """
 
-    negatives: Tensor | None
-    use_BR: Tensor | OtherClasses | None
-    scale_B: Tensor | None
+    rows: Tensor | None
+    weights: Tensor | OtherClasses | None
+    count_B: Tensor
+    scale_B: Tensor
     positives_B: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Tensor | None, scale_B: Tensor, positives_B: Tensor, num_rows: int) -> Negatives:
+        """Wrap rows as in the attribute, each counted once, in the form that is cheapest to visit.
+
+        Raises:
+            UserError: Rows of another shape.
+        """
+        B, K = len(scale_B), num_rows if rows is None else rows.shape[-1]
+        if rows is not None and rows.ndim != 1 and (rows.ndim != 2 or rows.shape[0] != B):
+            raise UserError(f'negatives must be [B, K], [R] or None, got shape {tuple(rows.shape)}')
+        weights = None
+        if rows is not None and rows.ndim == 2 and num_rows <= WHOLE_BANK_RATIO * K:
+            weights = torch.zeros(B, num_rows, device=rows.device)  # how often an image has a row: it may repeat
+            weights.scatter_add_(1, rows, weights.new_ones(()).expand(rows.shape))
+            rows = None
+        return cls(rows, weights, torch.full_like(scale_B, K), scale_B, positives_B)
 
 
 class NegativeSampler:
@@ -87,24 +83,24 @@ class NegativeSampler:
     every row of another class counts K / M times, which is that expectation itself.
 
         sampler = NegativeSampler(labels_N, num_negatives=16384)
-        draw = sampler.draw(index_B)
+        negatives = sampler.draw(index_B)
 
     Args:
         labels_N: Class of each training image, [N], integers from 0.
         num_negatives: K.
         mode: 'sampled', 'shared' or 'all'.
         positives: 'exact' takes the image itself, 'relaxed' a random image of its class.
-        seed: Of the generator. Processes that train together share it for `shared` and differ by `rank` for
-            `sampled`, and for both with split banks.
-        rank: This process's number among those that train together.
+        seed: Of the generator. Ranks share it for `shared` and differ by `rank` for `sampled`, and for both with
+            sharded banks.
+        rank: This rank's number.
         device: Where to draw.
-        split: This process's share of split banks. It then draws K / P of its own rows for the images of all
-            processes, weighted so that the processes' sums together stand for K rows of the whole bank: for every
-            image the expectation is that of a whole bank.
+        split: This rank's shard of the banks. It then draws K / P of its rows for the images of all P ranks, weighted
+            so that the ranks' sums together stand for K rows of the whole bank: for every image the expectation is
+            that of a whole bank.
 
     Raises:
-        ValueError: K below one or below the number of processes of a split, fewer than two classes, an unknown
-            mode, labels that are not [N] integers.
+        UserError: K below one or below the number of ranks, fewer than two classes, an unknown mode, labels that are
+            not [N] integers.
     """
 
     def __init__(
@@ -118,219 +114,134 @@ class NegativeSampler:
         device: torch.device | str = 'cpu',
         split: BankShard | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f'negatives must be one of {", ".join(MODES)}, got {mode!r}')
-        if positives not in POSITIVES:
-            raise ValueError(f'positives must be one of {", ".join(POSITIVES)}, got {positives!r}')
-        if num_negatives < 1:
-            raise ValueError(f'num_negatives must be at least 1, got {num_negatives}')
+        for name, value, known in (('negatives', mode, MODES), ('positives', positives, POSITIVES)):
+            if value not in known:
+                raise UserError(f'`{name}` {value!r}: must be one of {", ".join(known)}')
+        least = 1 if split is None else split.world
+        if num_negatives < least:
+            raise UserError(f'`num_negatives` {num_negatives}: must be at least {least}, one a process')
         labels_N = torch.as_tensor(labels_N)
         if labels_N.ndim != 1 or labels_N.is_floating_point():
-            raise ValueError(f'labels must be [N] integers, got {labels_N.dtype} of shape {tuple(labels_N.shape)}')
+            raise UserError(f'labels must be [N] integers, got {labels_N.dtype} of shape {tuple(labels_N.shape)}')
         if labels_N.numel() and int(labels_N.min()) < 0:
-            raise ValueError(f'labels must not be negative, got {int(labels_N.min())}')
+            raise UserError(f'labels must not be negative, got {int(labels_N.min())}')
         sizes_C = torch.bincount(labels_N.long().cpu())
         if int((sizes_C > 0).sum()) < 2:
-            raise ValueError('negatives come from other classes, but the data set has fewer than two classes')
-        if split is not None and num_negatives < split.world:
-            raise ValueError(f'num_negatives must be at least 1 a process, {split.world}, got {num_negatives}')
+            raise UserError('negatives come from other classes, but the data set has fewer than two classes')
         self.num_negatives = num_negatives
         self.mode = mode
         self.positives = positives
         self.device = torch.device(device)
-        self.split = split
-        self._on_host = self.device.type == 'cpu'
+        self.shard = split
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(seed if mode == 'shared' and split is None else seed + 7919 * rank)
-        self._labels_N = labels_N.long().to(self.device)
-        self._sizes_C = sizes_C.to(self.device)
         # An image mixed from both of two classes has no third; its partner's class then counts as another.
         self._two_classes = int((sizes_C > 0).sum()) == 2
-        if positives == 'relaxed':
-            # Rows sorted by class make every class one run.
-            self._by_class_N = torch.argsort(self._labels_N, stable=True)
-            self._starts_C = self._sizes_C.cumsum(0) - self._sizes_C
-        # Of the rows held here: their classes, how many to draw, and how many an image has at least and at most.
-        self._labels_R, self._draw_size, held_C = self._labels_N, num_negatives, sizes_C
+        labels_N = labels_N.long().to(self.device)
+        self._whole = self._held = _ByClass(labels_N, len(sizes_C))
+        self._draw_size = num_negatives
         if split is not None:
-            self._labels_R = self._labels_N[split.rows(self.device)]
+            self._held = _ByClass(labels_N[split.rows(self.device)], len(sizes_C))
             self._draw_size = len(range(split.rank, num_negatives, split.world))
-            held_C = torch.bincount(self._labels_R.cpu(), minlength=len(sizes_C))
-        self._held_C = held_C.to(self.device)
-        largest = held_C.sort(descending=True).values[:2].tolist()
-        self._others = {False: len(self._labels_R) - largest[0], True: len(self._labels_R) - sum(largest)}
-        self._most_others = len(self._labels_R) - int(held_C[sizes_C > 0].min())
+        # How many rows of other classes an image has here: at the least, by P, and at the most.
+        held_C = self._held.sizes_C.cpu()
+        self._least = (self._held.num_rows - held_C.sort(descending=True).values[:2].cumsum(0)).tolist()
+        self._most = self._held.num_rows - int(held_C[sizes_C > 0].min())
 
     @property
     def num_instances(self) -> int:
         """N."""
-        return self._labels_N.numel()
+        return self._whole.num_rows
 
-    def draw(self, index_B: Tensor, partner_B: Tensor | None = None) -> Draw:
-        """Rows to contrast these images with.
+    def draw(self, index_B: Tensor, partner_B: Tensor | None = None) -> Negatives:
+        """Draw rows to contrast these images with.
 
         Args:
-            index_B: Position of each image of this process in the training set, [B].
+            index_B: Position of each image of this rank in the training set, [B].
             partner_B: For Mixup and CutMix, the position of the image mixed into each, [B]: its class is left out
                 too.
-
-        Returns:
-            See `Draw`.
         """
-        positives_B = self._same_class(self._labels_N[index_B]) if self.positives == 'relaxed' else index_B
-        if self._two_classes:
-            partner_B = None
-        if self.split is not None:
-            index_B = gather_rows(index_B)
-            partner_B = None if partner_B is None else gather_rows(partner_B)
-        labels_B = self._labels_N[index_B]
-        partners_B = None if partner_B is None else self._labels_N[partner_B]
-        held_B = self._count(labels_B, partners_B, self._held_C)
-        others_B = held_B if self.split is None else self._count(labels_B, partners_B, self._sizes_C)
+        whole, held, K = self._whole, self._held, self.num_negatives
+        positives_B = index_B
+        if self.positives == 'relaxed':
+            positives_B = whole.same_class(whole.labels_R[index_B], self._integers(*index_B.shape))
+        images = [index_B] if partner_B is None or self._two_classes else [index_B, partner_B]
+        index_BP = torch.stack(images, dim=1)
+        classes_BP = whole.labels_R[index_BP if self.shard is None else gather_rows(index_BP)]
+        held_B, others_B = held.count_others(classes_BP), whole.count_others(classes_BP)
         if self.mode == 'all':
-            others = OtherClasses(labels_B, partners_B, self._labels_R, held_B)
-            return Draw(None, others, self.num_negatives / others_B, positives_B)
+            return Negatives(None, OtherClasses(classes_BP, held.labels_R), held_B, K / others_B, positives_B)
         # What the rows drawn here stand for: of K rows of the whole bank so many would be of those held here.
-        share_B = self.num_negatives * held_B / others_B
+        share_B = K * held_B / others_B
         if self.mode == 'shared':
             rows_R = self._shared_rows()
-            other_BR = ~own_class(labels_B, partners_B, self._labels_R[rows_R])
-            return Draw(rows_R, other_BR, share_B / other_BR.sum(dim=1).clamp_(min=1), positives_B)
-        scale_B = None if self.split is None else share_B / self._draw_size
-        return Draw(*self._sampled(labels_B, partners_B, held_B), scale_B, positives_B)
+            other_BR = ~is_own_class(classes_BP, held.labels_R[rows_R])
+            count_B = other_BR.sum(dim=1)
+            return Negatives(rows_R, other_BR, count_B, share_B / count_B.clamp(min=1), positives_B)
+        scale_B = torch.ones_like(share_B) if self.shard is None else share_B / self._draw_size
+        return self._sampled(classes_BP, held_B, scale_B, positives_B)
 
-    def _count(self, labels_B: Tensor, partners_B: Tensor | None, sizes_C: Tensor) -> Tensor:
-        """Rows of other classes for each image, [B], among rows of which each class has so many."""
-        count_B = sizes_C.sum() - sizes_C[labels_B]
-        if partners_B is not None:
-            count_B = count_B - sizes_C[partners_B] * (partners_B != labels_B)
-        return count_B
+    def _sampled(self, classes_BP: Tensor, held_B: Tensor, scale_B: Tensor, positives_B: Tensor) -> Negatives:
+        """Draw K rows for each image, in the form that is cheapest to use: as rows, or as a mask of the whole bank."""
+        R, K, (B, P) = self._held.num_rows, self._draw_size, classes_BP.shape
+        least, most = self._least[P - 1], self._most
+        if least < K and (most < K or int(held_B.min()) < K):  # the last depends on the batch
+            ranks_BK = self._integers(B, K) % held_B.clamp(min=1)[:, None]
+            rows_BK = self._held.other_rows(classes_BP, ranks_BK)
+            return Negatives.of_rows(rows_BK, scale_B, positives_B, R)
+        if R > WHOLE_BANK_RATIO * K and least >= 2 * K:
+            size = _draws_needed(K, least, R)
+            rows_BK = torch.cat([self._distinct_rows(some_BP, size) for some_BP in self._blocks(classes_BP)])
+            return Negatives.of_rows(rows_BK, scale_B, positives_B, R)
+        hardest = min(max(2 * K, least), most)
+        size = _draws_needed(min(K, hardest - K), hardest, R)
+        mask_BR = torch.cat([self._distinct_mask(some_BP, size) for some_BP in self._blocks(classes_BP)])
+        return Negatives(None, mask_BR, torch.full_like(scale_B, K), scale_B, positives_B)
 
-    def _sampled(
-        self, labels_B: Tensor, partners_B: Tensor | None, others_B: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Rows of each image's own, or a mask of the whole bank, whichever is cheaper to use."""
-        R, K = self._labels_R.numel(), self._draw_size
-        enough = self._others[partners_B is not None] >= K
-        if not enough and self._most_others >= K:  # it depends on the batch
-            enough = int(others_B.min()) >= K
-        if not enough:
-            return self._with_repetition(labels_B, partners_B), None
-        surplus = self._surplus(partners_B is not None)
-        if R > WHOLE_BANK_RATIO * K and surplus:
-            return self._distinct_rows(labels_B, partners_B, surplus), None
-        if self._on_host:
-            return None, self._distinct_mask(labels_B, partners_B, others_B)
-        own_BR = own_class(labels_B, partners_B, self._labels_R)
-        if surplus:
-            rows_BK = self._distinct_rows(labels_B, partners_B, surplus)
-        else:
-            keys_BR = torch.rand(own_BR.shape, generator=self.generator, device=self.device).masked_fill_(own_BR, 2.0)
-            rows_BK = keys_BR.topk(K, dim=1, largest=False, sorted=False).indices
-        return None, torch.zeros_like(own_BR).scatter_(1, rows_BK, True)
+    def _blocks(self, classes_BP: Tensor) -> Sequence[Tensor]:
+        """Split a batch so that what a draw looks through stays small."""
+        block = _BLOCK if self.device.type == 'cpu' else _BLOCK_GPU
+        return classes_BP.split(max(1, block // self._held.num_rows))
 
-    def _surplus(self, mixed: bool) -> int:
-        """How many random rows are sure to hold K different ones of other classes; 0 where that is too many to draw.
+    def _distinct_rows(self, classes_BP: Tensor, size: int) -> Tensor:
+        """Draw K different other-class rows for each image, [B, K], by rejection, for banks of many times K rows."""
+        drawn_BS = self._random_rows(len(classes_BP), size)
+        allowed_BS = ~is_own_class(classes_BP, self._held.labels_R[drawn_BS])
+        return _first_distinct(drawn_BS, allowed_BS, self._draw_size, self._held.num_rows)
 
-        The number of different ones spreads by less than the root of its mean; eight times that is left as a margin.
+    def _distinct_mask(self, classes_BP: Tensor, size: int) -> Tensor:
+        """Draw K different other-class rows for each image, as a mask [B, R], for banks of a few times K rows.
+
+        By rejection, too: each image draws the smaller set, its K negatives or the M - K other rows that are not.
         """
-        R, K, M = self._labels_R.numel(), self._draw_size, self._others[mixed]
-        wanted = K + 8 * math.sqrt(K) + 16
-        if wanted > M / 2:
-            return 0
-        return math.ceil(math.log1p(-wanted / M) / math.log1p(-1 / R))
+        K, others_B1 = self._draw_size, self._held.count_others(classes_BP)[:, None].int()
+        own_BR = is_own_class(classes_BP, self._held.labels_R)
+        drawn_BS = self._random_rows(len(classes_BP), size)
+        order_BS = torch.arange(size, dtype=torch.int32, device=self.device).expand(drawn_BS.shape)
+        first_BR = torch.full(own_BR.shape, size, dtype=torch.int32, device=self.device)
+        first_BR.scatter_reduce_(1, drawn_BS, order_BS, 'amin').masked_fill_(own_BR, size)
+        taken_BS = (first_BR.gather(1, drawn_BS) == order_BS).cumsum(dim=1, dtype=torch.int32)
+        mask_BR = first_BR < (taken_BS <= (others_B1 - K).clamp(max=K)).sum(dim=1, keepdim=True, dtype=torch.int32)
+        if self._least[classes_BP.shape[1] - 1] < 2 * K:
+            mask_BR = (mask_BR ^ (others_B1 < 2 * K)).masked_fill_(own_BR, False)
+        return mask_BR
 
     def _shared_rows(self) -> Tensor:
-        """K rows of all held here, [K], without repetition where there are that many."""
-        R, K = self._labels_R.numel(), self._draw_size
+        """Draw K rows of all held here, [K], without repetition where there are that many."""
+        R, K = self._held.num_rows, self._draw_size
         if K > R:
-            return torch.randint(R, (K,), generator=self.generator, device=self.device)
+            return self._random_rows(1, K)[0]
         wanted = K + 8 * math.sqrt(K) + 16
         if WHOLE_BANK_RATIO * wanted < R:  # a permutation takes a time that grows with R
             drawn_1S = self._random_rows(1, math.ceil(1.1 * wanted))
-            return _first_different(drawn_1S, torch.ones_like(drawn_1S, dtype=torch.bool), K)[0]
+            return _first_distinct(drawn_1S, torch.ones_like(drawn_1S, dtype=torch.bool), K, R)[0]
         return torch.randperm(R, generator=self.generator, device=self.device)[:K]
 
-    def _same_class(self, labels_B: Tensor) -> Tensor:
-        """A uniformly random image of each image's class, itself included, [B]."""
-        offset_B = self._integers(labels_B.shape) % self._sizes_C[labels_B]
-        return self._by_class_N[self._starts_C[labels_B] + offset_B]
+    def _random_rows(self, *shape: int) -> Tensor:
+        return torch.randint(self._held.num_rows, shape, generator=self.generator, device=self.device)
 
-    def _distinct_mask(self, labels_B: Tensor, partners_B: Tensor | None, others_B: Tensor) -> Tensor:
-        """Which K rows are each image's negatives, [B, N]; every K of its other-class rows equally likely.
-
-        Each row gets a random byte, and the rows with the smallest bytes are taken: all below a level that the
-        K-th is sure to reach, and of the few levels around it the first rows by byte, ties at random. Several
-        times cheaper than sorting a random number a row.
-        """
-        own_BN = own_class(labels_B, partners_B, self._labels_R)
-        N, K = own_BN.shape[1], self._draw_size
-        least, most = K / int(others_B.max()), K / int(others_B.min())
-        reach = 256 * 4 * math.sqrt(most * max(1 - least, 0) / N) + 1
-        low, high = int(256 * least - reach), int(256 * most + reach) + 1
-        if low < 0 or high > 255 or high - low > 64:
-            return self._smallest_keys(own_BN)
-        words = torch.empty(len(labels_B), -(-N // 8), dtype=torch.int64, device=self.device)
-        words.random_(-(2**63), None, generator=self.generator)
-        bytes_BN = words.view(torch.uint8)[:, :N].masked_fill_(own_BN, 255)
-        mask_BN = bytes_BN < low
-        missing_B = K - mask_BN.sum(dim=1)
-        image, row = ((bytes_BN - low) < high - low).nonzero(as_tuple=True)  # unsigned: below `low` wraps around
-        around_B = torch.bincount(image, minlength=len(labels_B))
-        if bool(((missing_B < 0) | (missing_B > around_B)).any()):
-            return self._smallest_keys(own_BN)  # four standard deviations off, whichever rows it is about
-        order = ((image * 256 + bytes_BN[image, row]) * 2**31 + self._integers(image.shape)).argsort()
-        place = torch.arange(len(image), device=self.device) - (around_B.cumsum(0) - around_B)[image]
-        taken = order[place < missing_B[image]]
-        mask_BN[image[taken], row[taken]] = True
-        return mask_BN
-
-    def _smallest_keys(self, own_BN: Tensor) -> Tensor:
-        """Which K rows have the smallest of N random keys, [B, N], each image's own class left out.
-
-        Where the K-th key ties with the next, which float32 keys do now and then, that image is drawn again; as
-        a tie says nothing about which rows are in it, that leaves all choices equally likely.
-        """
-        keys_BN = torch.rand(own_BN.shape, generator=self.generator, device=self.device).masked_fill_(own_BN, 2.0)
-        # A row at a time: kthvalue keeps an index of eight bytes beside every key.
-        kth_B = torch.stack([keys_N.kthvalue(self._draw_size).values for keys_N in keys_BN])
-        mask_BN = keys_BN <= kth_B[:, None]
-        tied_B = mask_BN.sum(dim=1) != self._draw_size
-        if bool(tied_B.any()):
-            mask_BN[tied_B] = self._smallest_keys(own_BN[tied_B])
-        return mask_BN
-
-    def _distinct_rows(self, labels_B: Tensor, partners_B: Tensor | None, surplus: int) -> Tensor:
-        """K different other-class rows for each image, [B, K], for banks of many times K rows.
-
-        Random rows are struck out where they repeat or are of the image's class, and the first K that are left
-        are taken, which is sampling without repetition by rejection.
-        """
-        rows_BK = []
-        at_once = max(1, _ROWS_AT_ONCE // surplus)
-        for start in range(0, labels_B.shape[0], at_once):
-            some = slice(start, start + at_once)
-            partners = None if partners_B is None else partners_B[some]
-            drawn_BS = self._random_rows(labels_B[some].shape[0], surplus)
-            allowed_BS = ~own_class(labels_B[some], partners, self._labels_R[drawn_BS])
-            rows_BK.append(_first_different(drawn_BS, allowed_BS, self._draw_size))
-        return torch.cat(rows_BK)
-
-    def _random_rows(self, count: int, surplus: int) -> Tensor:
-        shape = (count, surplus)
-        return torch.randint(self._labels_R.numel(), shape, generator=self.generator, device=self.device)
-
-    def _with_repetition(self, labels_B: Tensor, partners_B: Tensor | None) -> Tensor:
-        """K other-class rows for each image, repetitions allowed, [B, K]; any rows for an image that has none here."""
-        other_BR = ~own_class(labels_B, partners_B, self._labels_R)
-        counts_B1 = other_BR.sum(dim=1, keepdim=True).clamp_(min=1)
-        rank_BK = (self._integers((labels_B.numel(), self._draw_size)) % counts_B1).int()
-        rows_BK = torch.searchsorted(other_BR.cumsum(dim=1, dtype=torch.int32), rank_BK + 1)
-        return rows_BK.clamp_(max=other_BR.shape[1] - 1)
-
-    def _integers(self, shape: Sequence[int]) -> Tensor:
-        """Random integers below 2^31."""
-        return torch.randint(2**31, tuple(shape), generator=self.generator, device=self.device)
+    def _integers(self, *shape: int) -> Tensor:
+        return torch.randint(2**31, shape, generator=self.generator, device=self.device)
 
     def get_state(self) -> dict[str, Tensor]:
         """The generator's state."""
@@ -341,22 +252,66 @@ class NegativeSampler:
         self.generator.set_state(state['generator'].cpu())
 
 
-def own_class(labels_B: Tensor, partners_B: Tensor | None, labels: Tensor) -> Tensor:
-    """Which rows, by their labels [R] or [B, R], are of the image's class or its partner's, [B, R]."""
-    own_BR = labels_B[:, None] == labels
-    if partners_B is not None:
-        own_BR |= partners_B[:, None] == labels
+class _ByClass:
+    """Rows by class: sorted by it, every class is one run."""
+
+    def __init__(self, labels_R: Tensor, num_classes: int) -> None:
+        self.labels_R = labels_R
+        self.num_rows = labels_R.numel()
+        self.sizes_C = torch.bincount(labels_R.cpu(), minlength=num_classes).to(labels_R.device)
+        self._starts_C = self.sizes_C.cumsum(0) - self.sizes_C
+        self._sorted_R = torch.argsort(labels_R, stable=True)
+
+    def same_class(self, classes_B: Tensor, integers_B: Tensor) -> Tensor:
+        """Take the row of each class that a random integer falls on, [B]."""
+        return self._sorted_R[self._starts_C[classes_B] + integers_B % self.sizes_C[classes_B]]
+
+    def _sizes(self, classes_BP: Tensor) -> Tensor:
+        sizes_BP = self.sizes_C[classes_BP]
+        sizes_BP[:, 1:] *= classes_BP[:, 1:] != classes_BP[:, :-1]  # an image may be mixed with one of its class
+        return sizes_BP
+
+    def count_others(self, classes_BP: Tensor) -> Tensor:
+        """M of each image, [B]."""
+        return self.num_rows - self._sizes(classes_BP).sum(dim=1)
+
+    def other_rows(self, classes_BP: Tensor, ranks_BK: Tensor) -> Tensor:
+        """Take the rows of these ranks, below M, among those of other classes, [B, K]; any rows where M is zero."""
+        classes_BP = classes_BP.sort(dim=1).values
+        for start_B, size_B in zip(self._starts_C[classes_BP].unbind(1), self._sizes(classes_BP).unbind(1)):
+            ranks_BK = ranks_BK + (ranks_BK >= start_B[:, None]) * size_B[:, None]  # skip the run
+        return self._sorted_R[ranks_BK.clamp_(max=self.num_rows - 1)]
+
+
+def is_own_class(classes_BP: Tensor, labels: Tensor) -> Tensor:
+    """Tell which rows, by their labels [R] or [B, R], are of one of the image's classes, [B, R]."""
+    own_BR = classes_BP[:, :1] == labels
+    for p in range(1, classes_BP.shape[1]):
+        own_BR |= classes_BP[:, p : p + 1] == labels
     return own_BR
 
 
-def _first_different(drawn_BS: Tensor, allowed_BS: Tensor, count: int) -> Tensor:
-    """In each line the first so many values that are allowed and appear for the first time, [B, count]."""
-    ordered_BS, order_BS = drawn_BS.sort(dim=1, stable=True)
-    first_BS = torch.ones_like(allowed_BS)
-    first_BS[:, 1:] = ordered_BS[:, 1:] != ordered_BS[:, :-1]
-    allowed_BS = allowed_BS & torch.empty_like(first_BS).scatter_(1, order_BS, first_BS)
-    place_BS = allowed_BS.cumsum(dim=1) - 1
-    # What is not wanted goes to one place more, which is cut off.
-    place_BS = place_BS.masked_fill_(~allowed_BS, count).clamp_(max=count)
-    found = drawn_BS.new_zeros(drawn_BS.shape[0], count + 1).scatter_(1, place_BS, drawn_BS)
-    return found[:, :count]
+def _draws_needed(count: int, others: int, num_rows: int) -> int:
+    """How many of R rows to draw until `count` different ones of `others` rows are among them, but for e^-36.
+
+    The wait for each next one is geometric. S. Janson (Tail bounds for sums of geometric and exponential variables,
+    2018, theorem 2.1): with mean m of the whole wait and the least chance p, it exceeds m x with probability at most
+    exp(-p m (x - 1 - ln x)), and x = 1 + sqrt(2 c) + c has x - 1 - ln x >= c.
+    """
+    rest = others - count + 1
+    mean = num_rows * (1 / rest + math.log(others / rest)) if count else 0
+    least = rest / num_rows
+    return math.ceil(mean + math.sqrt(72 * mean / least) + 36 / least)
+
+
+def _first_distinct(drawn_BS: Tensor, allowed_BS: Tensor, count: int, num_rows: int) -> Tensor:
+    """Take from each line the first so many values that are allowed and appear for the first time, [B, count]."""
+    order_BS = torch.arange(drawn_BS.shape[1], dtype=torch.int32, device=drawn_BS.device).expand(drawn_BS.shape)
+    # Only the places that are drawn are ever written or read.
+    first_BR = torch.empty(drawn_BS.shape[0], num_rows, dtype=torch.int32, device=drawn_BS.device)
+    first_BR.scatter_reduce_(1, drawn_BS, order_BS, 'amin', include_self=False)
+    wanted_BS = (first_BR.gather(1, drawn_BS) == order_BS) & allowed_BS
+    place_BS = wanted_BS.cumsum(dim=1)
+    # What is not wanted goes to one place before the others, which is cut off.
+    place_BS *= wanted_BS & (place_BS <= count)
+    return drawn_BS.new_zeros(drawn_BS.shape[0], count + 1).scatter_(1, place_BS, drawn_BS)[:, 1:]

@@ -1,6 +1,30 @@
-"""CTC as a timm training task: the two stages and everything they remember.
+"""Contrastive temporal coding (CTC, arXiv 2203.03871) as a timm training task, stage by stage.
 
-Letters: B batch, C classes, D feature size, N training images.
+Instance stage: cross-entropy over classes, and every training image told from all others.
+
+    v    = normalize(projector(features))                             [B, E]
+    s    = v @ bank.T / T                                             [B, N]
+    loss = task_loss + instance_weight * cross_entropy(s, index)
+    bank[index] <- normalize(m * bank[index] + (1 - m) * v)           once the optimizer has stepped
+
+Between the stages the model is frozen: its copy is the information bank. One pass over the training set fills the
+banks of the second stage with the embeddings of that copy.
+
+Temporal stage: cross-entropy over classes, and every image contrasted with what the information bank made of it.
+
+    v1   = normalize(present_projector(features))                     the model being trained
+    v2   = normalize(past_projector(past_features))                   the information bank, same images
+    rows = [index, negatives]                                         [B, 1 + K], negatives of other classes
+    out1 = exp(past_bank[rows] @ v1 / T) / Z1                         Z is N mean(out) of the first step
+    out2 = exp(present_bank[rows] @ v2 / T) / Z2
+    nce  = -mean_b(log(p / (p + q + eps)) + sum_k log(q / (n_k + q + eps)))        of each; p, n_k in out; q = K / N
+    loss = task_loss + temporal_weight * (nce(out1) + nce(out2))
+    present_bank[index] <- normalize(m * present_bank[index] + (1 - m) * v1)
+    past_bank[index]    <- normalize(m * past_bank[index]    + (1 - m) * v2)
+
+`losses` has both contrasts, `negatives` draws the rows, `banks` updates them.
+
+Letters: B batch, C classes, D feature size, E embedding size, K negatives an image, N training images.
 """
 
 from __future__ import annotations
@@ -11,30 +35,81 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.nn as nn
+from timm.models import group_parameters
 from timm.task.classification import resolve_classification_loss
 from timm.utils import ModelEmaV3, unwrap_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.backbones import feature_dim
+from ..models.backbones import feature_dim, features_and_logits
 from ..utils.errors import UserError
 from ..utils.tasks import StateReader, TrainerTask
-from .losses import InstanceDiscriminationLoss, TemporalContrastLoss
-from .modules import Backbone, CTCModule
-from .negatives import NegativeSampler
+from .losses import LEAST_TEMPERATURE, InstanceDiscriminationLoss, TemporalContrastLoss, check_range
+from .negatives import Negatives, NegativeSampler
 from .sharding import BankShard
 
 _logger = logging.getLogger(__name__)
 
-STAGES = ('instance', 'temporal')
 PAST_FEATURES = ('model', 'bank')
 
 
-class CTCTask(TrainerTask):
-    """Contrastive temporal coding (arXiv 2203.03871) around any timm model with a classification head.
+class Backbone(nn.Module):
+    """A timm model whose forward gives features and logits, so that both can be compiled and wrapped as one."""
 
-    The instance stage adds instance discrimination to the task's loss. `start_temporal_stage` freezes a copy of
-    the model as the information bank; from then on temporal contrast is added instead.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features [B, D] and logits [B, C] of images [B, ...]."""
+        return features_and_logits(self.model, images)
+
+
+class CTCModule(nn.Module):
+    """All that has gradients: the model and both losses' projectors, one module so that DDP sees one forward."""
+
+    def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: TemporalContrastLoss) -> None:
+        super().__init__()
+        self.body = Backbone(model)
+        self.instance = instance
+        self.temporal = temporal
+        # DDP need not broadcast the banks: every rank holds the same ones, or its shard, see `banks`.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, _ in self.named_buffers() if name.startswith(('instance.', 'temporal.'))
+        ]
+
+    def forward(
+        self,
+        images: Tensor,
+        index_B: Tensor | None = None,
+        lam_B: Tensor | None = None,
+        past_BD: Tensor | None = None,
+        negatives: Negatives | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute logits [B, C] and the contrast: temporal with negatives, else instance; None without index."""
+        features_BD, logits_BC = self.body(images)
+        if index_B is None:
+            return logits_BC, None
+        if negatives is None:
+            return logits_BC, self.instance(features_BD, index_B, lam_B)
+        return logits_BC, self.temporal(features_BD, past_BD, index_B, negatives, lam_B)
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the model's own exceptions as this module does (read by timm's optimizer factory)."""
+        model: Any = self.body.model
+        return (
+            {f'body.model.{name}' for name in model.no_weight_decay()} if hasattr(model, 'no_weight_decay') else set()
+        )
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Number the model's layers, the projectors with its head (read by timm for layer-wise learning rates)."""
+        model: Any = self.body.model
+        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('body.model.'), last)
+
+
+class CTCTask(TrainerTask):
+    """Both stages of CTC around any timm model with a classification head.
 
         task = CTCTask(model, labels=labels_N)
         result = task(images, targets, index_B)
@@ -51,27 +126,23 @@ class CTCTask(TrainerTask):
         num_negatives: K of the temporal stage.
         negatives: 'sampled', 'shared' or 'all', see `NegativeSampler`.
         positives: 'exact' or 'relaxed', see `NegativeSampler`.
-        past_features: Where the temporal term takes the past's view of an image from: 'model', one forward pass of
-            the information bank a step, as published; 'bank', the embedding stored when the temporal stage
-            started, which costs nothing and departs from the paper.
-        instance_weight: Of the instance term (alpha); zero leaves it out.
-        temporal_weight: Of the temporal term (beta); zero leaves it out.
-        instance_temperature: Of the instance term.
-        temporal_temperature: Of the temporal term.
-        instance_momentum: Of the instance stage's bank.
-        temporal_momentum: Of the temporal stage's two banks.
+        past_features: Where the temporal term takes v2 from: 'model', one forward pass of the information bank a step,
+            as published; 'bank', the embedding stored when the temporal stage started, which costs nothing and
+            departs from the paper.
+        instance_weight, temporal_weight: Of the stages' terms (alpha, beta); zero leaves a term out.
+        instance_temperature, temporal_temperature: T of each stage.
+        instance_momentum, temporal_momentum: m of each stage's banks.
         train_projector: Train the instance stage's projector; the published code does not.
         bank_dtype: Of all three banks, float32 or bfloat16.
-        split_banks: Each of P processes that train together holds N / P rows of every bank; their group must be
-            there already. The same losses, drawn negatives in expectation; see `sharding`.
+        split_banks: Each of P ranks holds N / P rows of every bank; the process group must be there already. The same
+            losses, drawn negatives in expectation; see `sharding`.
         seed: Of the banks' first values and of the negatives.
-        rank: This process's number among those that train together.
-        device: Device for the task's tensors.
-        dtype: Dtype for the task's tensors.
+        rank: This rank's number.
+        device, dtype: For the task's tensors.
         verbose: Log what is set up.
 
     Raises:
-        ValueError: A model without a head, labels outside the model's classes, and all that the losses and the
+        UserError: A model without a head, labels outside the model's classes, and all that the losses and the
             sampler refuse.
     """
 
@@ -103,45 +174,52 @@ class CTCTask(TrainerTask):
         verbose: bool = True,
     ) -> None:
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        for name, weight in (('instance_weight', instance_weight), ('temporal_weight', temporal_weight)):
-            if not weight >= 0:
-                raise ValueError(f'{name} must not be negative, got {weight}')
+        check_range('instance_weight', instance_weight, 0)
+        check_range('temporal_weight', temporal_weight, 0)
+        check_range('instance_temperature', instance_temperature, 0, above=True)
+        check_range('temporal_temperature', temporal_temperature, LEAST_TEMPERATURE)
+        check_range('instance_momentum', instance_momentum, 0, 1)
+        check_range('temporal_momentum', temporal_momentum, 0, 1)
         if past_features not in PAST_FEATURES:
-            raise ValueError(f'past_features must be one of {", ".join(PAST_FEATURES)}, got {past_features!r}')
+            raise UserError(f'`past_features` {past_features!r}: must be one of {", ".join(PAST_FEATURES)}')
         dim = feature_dim(model)
         labels = torch.as_tensor(labels)
-        num_instances = labels.numel()
-        generator = torch.Generator().manual_seed(seed)
         self.stage = 'instance'
         self.past_features = past_features
         self.instance_weight = instance_weight
         self.temporal_weight = temporal_weight
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
-        self.split = BankShard.of_processes(num_instances) if split_banks else None
+        self.shard = BankShard.of_this_rank(labels.numel()) if split_banks else None
         self.sampler = NegativeSampler(
-            labels, num_negatives, negatives, positives, seed=seed, rank=rank, device=self.device, split=self.split
+            labels, num_negatives, negatives, positives, seed=seed, rank=rank, device=self.device, split=self.shard
         )
-        classes = int(labels.max()) + 1
-        if classes > model.num_classes:
-            raise ValueError(f'label {classes - 1} is outside the {model.num_classes} classes of the model')
-        banks: dict[str, Any] = {'generator': generator, 'bank_dtype': bank_dtype, 'split_banks': split_banks}
+        last_class = int(labels.max())
+        if last_class >= model.num_classes:
+            raise UserError(f'label {last_class} is outside the {model.num_classes} classes of the model')
+        banks: dict[str, Any] = {
+            'generator': torch.Generator().manual_seed(seed),
+            'bank_dtype': bank_dtype,
+            'split_banks': split_banks,
+        }
         instance = InstanceDiscriminationLoss(
-            dim, num_instances, embed_dim, instance_temperature, instance_momentum, **banks
+            dim, labels.numel(), embed_dim, instance_temperature, instance_momentum, **banks
         )
         instance.projector.requires_grad_(train_projector)
         temporal = TemporalContrastLoss(
-            dim, num_instances, embed_dim, num_negatives, temporal_temperature, temporal_momentum, **banks
+            dim, labels.numel(), embed_dim, num_negatives, temporal_temperature, temporal_momentum, **banks
         )
         self.trainable_module: nn.Module = CTCModule(model, instance, temporal).to(self.device)
         self.information_bank: Backbone | None = None
         self._compile_kwargs: dict[str, Any] | None = None
         if self.verbose:
-            _logger.info(f'CTCTask: {num_instances} instances, D={dim}, E={embed_dim}, K={num_negatives} {negatives}')
+            _logger.info(f'CTCTask: {labels.numel()} instances, D={dim}, E={embed_dim}, K={num_negatives} {negatives}')
 
     @property
     def model(self) -> nn.Module:
         """The backbone with its classifier, as timm made it."""
         return unwrap_model(self.trainable_module).body.model
+
+    eval_model = model  # what timm evaluates and saves
 
     @property
     def instance(self) -> InstanceDiscriminationLoss:
@@ -153,35 +231,10 @@ class CTCTask(TrainerTask):
         """The temporal stage's loss."""
         return unwrap_model(self.trainable_module).temporal
 
-    def defer_updates(self, hold: bool = True) -> None:
-        """Have the banks wait for `apply_updates` or `drop_updates`, see `banks.BankUpdates`."""
-        self.instance.defer_updates = self.temporal.defer_updates = hold
-
-    def apply_updates(self) -> None:
-        """Update the banks by the steps since the last time, where they wait for it."""
-        self.instance.apply_updates()
-        self.temporal.apply_updates()
-
-    def discard_updates(self) -> None:
-        """Forget the steps since the last time, where the banks wait."""
-        self.instance.discard_updates()
-        self.temporal.discard_updates()
-
-    def train(self, mode: bool = True) -> CTCTask:
-        """Set training mode; the information bank stays in evaluation mode."""
-        super().train(mode)
-        if self.information_bank is not None:
-            self.information_bank.eval()
-        return self
-
     def forward(  # type: ignore[override]
-        self,
-        input: Tensor,
-        target: Tensor,
-        index: Tensor,
-        lam: Tensor | None = None,
+        self, input: Tensor, target: Tensor, index: Tensor, lam: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """One step's forward pass and losses.
+        """Compute one step's forward pass and losses.
 
         Args:
             input: Images, [B, 3, H, W], mixed already where Mixup or CutMix is used.
@@ -193,22 +246,20 @@ class CTCTask(TrainerTask):
         Returns:
             'loss' (task_loss + weight * ctc_loss), 'output' (logits [B, C]), 'task_loss', 'ctc_loss'.
         """
-        if self.stage == 'temporal' and self.temporal_weight > 0:
+        weight = self.instance_weight if self.stage == 'instance' else self.temporal_weight
+        if weight == 0:
+            output, ctc_loss = self.trainable_module(input)
+        elif self.stage == 'instance':
+            output, ctc_loss = self.trainable_module(input, index, lam)
+        else:
             past_BD = None
             if self.past_features == 'model':
                 assert self.information_bank is not None
                 with torch.no_grad():
                     past_BD, _ = self.information_bank(input)
             self.temporal.sync_normalizer_flag()
-            draw = self.sampler.draw(index, index.flip(0) if lam is not None else None)
-            output, ctc_loss = self.trainable_module(input, index, lam, past_BD, draw)
-            weight = self.temporal_weight
-        elif self.stage == 'instance' and self.instance_weight > 0:
-            output, ctc_loss = self.trainable_module(input, index, lam)
-            weight = self.instance_weight
-        else:
-            output, ctc_loss = self.trainable_module(input)
-            weight = 0.0
+            negatives = self.sampler.draw(index, None if lam is None else index.flip(0))
+            output, ctc_loss = self.trainable_module(input, index, lam, past_BD, negatives)
         task_loss = self.criterion(output, target)
         if ctc_loss is None:
             ctc_loss = torch.zeros_like(task_loss)
@@ -224,8 +275,8 @@ class CTCTask(TrainerTask):
         """Freeze the model as the information bank and fill both banks of the temporal stage.
 
         Args:
-            loader: One pass over the training set, batches of (images, targets, index). With several processes
-                each gives a share, all the same number of batches of the same size.
+            loader: One pass over the training set, batches of (images, targets, index). With several ranks each gives
+                a share, all the same number of batches of the same size.
 
         Raises:
             RuntimeError: The temporal stage has started already.
@@ -239,22 +290,24 @@ class CTCTask(TrainerTask):
         self.stage = 'temporal'
 
     def _freeze(self) -> Backbone:
+        """Make the information bank of the model as it is."""
         # Compiled or not is a property of the module that deepcopy would carry along; the copy is made plain.
-        bank = Backbone(deepcopy(self.model)).requires_grad_(False).eval()
+        self.information_bank = Backbone(deepcopy(self.model)).requires_grad_(False).eval()
         if self._compile_kwargs is not None:
-            bank.compile(**self._compile_kwargs)
-        self.information_bank = bank
-        return bank
+            self.information_bank.compile(**self._compile_kwargs)
+        return self.information_bank
+
+    def train(self, mode: bool = True) -> CTCTask:
+        """Set training mode; the information bank stays in evaluation mode."""
+        super().train(mode)
+        if self.information_bank is not None:
+            self.information_bank.eval()
+        return self
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> CTCTask:
-        """Wrap what has gradients in DistributedDataParallel.
-
-        Each stage leaves the other's projectors without gradients, hence `find_unused_parameters`.
-        """
-        from torch.nn.parallel import DistributedDataParallel
-
+        """Wrap what has gradients in DistributedDataParallel; each stage leaves the other's projectors without any."""
         ddp_kwargs.setdefault('find_unused_parameters', True)
-        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        self.trainable_module = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids, **ddp_kwargs)
         return self
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> nn.Module:  # type: ignore[override]
@@ -277,7 +330,7 @@ class CTCTask(TrainerTask):
             self.trainable_module_ema.update(self.model, step=step)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """What gradient clipping applies to; without the head it leaves out the model's classifier, not a projector."""
+        """List what is clipped; without the head it leaves out the model's classifier, not a projector."""
         left_out: set[int] = set()
         if exclude_head:
             classifier: Any = self.model.get_classifier()  # type: ignore[operator]
@@ -285,67 +338,80 @@ class CTCTask(TrainerTask):
             left_out = {id(p) for head in heads if head is not None for p in head.parameters()}
         return [p for p in self.trainable_module.parameters() if id(p) not in left_out]
 
-    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The plain timm model, or its moving average."""
-        if module is not None:
-            return module
-        return self.get_trainable_module(ema=True) if ema else self.model
+    def start_training(self) -> None:
+        """Have the banks wait for the optimizer's steps, see `losses.BankLoss`."""
+        self.instance.defer_updates = self.temporal.defer_updates = True
+
+    def run_batch(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Run `forward` on (images, targets, index, lam or None)."""
+        return self(*batch)
+
+    def prepare_epoch(self, stage: str, training_images: Callable[[], Iterable[Any]]) -> bool:
+        """Start the temporal stage before its first epoch."""
+        if stage != 'temporal' or self.stage == 'temporal':
+            return False
+        self.start_temporal_stage(training_images())
+        return True
+
+    def step_taken(self, step: int) -> None:
+        """Update the banks, then the moving average."""
+        self.instance.apply_updates()
+        self.temporal.apply_updates()
+        super().step_taken(step)
+
+    def step_discarded(self) -> None:
+        """Leave the banks as they were before the step."""
+        self.instance.discard_updates()
+        self.temporal.discard_updates()
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """The sampler's generator."""
+        return self.sampler.get_state()
+
+    def state_files(self, is_main_process: bool) -> dict[str, dict[str, Tensor]]:
+        """The information bank, from the main process, and with sharded banks the rows of this rank."""
+        files = {}
+        if is_main_process and self.information_bank is not None:
+            tensors = self.information_bank.model.state_dict().items()
+            files['information_bank'] = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors}
+        if self.shard is not None:
+            files[f'banks_{self.shard.rank:05d}'] = {name: bank.cpu() for name, bank in self.banks().items()}
+        return files
+
+    def load_state_files(self, stage: str, rank_state: dict[str, Tensor], files: StateReader) -> None:
+        """Continue from a state; sharded banks may have been saved by another number of ranks.
+
+        Raises:
+            UserError: The state has sharded banks and the task whole ones, or the other way round.
+        """
+        shards = sorted(name for name in files.names if name.startswith('banks_'))
+        if bool(shards) != (self.shard is not None):
+            raise UserError(f'was saved {"with" if shards else "without"} `split_banks=True`; continue in the same way')
+        for rank, name in enumerate(shards):
+            saved = BankShard(self.sampler.num_instances, rank, len(shards))
+            if self.shard is None or saved.world != self.shard.world or rank == self.shard.rank:
+                self.load_rows(files.read(name), saved)
+        information_bank = files.read('information_bank') if stage == 'temporal' else None
+        self._resume(stage, rank_state or self.rank_state(), information_bank)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """All that a resume needs beyond the backbone's own weights.
+        """Collect all that a resume needs beyond the backbone's own weights.
 
         Returns:
             'stage', 'instance' and 'temporal' (projectors, banks and normalizers), 'sampler' (the generator's
-            state), in the temporal stage 'information_bank', with split banks 'banks', the rows that this process
-            holds. Empty for the moving average.
+            state), in the temporal stage 'information_bank', with sharded banks 'banks', the rows of this rank.
+            Empty for the moving average.
         """
         if ema:
             return {}
-        state: dict[str, Any] = {
-            'stage': self.stage,
-            'instance': self.instance.state_dict(),
-            'temporal': self.temporal.state_dict(),
-            'sampler': self.sampler.get_state(),
-        }
+        losses = {'instance': self.instance.state_dict(), 'temporal': self.temporal.state_dict()}
+        state: dict[str, Any] = {'stage': self.stage, **losses, 'sampler': self.sampler.get_state()}
         if self.information_bank is not None:
             state['information_bank'] = self.information_bank.model.state_dict()
-        if self.split is not None:
-            state['banks'] = self.banks()
-        return state
-
-    def banks(self) -> dict[str, Tensor]:
-        """All three banks by name, [N, E] each; of split banks the rows that this process holds."""
-        return {
-            'instance.bank': self.instance.bank,
-            'temporal.present_bank': self.temporal.present_bank,
-            'temporal.past_bank': self.temporal.past_bank,
-        }
-
-    @torch.no_grad()
-    def load_rows(self, name: str, rows_RE: Tensor, held: BankShard) -> None:
-        """Take over what of another process's rows lies here; with the rows of all of them a bank is whole again.
-
-        Args:
-            name: Of `banks`.
-            rows_RE: The rows that `held` says; in another dtype they are cast to the bank's.
-            held: Of the process that saved them, among any number of processes.
-
-        Raises:
-            RuntimeError: Rows of another number or size.
-        """
-        bank = self.banks()[name]
-        if rows_RE.shape != (held.num_rows, bank.shape[1]):
-            raise RuntimeError(f'{name} has shape {tuple(rows_RE.shape)}, not {(held.num_rows, bank.shape[1])}')
-        here = (self.split or BankShard(held.num_instances)).rows(bank.device)
-        theirs, place = held.find(here)
-        bank[theirs] = rows_RE.to(bank)[place[theirs]]
+        return state if self.shard is None else {**state, 'banks': self.banks()}
 
     def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """Continue from what `get_task_state` gave; banks saved in another dtype are cast.
 
@@ -356,81 +422,38 @@ class CTCTask(TrainerTask):
             return
         self.instance.load_state_dict(state['instance'], strict=strict)
         self.temporal.load_state_dict(state['temporal'], strict=strict)
-        self.sampler.load_state(state['sampler'])
-        if self.split is not None and 'banks' in state:
-            for name, rows_RE in state['banks'].items():
-                self.load_rows(name, rows_RE, self.split)
-        self._load_information_bank(state.get('information_bank'), strict)
-        self.stage = state['stage']
+        if self.shard is not None and 'banks' in state:
+            self.load_rows(state['banks'], self.shard)
+        self._resume(state['stage'], state['sampler'], state.get('information_bank'), strict)
 
-    def _load_information_bank(self, tensors: dict[str, Tensor] | None, strict: bool = True) -> None:
-        if tensors is None:
-            self.information_bank = None
-            return
-        bank = self._freeze()
-        bank.model.load_state_dict(tensors, strict=strict)
-        bank.to(self.device)
+    def _resume(
+        self, stage: str, sampler: dict[str, Tensor], bank: dict[str, Tensor] | None, strict: bool = True
+    ) -> None:
+        self.stage = stage
+        self.sampler.load_state(sampler)
+        self.information_bank = None
+        if bank is not None:
+            self._freeze().model.load_state_dict(bank, strict=strict)
 
-    # What follows are the trainer's hooks, see `TrainerTask`.
+    def banks(self) -> dict[str, Tensor]:
+        """All three banks by name, [N, E] each; of sharded banks the rows of this rank."""
+        losses = {'instance': self.instance, 'temporal': self.temporal}
+        return {f'{stage}.{name}': getattr(loss, name) for stage, loss in losses.items() for name in loss.bank_names}
 
-    def run_batch(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
-        """Images, targets, index and lam, which may be None, through `forward`."""
-        images, targets, index, lam = batch
-        return self(images, targets, index, lam)
+    @torch.no_grad()
+    def load_rows(self, rows: dict[str, Tensor], saved: BankShard) -> None:
+        """Take over what of another rank's rows lies here; with the rows of all of them a bank is whole again.
 
-    def start_training(self) -> None:
-        """Have the banks wait for the optimizer's steps."""
-        self.defer_updates()
-
-    def prepare_epoch(self, stage: str, training_images: Callable[[], Iterable[Any]]) -> bool:
-        """Start the temporal stage with its first epoch."""
-        if stage != 'temporal' or self.stage == 'temporal':
-            return False
-        self.start_temporal_stage(training_images())
-        return True
-
-    def step_taken(self, step: int) -> None:
-        """Update the banks, then the moving average."""
-        self.apply_updates()
-        super().step_taken(step)
-
-    def step_discarded(self) -> None:
-        """Leave the banks as they were before the step."""
-        self.discard_updates()
-
-    def rank_state(self) -> dict[str, Tensor]:
-        """The sampler's generator."""
-        return self.sampler.get_state()
-
-    def state_files(self, is_main_process: bool) -> dict[str, dict[str, Tensor]]:
-        """The information bank, and with sharded banks the rows of this rank."""
-        files: dict[str, dict[str, Tensor]] = {}
-        if is_main_process and self.information_bank is not None:
-            files['information_bank'] = {  # cloned, as tied weights share their memory
-                name: tensor.cpu().contiguous().clone()
-                for name, tensor in self.information_bank.model.state_dict().items()
-            }
-        if self.split is not None:
-            files[f'banks_{self.split.rank:05d}'] = {name: bank.cpu() for name, bank in self.banks().items()}
-        return files
-
-    def load_state_files(self, stage: str, rank_state: dict[str, Tensor], files: StateReader) -> None:
-        """Continue from a state; sharded banks may have been saved by another number of ranks.
+        Args:
+            rows: Of each of `banks`, [R, E]; in another dtype they are cast to the bank's.
+            saved: Which rows they are, of any number of ranks.
 
         Raises:
-            UserError: The state has sharded banks and the task whole ones, or the other way round.
+            RuntimeError: Rows of another number or size.
         """
-        shards = sorted(name for name in files.names if name.startswith('banks_'))
-        if bool(shards) != (self.split is not None):
-            raise UserError(f'was saved {"with" if shards else "without"} `split_banks=True`; continue in the same way')
-        if 'generator' in rank_state:
-            self.sampler.load_state(rank_state)
-        self._load_information_bank(files.read('information_bank') if stage == 'temporal' else None)
-        for rank, name in enumerate(shards):
-            held = BankShard(self.sampler.num_instances, rank, len(shards))
-            assert self.split is not None
-            if self.split.world == held.world and self.split.rank != rank:
-                continue
-            for bank, rows_RE in files.read(name).items():
-                self.load_rows(bank, rows_RE, held)
-        self.stage = stage
+        for name, bank in self.banks().items():
+            if rows[name].shape != (saved.num_rows, bank.shape[1]):
+                raise RuntimeError(f'{name} is {tuple(rows[name].shape)}, not {(saved.num_rows, bank.shape[1])}')
+            here_R = (self.shard or BankShard(saved.num_instances)).rows(bank.device)
+            theirs_R, place_R = saved.find(here_R)
+            bank[theirs_R] = rows[name].to(bank)[place_R[theirs_R]]

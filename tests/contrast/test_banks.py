@@ -1,9 +1,18 @@
-"""Bank updates against a loop, and the same banks in every process."""
+"""Bank updates against their equation, and the same banks on every rank."""
+
+from __future__ import annotations
+
+import math
 
 import torch
+from equations import updated_bank
+from hypothesis import given
+from hypothesis import strategies as st
 from processes import run_processes
 
 from ctc_timm.contrast.banks import momentum_update, new_bank
+
+SEEDS = st.integers(0, 2**31 - 1)
 
 
 def test_rows_are_unit_vectors_in_all_directions():
@@ -12,26 +21,50 @@ def test_rows_are_unit_vectors_in_all_directions():
     assert bank.mean(dim=0).abs().max() < 0.05
 
 
-def test_update_against_a_loop():
-    torch.manual_seed(0)
-    bank = new_bank(30, 5).double()
-    expected = bank.clone()
-    index, embedding = torch.tensor([4, 0, 29, 7]), torch.randn(4, 5, dtype=torch.float64)
-    for i, row in zip(index.tolist(), embedding):
-        mixed = 0.8 * expected[i] + 0.2 * row
-        expected[i] = mixed / mixed.pow(2).sum().sqrt()
-    momentum_update(bank, index, embedding, 0.8)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(2, 8), st.floats(0, 0.999), SEEDS)
+def test_updates_are_their_equation(N: int, B: int, E: int, momentum: float, seed: int) -> None:
+    """Also of batches larger than the bank, in which images appear again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    bank = new_bank(N, E, generator).double()
+    index_B = torch.randint(N, (B,), generator=generator)
+    embedding_BE = torch.nn.functional.normalize(torch.randn(B, E, generator=generator, dtype=torch.float64))
+    expected = updated_bank(bank, index_B, embedding_BE, momentum)
+    untouched = [n for n in range(N) if n not in index_B.tolist()]
+    before = bank.clone()
+    momentum_update(bank, index_B, embedding_BE, momentum)
     torch.testing.assert_close(bank, expected, rtol=1e-12, atol=1e-14)
+    assert torch.equal(bank[untouched], before[untouched])
 
 
-def test_an_image_twice_in_a_batch_counts_once():
-    torch.manual_seed(0)
-    bank = new_bank(10, 5)
-    expected = bank.clone()
-    embedding = torch.nn.functional.normalize(torch.randn(4, 5), dim=1)
-    momentum_update(expected, torch.tensor([3, 1]), embedding[:2], 0.5)
-    momentum_update(bank, torch.tensor([3, 1, 3, 3]), embedding, 0.5)
-    assert torch.equal(bank, expected)
+@given(
+    st.lists(st.sampled_from(['zero', 'opposite', 'nan', 'inf', 'tiny', 'huge', 'unit']), min_size=1, max_size=8),
+    st.sampled_from([0.0, 0.5, 0.9]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_rows_stay_unit_or_untouched(kinds: list[str], momentum: float, dtype: torch.dtype) -> None:
+    """Whatever an embedding is, and also where it cancels the old row."""
+    bank = new_bank(8, 4, torch.Generator().manual_seed(3), dtype)
+    before = bank.clone()
+    made = {
+        'zero': lambda row: torch.zeros(4),
+        'opposite': lambda row: -row.float() * momentum / (1 - momentum),
+        'nan': lambda row: torch.tensor([math.nan, 0, 0, 1]),
+        'inf': lambda row: torch.tensor([math.inf, 0, 0, 1]),
+        'tiny': lambda row: torch.full((4,), 1e-30),
+        'huge': lambda row: torch.full((4,), 1e15),
+        'unit': lambda row: torch.full((4,), 0.5),
+    }
+    embedding_BE = torch.stack([made[kind](bank[i]) for i, kind in enumerate(kinds)])
+    momentum_update(bank, torch.arange(len(kinds)), embedding_BE, momentum)
+    assert bank.isfinite().all()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(bank.float().norm(dim=1), torch.ones(8), rtol=tolerance, atol=0)
+    for i, kind in enumerate(kinds):
+        if kind in ('nan', 'inf'):
+            assert torch.equal(bank[i], before[i])
+        if kind == 'unit' and momentum == 0:
+            torch.testing.assert_close(bank[i].float(), torch.full((4,), 0.5), rtol=tolerance, atol=0)
+    assert torch.equal(bank[len(kinds) :], before[len(kinds) :])
 
 
 def _updates(rank, world):

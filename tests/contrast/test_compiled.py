@@ -8,8 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctc_timm import CTCTask, InstanceDiscriminationLoss
-from ctc_timm.contrast import blockwise as streaming
-from ctc_timm.contrast import negatives
+from ctc_timm.contrast import blockwise, negatives
 
 N, B, C = 80, 8, 8
 aten = torch.ops.aten
@@ -29,7 +28,7 @@ class NoWaiting(TorchDispatchMode):
             assert all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]), f'{func} by a mask'
         if func.namespace == 'ctc_timm':
             with self:
-                return getattr(streaming, f'_{func.overloadpacket.__name__}')(*args, **(kwargs or {}))
+                return getattr(blockwise, f'_{func.overloadpacket.__name__}')._init_fn(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -50,14 +49,13 @@ def to_temporal(task):
 
 
 @pytest.mark.parametrize('mixed', [False, True])
-@pytest.mark.parametrize('mode', ['shared', 'all', 'mask', 'sorted mask', 'rows', 'repeated'])
+@pytest.mark.parametrize('mode', ['shared', 'all', 'mask', 'mask of most', 'rows', 'repeated'])
 def test_a_step_never_waits_for_the_device(mode, mixed, monkeypatch):
     monkeypatch.setattr(negatives, 'WHOLE_BANK_RATIO', 0 if mode == 'rows' else 10**9)
-    options = {'num_negatives': {'repeated': 90, 'sorted mask': 120}.get(mode, 8), 'embed_dim': 16, 'verbose': False}
+    options = {'num_negatives': {'repeated': 90, 'mask of most': 200}.get(mode, 8), 'embed_dim': 16, 'verbose': False}
     labels = torch.arange(N * 4) % C if mode != 'repeated' else torch.arange(N) % C
     kind = mode if mode in ('shared', 'all') else 'sampled'
     task = CTCTask(timm.create_model('test_resnet', num_classes=C), labels, negatives=kind, **options).train()
-    task.sampler._on_host = False  # as where the device is not the processor
     lam = torch.rand(B) if mixed else None
     with NoWaiting():
         task(*batch(0), lam)['loss'].backward()
@@ -65,9 +63,7 @@ def test_a_step_never_waits_for_the_device(mode, mixed, monkeypatch):
     task(*batch(1), lam)  # the first step looks at the normalizers
     task(*batch(2), lam)
     drawn = task.sampler.draw(batch(2)[2])
-    assert (drawn.negatives is None, drawn.use_BR is None) == {
-        'shared': (False, False), 'all': (True, False), 'rows': (False, True), 'repeated': (False, True)
-    }.get(mode, (True, False))  # fmt: skip
+    assert (drawn.rows is None, drawn.weights is None) == (mode not in ('shared', 'rows'), mode == 'rows')
     with NoWaiting():
         for seed in (3, 4):
             task(*batch(seed), lam)['loss'].backward()
@@ -106,18 +102,15 @@ def test_one_graph_a_step(options, mixed):
 
 def test_operators_are_well_formed():
     """torch's own check of schemas, of results that share no memory, and of the shapes a compiler is told."""
-    v, bank, offset = torch.randn(3, 5), torch.randn(40, 5), torch.tensor(0.3)
-    labels = torch.arange(40) % 4
-    weighted = (None, None, labels[:3], None, labels, 0.5)
-    for name, arguments in (
-        ('attention', (0.5,)),
-        ('logistic', (*weighted, offset)),
-        ('exponential', weighted),
-        ('logistic_gathered', (torch.randint(40, (3, 7)), 0.5, offset)),
-        ('exponential_gathered', (torch.randint(40, (3, 7)), 0.5)),
+    v, bank, offset, labels = torch.randn(3, 5), torch.randn(40, 5), torch.tensor(0.3), torch.arange(40) % 4
+    torch.library.opcheck(torch.ops.ctc_timm.attention.default, (v, bank, 0.5))
+    for rows, weights in (
+        (None, (None, labels[:3, None], labels)),
+        (torch.randint(40, (7,)), (torch.rand(3, 7) < 0.5, None, None)),
+        (torch.randint(40, (3, 7)), (None, None, None)),
     ):
-        operator = getattr(torch.ops.ctc_timm, name).default
-        torch.library.opcheck(operator, (v, bank, *arguments))
+        for last in (offset, None):
+            torch.library.opcheck(torch.ops.ctc_timm.logistic.default, (v, bank, rows, *weights, 0.5, last))
 
 
 def test_a_loaded_loss_keeps_its_normalizers():

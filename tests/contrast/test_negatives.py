@@ -1,10 +1,23 @@
-"""Negatives: other classes only, as many as asked for, every choice equally likely."""
+"""Negatives: other classes only, as many as asked for, every choice equally likely.
+
+Letters: B batch, K negatives an image, M rows of other classes, N instances.
+"""
+
+from __future__ import annotations
 
 import pytest
 import torch
+from equations import weights_of
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from torch import Tensor
 
 from ctc_timm import NegativeSampler
 from ctc_timm.contrast import negatives
+from ctc_timm.utils.errors import UserError
+
+SEEDS = st.integers(0, 2**31 - 1)
 
 
 @pytest.fixture
@@ -14,57 +27,118 @@ def labels():
     return torch.cat([torch.full((n,), c) for c, n in enumerate([5, 40, 15, 60])])[torch.randperm(120)]
 
 
-def rows_of(draw, b):
-    """The rows of image b, with repetition, whatever form the draw has."""
-    if draw.negatives is not None and draw.negatives.ndim == 2:
-        return draw.negatives[b]
-    rows = draw.use_BR[b].nonzero().squeeze(1)
-    return rows if draw.negatives is None else draw.negatives[rows]
+@given(
+    st.lists(st.integers(0, 5), min_size=2, max_size=150),
+    st.integers(1, 120),
+    st.sampled_from(['sampled', 'shared', 'all']),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0, 10**9]),
+    SEEDS,
+)
+@settings(max_examples=300)
+def test_negatives_are_of_other_classes(
+    classes: list[int], K: int, mode: str, mixed: bool, relaxed: bool, ratio: int, seed: int
+) -> None:
+    """Never of the own class or the partner's, no row twice where there are enough; weights stand for K rows."""
+    assume(len(set(classes)) > 1)
+    labels_N = torch.tensor(classes)
+    N = len(classes)
+    generator = torch.Generator().manual_seed(seed)
+    index_B, partner_B = (torch.randint(N, (6,), generator=generator) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(negatives, 'WHOLE_BANK_RATIO', ratio)  # rows of each image, or a mask
+        sampler = NegativeSampler(labels_N, K, mode=mode, positives='relaxed' if relaxed else 'exact', seed=seed)
+        draws = [sampler.draw(index_B, partner_B if mixed else None) for _ in range(2)]
+    left_out = [{classes[i]} | ({classes[p]} if mixed else set()) for i, p in zip(index_B, partner_B)]
+    if len(set(classes)) == 2:  # with both classes in a mixed image no third is left; the partner's is then used
+        left_out = [{classes[i]} for i in index_B]
+    allowed_BN = torch.tensor([[label not in out for label in classes] for out in left_out])
+    enough = int(allowed_BN.sum(dim=1).min()) >= K
+    for draw in draws:
+        weight_BN = weights_of(draw, N)
+        assert not weight_BN[~allowed_BN].any()
+        assert torch.equal(weight_BN.sum(dim=1), draw.count_B.double())
+        if mode == 'sampled':
+            assert (weight_BN.sum(dim=1) == K).all() and (draw.scale_B == 1).all()
+            assert weight_BN.max() == 1 or not enough
+        elif mode == 'all':
+            assert torch.equal(weight_BN > 0, allowed_BN)
+        if mode == 'shared':
+            assert len(draw.rows) == K and (K > N or len(set(draw.rows.tolist())) == K)
+        has = weight_BN.any(dim=1)
+        total_B = draw.scale_B.double() * weight_BN.sum(dim=1)
+        torch.testing.assert_close(total_B[has], torch.full_like(total_B, K)[has], rtol=1e-5, atol=0)
+        for positive, index in zip(draw.positives_B, index_B):
+            assert classes[positive] == classes[index] and (relaxed or positive == index)
 
 
-@pytest.mark.parametrize('ratio', [0, 10**9], ids=['rows', 'mask'])
-def test_sampled_rows_are_different_and_of_other_classes(labels, ratio, monkeypatch):
-    monkeypatch.setattr(negatives, 'WHOLE_BANK_RATIO', ratio)
-    sampler = NegativeSampler(labels, num_negatives=30)
-    index = torch.arange(120)
-    draw = sampler.draw(index)
-    for b in range(120):
-        rows = rows_of(draw, b)
-        assert len(rows) == 30 == len(set(rows.tolist()))
-        assert (labels[rows] != labels[b]).all()
-    assert torch.equal(draw.positives_B, index)
+UNIFORM = {
+    'mask': ('sampled', 4000, 1000, 400),
+    'mask of few': ('sampled', 150, 20, 3000),
+    'mask of half': ('sampled', 400, 170, 2000),
+    'mask of nearly all': ('sampled', 150, 110, 3000),
+    'rows': ('sampled', 1500, 6, 30000),
+    'shared, permuted': ('shared', 150, 20, 3000),
+    'shared, by rejection': ('shared', 3000, 10, 6000),
+}
 
 
-@pytest.mark.parametrize('ratio', [0, 10**9], ids=['rows', 'mask'])
-def test_sampled_rows_are_equally_likely(labels, ratio, monkeypatch):
-    # Each of the M other-class rows is in a draw of K with probability K / M; the largest deviation over the
-    # rows of 3,000 draws is compared with five standard deviations of that binomial.
-    monkeypatch.setattr(negatives, 'WHOLE_BANK_RATIO', ratio)
-    sampler = NegativeSampler(labels, num_negatives=20, seed=3)
-    image = int((labels == 2).nonzero()[0])
-    hits = torch.zeros(120)
-    draws = 3000
-    draw = sampler.draw(torch.full((draws,), image))
-    for b in range(draws):
-        hits[rows_of(draw, b)] += 1
-    others = labels != 2
-    chance = 20 / int(others.sum())
-    spread = (draws * chance * (1 - chance)) ** 0.5
-    assert (hits[others] - draws * chance).abs().max() < 5 * spread
-    assert not hits[~others].any()
+@pytest.mark.parametrize('form', UNIFORM)
+@pytest.mark.parametrize('seed', [1, 2])
+def test_negatives_are_uniform(form: str, seed: int) -> None:
+    """By a chi-square test at the level of one in a thousand, for every way that rows are drawn; too even is wrong.
+
+    A draw takes rows without repetition, so that counts hang together: divided by (1 - chance), the statistic is
+    chi-square with one degree of freedom less than there are rows, once it is multiplied by (M - 1) / M.
+    """
+    mode, N, K, draws = UNIFORM[form]
+    labels_N = (torch.arange(N) * 7919) % N % 8 % 5  # classes of two sizes in no order
+    sampler = NegativeSampler(labels_N, K, mode=mode, seed=seed)
+    image = int((labels_N == 3).nonzero()[0])
+    hits_N, others_N = torch.zeros(N, dtype=torch.float64), labels_N != labels_N[image]
+    if mode == 'shared':  # one draw a batch
+        for _ in range(draws):
+            hits_N[sampler.draw(torch.tensor([image])).rows] += 1
+        hits_M = hits_N
+    else:
+        at_once = 500
+        for start in range(0, draws, at_once):
+            drawn = sampler.draw(torch.full((min(at_once, draws - start),), image))
+            assert (drawn.rows is not None) == (form == 'rows')
+            hits_N += weights_of(drawn, N).sum(dim=0)
+        assert not hits_N[~others_N].any()
+        hits_M = hits_N[others_N]
+    M, chance = len(hits_M), K / len(hits_M)
+    statistic = float((hits_M - draws * chance).square().sum()) / (draws * chance * (1 - chance)) * (M - 1) / M
+    assert 1e-3 < chi2.sf(statistic, M - 1) < 1 - 1e-3
 
 
-@pytest.mark.parametrize('K', [1200, 6600, 17000])
-def test_large_sets_draw_by_levels_equally_likely(K, monkeypatch):
+@pytest.mark.parametrize('seed', [1, 2])
+def test_repeated_negatives_and_relaxed_positives_are_uniform(seed: int) -> None:
+    """More negatives than rows: every one is drawn anew; a relaxed positive is any image of the class."""
+    labels_N = torch.arange(60) * 7 % 60 % 3
+    sampler = NegativeSampler(labels_N, 90, positives='relaxed', seed=seed)
+    image = int((labels_N == 1).nonzero()[4])
+    drawn = sampler.draw(torch.full((2000,), image))
+    hits_N, others_N = weights_of(drawn, 60).sum(dim=0), labels_N != 1
+    positives_N = torch.bincount(drawn.positives_B, minlength=60).double()
+    assert not hits_N[~others_N].any() and not positives_N[others_N].any()
+    for counts_M, number in ((hits_N[others_N], 2000 * 90), (positives_N[~others_N], 2000)):
+        expected = number / len(counts_M)
+        statistic = float((counts_M - expected).square().sum()) / expected
+        assert 1e-3 < chi2.sf(statistic, len(counts_M) - 1) < 1 - 1e-3
+
+
+@pytest.mark.parametrize('K', [1200, 6600, 12_000, 17_000])
+def test_many_rows_are_equally_likely_and_independent(K):
     # 20,000 images, classes of unequal size. Sixty images of one class draw K rows each; a row's hits are
-    # binomial, so over M rows their mean is exactly 60 K / M and their variance 60 p (1 - p) within five
-    # standard errors of a variance. Rows in a fixed order of blocks must not differ either.
-    monkeypatch.setattr(negatives, 'WHOLE_BANK_RATIO', 10**9)
-    monkeypatch.setattr(NegativeSampler, '_smallest_keys', lambda *_: pytest.fail('meant for small sets'))
+    # binomial, so over M rows their mean is exactly 60 K / M and their variance 60 p (1 - p) within five standard
+    # deviations. Fifty blocks of neighboring rows have the same mean, and two images share K p rows.
     labels = (torch.arange(20_000) * 7919 % 20_011) % 53
     sampler = NegativeSampler(labels, num_negatives=K, seed=6)
     image = int((labels == 5).nonzero()[0])
-    use = sampler.draw(torch.full((60,), image)).use_BR
+    use = weights_of(sampler.draw(torch.full((60,), image)), 20_000).bool()
     assert (use.sum(dim=1) == K).all() and not use[:, labels == 5].any()
     hits = use[:, labels != 5].sum(dim=0).double()
     M, p = len(hits), K / len(hits)
@@ -76,73 +150,23 @@ def test_large_sets_draw_by_levels_equally_likely(K, monkeypatch):
     assert abs(overlap - K * p) < 5 * (K * p * (1 - p) ** 2 / 30) ** 0.5
 
 
-def test_images_draw_independently(labels):
-    # Two images of one class share K * K / M rows on average; equal draws would share K.
-    sampler = NegativeSampler(labels, num_negatives=20, seed=4)
-    image = int((labels == 0).nonzero()[0])
-    masks = sampler.draw(torch.full((400,), image)).use_BR
-    shared = (masks[::2] & masks[1::2]).sum(dim=1).float().mean()
-    assert abs(shared - 20 * 20 / 115) < 0.5
-
-
-def test_more_negatives_than_rows_repeat_them(labels):
-    sampler = NegativeSampler(labels, num_negatives=200)
-    index = torch.arange(120)
-    draw = sampler.draw(index)
-    assert draw.negatives.shape == (120, 200)
-    assert (labels[draw.negatives] != labels[:, None]).all()
-    counts = torch.bincount(draw.negatives[labels == 3].flatten(), minlength=120)[labels != 3].float()
-    assert counts.min() > 0.7 * counts.mean()  # 12,000 draws over 60 rows: 200 each, spread 14
-
-
-def test_shared_rows_leave_out_each_images_own_class(labels):
-    sampler = NegativeSampler(labels, num_negatives=50, mode='shared')
-    index = torch.randperm(120)[:16]
-    draw = sampler.draw(index)
-    assert draw.negatives.shape == (50,) == (len(set(draw.negatives.tolist())),)
-    for b, image in enumerate(index.tolist()):
-        own = labels[draw.negatives] == labels[image]
-        assert draw.use_BR[b].equal(~own)
-        # Scaled by K over their number, they stand for K rows.
-        torch.testing.assert_close(draw.use_BR[b].sum() * draw.scale_B[b], torch.tensor(50.0))
-    assert NegativeSampler(labels, num_negatives=500, mode='shared').draw(index).negatives.shape == (500,)
-
-
-@pytest.mark.parametrize('mode', ['sampled', 'shared'])
-@pytest.mark.parametrize('K', [10, 100])
-def test_mixed_images_leave_out_both_classes(labels, mode, K):
-    sampler = NegativeSampler(labels, num_negatives=K, mode=mode)
-    index = torch.arange(40)
-    draw = sampler.draw(index, index.flip(0))
-    for b in range(40):
-        rows = rows_of(draw, b)
-        assert (labels[rows] != labels[b]).all() and (labels[rows] != labels[39 - b]).all()
-
-
-def test_two_classes_mixed_still_have_negatives():
-    # With both classes in every mixed image no third is left; the partner's class is then used.
-    labels = torch.tensor([0, 0, 1, 1])
-    for K in (2, 8):
-        draw = NegativeSampler(labels, num_negatives=K).draw(torch.tensor([0, 2]), torch.tensor([2, 0]))
-        assert rows_of(draw, 0).tolist().count(2) + rows_of(draw, 0).tolist().count(3) == K
-
-
-def test_relaxed_positives_are_of_the_same_class_and_equally_likely(labels):
-    sampler = NegativeSampler(labels, num_negatives=5, positives='relaxed', seed=5)
-    image = int((labels == 2).nonzero()[0])
-    positives = sampler.draw(torch.full((3000,), image)).positives_B
-    counts = torch.bincount(positives, minlength=120).float()
-    assert not counts[labels != 2].any()
-    assert (counts[labels == 2] - 200).abs().max() < 5 * 200**0.5
+@pytest.mark.parametrize('count, others, rows', [(1, 1, 50), (10, 17, 20), (30, 200, 220), (100, 110, 400)])
+def test_enough_rows_are_drawn(count, others, rows):
+    """In 4,000 tries the longest wait for so many different rows stays well below what is drawn, and is of its size."""
+    size = negatives._draws_needed(count, others, rows)
+    drawn = torch.randint(rows, (4000, size), generator=torch.Generator().manual_seed(1))
+    first = torch.full((4000, rows), size).scatter_reduce_(1, drawn, torch.arange(size).expand(4000, -1), 'amin')
+    wait = first[:, :others].sort(dim=1).values[:, count - 1].max() + 1
+    assert size / 12 < wait < size
 
 
 def test_the_seed_decides(labels):
     index = torch.arange(8)
-    first, again, other = (NegativeSampler(labels, 30, seed=s).draw(index).use_BR for s in (1, 1, 2))
+    first, again, other = (NegativeSampler(labels, 30, seed=s).draw(index).weights for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    ranks = [NegativeSampler(labels, 30, seed=1, rank=r).draw(index).use_BR for r in (0, 1)]
+    ranks = [NegativeSampler(labels, 30, seed=1, rank=r).draw(index).weights for r in (0, 1)]
     assert not torch.equal(*ranks)
-    shared = [NegativeSampler(labels, 30, 'shared', seed=1, rank=r).draw(index).negatives for r in (0, 1)]
+    shared = [NegativeSampler(labels, 30, 'shared', seed=1, rank=r).draw(index).rows for r in (0, 1)]
     assert torch.equal(*shared)
 
 
@@ -150,38 +174,23 @@ def test_draws_continue_from_a_saved_state(labels):
     sampler, index = NegativeSampler(labels, 30), torch.arange(8)
     sampler.draw(index)
     state = {k: v.clone() for k, v in sampler.get_state().items()}
-    expected = sampler.draw(index).use_BR
+    expected = sampler.draw(index).weights
     other = NegativeSampler(labels, 30, seed=9)
     other.load_state(state)
-    assert torch.equal(other.draw(index).use_BR, expected)
+    assert torch.equal(other.draw(index).weights, expected)
 
 
 @pytest.mark.parametrize(
     'arguments, words',
     [
-        ({'num_negatives': 0}, 'num_negatives.*0'),
-        ({'labels_N': torch.zeros(9, dtype=torch.long)}, 'two classes'),
+        ({'num_negatives': 0}, '`num_negatives` 0: must be at least 1'),
+        ({'labels_N': torch.zeros(9, dtype=torch.long)}, 'fewer than two classes'),
         ({'labels_N': torch.ones(9)}, 'integers'),
         ({'labels_N': torch.tensor([0, -1])}, '-1'),
-        ({'mode': 'all of them'}, 'all of them'),
-        ({'positives': 'any'}, 'any'),
+        ({'mode': 'all of them'}, "`negatives` 'all of them': must be one of sampled, shared, all"),
+        ({'positives': 'any'}, "`positives` 'any': must be one of exact, relaxed"),
     ],
 )
 def test_settings_that_cannot_work(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         NegativeSampler(**{'labels_N': torch.tensor([0, 1, 1]), **arguments})
-
-
-@pytest.mark.parametrize('mixed', [False, True])
-def test_all_is_every_row_of_other_classes(labels, mixed):
-    sampler = NegativeSampler(labels, num_negatives=30, mode='all')
-    index = torch.tensor([3, 50, 119, 7])
-    draw = sampler.draw(index, index.flip(0) if mixed else None)
-    assert draw.negatives is None and torch.equal(draw.positives_B, index)
-    for b, image in enumerate(index.tolist()):
-        left_out = {int(labels[image]), int(labels[index[3 - b]])} if mixed else {int(labels[image])}
-        others = torch.tensor([int(label) not in left_out for label in labels])
-        for start, stop in ((0, 120), (17, 60), (119, 500)):
-            assert torch.equal(draw.use_BR[:, start:stop][b], others[start:stop])
-        assert int(draw.use_BR.sum(dim=1)[b]) == int(others.sum())
-        assert draw.scale_B[b] == pytest.approx(30 / int(others.sum()))

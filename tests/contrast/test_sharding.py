@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from equations import weights_of
 from processes import run_processes
 
 from ctc_timm import CTCTask, InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
@@ -18,11 +19,11 @@ LABELS = torch.arange(N) % 5
 
 @pytest.mark.parametrize('world', [1, 3, 4])
 def test_every_row_is_held_once(world, monkeypatch):
-    monkeypatch.setattr(banks, '_ROWS_AT_ONCE', 7)
+    monkeypatch.setattr(banks, '_BLOCK_ROWS', 7)
     whole = torch.nn.functional.normalize(torch.rand(N, E, generator=torch.Generator().manual_seed(3)) * 2 - 1, dim=1)
     for rank in range(world):
         split = BankShard(N, rank, world)
-        part = new_bank(N, E, torch.Generator().manual_seed(3), split=split)
+        part = new_bank(N, E, torch.Generator().manual_seed(3), shard=split)
         assert torch.equal(part, whole[rank::world]) and split.num_rows == len(part)
         assert torch.equal(whole[split.rows()], part)
         mine, place = split.find(torch.arange(N))
@@ -63,18 +64,10 @@ def test_drawn_rows_stand_for_all_of_other_classes(kind, mixed, monkeypatch):
         split = BankShard(100, rank, world)
         mode = 'shared' if kind == 'shared' else 'sampled'
         sampler = NegativeSampler(labels, size, mode, seed=2, rank=rank, split=split)
-        sampler._on_host = kind != 'rows'  # both ways to draw
         seen = torch.zeros(2, 4, split.num_rows, dtype=torch.float64)
         for _ in range(draws):
             draw = sampler.draw(index, partner)
-            if draw.use_BR is None:
-                ones = torch.ones(draw.negatives.shape)
-                weight = torch.zeros(4, split.num_rows).scatter_add_(1, draw.negatives, ones)
-            else:
-                weight = draw.use_BR.float()
-                if draw.negatives is not None:
-                    weight = torch.zeros(4, split.num_rows).index_add_(1, draw.negatives, weight)
-            weight = weight * draw.scale_B[:, None]
+            weight = weights_of(draw, split.num_rows) * draw.scale_B[:, None]
             seen += torch.stack([weight, weight.square()]) / draws
         deviation = (seen[1] - seen[0].square()).clamp_(min=0).div(draws).sqrt()
         assert ((seen[0] - expected[:, rank::world]).abs() <= 5 * deviation + 1e-6).all(), rank
@@ -90,7 +83,7 @@ def contrast(rank, world, split):
     options = {'embed_dim': E, 'temperature': 0.3, 'split_banks': split}
     one = InstanceDiscriminationLoss(D, N, **options, generator=torch.Generator().manual_seed(1)).double()
     two = TemporalContrastLoss(D, N, num_negatives=K, **options, generator=torch.Generator().manual_seed(2)).double()
-    sampler = NegativeSampler(LABELS, K, 'all', rank=rank, split=two.split)
+    sampler = NegativeSampler(LABELS, K, 'all', rank=rank, split=two.shard)
     values, slopes = [], []
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
@@ -106,7 +99,7 @@ def contrast(rank, world, split):
             own, x = index[part], present[part].clone().requires_grad_()
             share = None if lam is None else lam[part]
             draw = sampler.draw(own, None if lam is None else own.flip(0))
-            for value in (one(x, own, share), two(x, past[part], own, *draw, share), two(x, None, own, *draw, share)):
+            for value in (one(x, own, share), two(x, past[part], own, draw, share), two(x, None, own, draw, share)):
                 values.append(value.detach())
                 slopes.append(torch.autograd.grad(value, x)[0])
     return values, slopes, [two.present_normalizer, two.past_normalizer], [one.bank, two.present_bank, two.past_bank]
@@ -114,7 +107,7 @@ def contrast(rank, world, split):
 
 def _two_processes(rank, world):
     task = CTCTask(timm.create_model('test_resnet', num_classes=5), LABELS, split_banks=True, num_negatives=K)
-    fetched = task.split.fetch(new_bank(N, E, torch.Generator().manual_seed(4), split=task.split), torch.arange(N))
+    fetched = task.shard.fetch(new_bank(N, E, torch.Generator().manual_seed(4), shard=task.shard), torch.arange(N))
     shard = copy.deepcopy(task.get_checkpoint_state())['task_state']['banks']
     return contrast(rank, world, split=True), contrast(rank, world, split=False)[3], fetched, shard
 
@@ -148,21 +141,21 @@ def test_rows_go_to_another_number_of_processes():
         for rank in range(world):
             model = timm.create_model('test_resnet', num_classes=5)
             task = CTCTask(model, LABELS, embed_dim=16, bank_dtype=torch.bfloat16, verbose=False)
-            task.split = BankShard(N, rank, world)
+            task.shard = BankShard(N, rank, world)
             for bank in task.banks().values():
-                bank.resize_(task.split.num_rows, 16)
+                bank.resize_(task.shard.num_rows, 16)
+            for old in range(3):
+                task.load_rows({name: rows[old::3] for name, rows in saved.items()}, BankShard(N, old, 3))
             for name, rows in saved.items():
-                for old in range(3):
-                    task.load_rows(name, rows[old::3], BankShard(N, old, 3))
                 assert torch.equal(task.banks()[name], rows[rank::world].bfloat16())
-    with pytest.raises(RuntimeError, match='instance.bank has shape'):
-        task.load_rows('instance.bank', saved['instance.bank'][::3], BankShard(N, 1, 3))
+    with pytest.raises(RuntimeError, match='instance.bank is'):
+        task.load_rows({name: rows[::3] for name, rows in saved.items()}, BankShard(N, 1, 3))
 
 
 def test_what_cannot_be_split():
     with pytest.raises(ValueError, match='3 rows cannot be split over 4'):
         BankShard(3, 0, 4)
-    with pytest.raises(ValueError, match='num_negatives must be at least 1 a process, 4, got 3'):
+    with pytest.raises(ValueError, match='`num_negatives` 3: must be at least 4, one a process'):
         NegativeSampler(LABELS, 3, split=BankShard(N, 0, 4))
 
 
@@ -180,7 +173,7 @@ def test_banks_in_bfloat16(mode):
         for present, past in features:
             index = torch.randperm(600)[:12]
             present.requires_grad_()
-            pair = one(present, index), two(present, past, index, *sampler.draw(index))
+            pair = one(present, index), two(present, past, index, sampler.draw(index))
             given.append((torch.stack(pair).detach(), torch.autograd.grad(sum(pair), present)[0]))
         for bank in (one.bank, two.present_bank, two.past_bank):
             assert bank.dtype == dtype and bank.numel() * bank.element_size() == 600 * 32 * dtype.itemsize

@@ -10,6 +10,7 @@ from processes import run_processes
 from timm.task import ClassificationTask, TrainingTask
 
 from ctc_timm import CTCTask, features_and_logits
+from ctc_timm.utils.errors import UserError
 
 N, B, C = 48, 8, 6
 SMALL = {'embed_dim': 16, 'num_negatives': 12}
@@ -142,6 +143,56 @@ def test_state_continues_where_it_stopped(negatives, when):
     assert [step(task, optimizer, seed)['loss'].item() for seed in (2, 3)] == expected
 
 
+class Files:
+    """Files of a state, as the trainer reads them."""
+
+    def __init__(self, *ranks):
+        self.files = {name: file for files in ranks for name, file in files.items()}
+        self.names = list(self.files)
+
+    def read(self, name):
+        return self.files[name]
+
+
+@pytest.mark.parametrize('when', ['instance', 'temporal'])
+def test_state_files_continue_where_it_stopped(when):
+    """With the trained module's own state, which the trainer keeps: the same losses after it."""
+    task, other = build(), build(seed=7)
+    optimizers = [torch.optim.SGD(t.get_trainable_module().parameters(), 0.1) for t in (task, other)]
+    step(task, optimizers[0], 0)
+    assert not task.prepare_epoch('instance', loader)
+    assert task.prepare_epoch(when, loader) == (when == 'temporal')
+    assert not task.prepare_epoch(when, lambda: pytest.fail('started already'))
+    step(task, optimizers[0], 1)
+    files = task.state_files(is_main_process=True)
+    assert list(files) == ['information_bank'] * (when == 'temporal') and task.state_files(False) == {}
+    other.get_trainable_module().load_state_dict(copy.deepcopy(task.get_trainable_module().state_dict()))
+    other.load_state_files(when, task.rank_state(), Files(copy.deepcopy(files)))
+    assert other.stage == when
+    losses = [[step(t, o, seed)['loss'].item() for seed in (2, 3)] for t, o in zip((task, other), optimizers)]
+    assert losses[0] == losses[1]
+    with pytest.raises(UserError, match='was saved with `split_banks=True`'):
+        task.load_state_files('instance', {}, Files({'banks_00000': {}}))
+
+
+def test_banks_wait_for_the_optimizer():
+    """Two batches are one step of a bank, and a step that is discarded leaves no trace."""
+    task, at_once = build(), build()
+    task.start_training()
+    for each in (task, at_once):
+        each.train(), each.model.eval()
+    before = task.instance.bank.clone()
+    batches = [batch(0), batch(1)]
+    for count, end in enumerate((task.step_discarded, lambda: task.step_taken(1))):
+        for images, targets, index in batches:
+            task.run_batch((images, targets, index, None))
+        assert torch.equal(task.instance.bank, before), count
+        end()
+    at_once(*(torch.cat(parts) for parts in zip(*batches)))
+    assert not torch.equal(task.instance.bank, before)
+    torch.testing.assert_close(task.instance.bank, at_once.instance.bank)
+
+
 def test_mixed_images_mix_the_instance_term():
     # One lambda for all: the loss is the mean of both indices' losses, weighted by it.
     torch.manual_seed(0)
@@ -206,20 +257,25 @@ def test_compiled_body_gives_the_same_losses_and_names():
     assert list(compiled.get_trainable_module().state_dict()) == list(plain.get_trainable_module().state_dict())
 
 
-def test_what_cannot_work():
-    model = timm.create_model('cifar_resnet20', num_classes=C)
-    for options, words in (
+@pytest.mark.parametrize(
+    'options, words',
+    [
         ({'labels': torch.arange(N) % (C + 1)}, f'label {C} is outside'),
-        ({'labels': torch.zeros(N, dtype=torch.long)}, 'two classes'),
-        ({'num_negatives': 0}, 'num_negatives'),
-        ({'instance_temperature': 0}, 'temperature'),
-        ({'temporal_momentum': 1.0}, 'momentum'),
-        ({'instance_weight': -1}, 'instance_weight'),
-    ):
-        with pytest.raises(ValueError, match=words):
-            CTCTask(model, **{'labels': torch.arange(N) % C, **options})
-    with pytest.raises(ValueError, match='head'):
-        CTCTask(timm.create_model('cifar_resnet20', num_classes=0), labels=torch.arange(N) % C)
+        ({'labels': torch.zeros(N, dtype=torch.long)}, 'fewer than two classes'),
+        ({'num_negatives': 0}, '`num_negatives` 0'),
+        ({'instance_temperature': 0}, '`instance_temperature` 0: must be above 0'),
+        ({'temporal_temperature': 0.005}, '`temporal_temperature` 0.005: must be at least 0.012'),
+        ({'instance_momentum': -0.1}, '`instance_momentum` -0.1'),
+        ({'temporal_momentum': 1.0}, '`temporal_momentum` 1.0: must be at least 0 and below 1'),
+        ({'instance_weight': -1}, '`instance_weight` -1'),
+        ({'past_features': 'memory'}, "`past_features` 'memory': must be one of model, bank"),
+        ({'model': timm.create_model('cifar_resnet20', num_classes=0)}, 'head'),
+    ],
+)
+def test_what_cannot_work(options, words):
+    model = timm.create_model('cifar_resnet20', num_classes=C)
+    with pytest.raises(UserError, match=words):
+        CTCTask(**{'model': model, 'labels': torch.arange(N) % C, **options})
 
 
 def _training(rank, world):
@@ -267,5 +323,3 @@ def test_stored_past_needs_no_second_pass():
         assert step(task, optimizer, seed=0)['ctc_loss'] > 0
         assert torch.equal(task.temporal.past_bank, past_bank) == (past_features == 'bank')
     assert calls == ['model']
-    with pytest.raises(ValueError, match="past_features must be one of model, bank, got 'memory'"):
-        build(past_features='memory')
