@@ -22,8 +22,7 @@ from torch import Tensor
 from ctc_timm import InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
 from ctc_timm.contrast import blockwise
 from ctc_timm.contrast.banks import momentum_update
-from ctc_timm.contrast.embeddings import embed
-from ctc_timm.contrast.losses import EPS
+from ctc_timm.contrast.losses import EPS, embed
 
 D, CLASSES = 512, 100
 Table = dict[str, dict[str, float]]
@@ -71,7 +70,7 @@ def temporal_table(args: argparse.Namespace) -> Table:
     present, past, index = inputs(args, N)
     samplers = {mode: negative_sampler(args, N, mode) for mode in modes}
     draws = {mode: sampler.draw(index) for mode, sampler in samplers.items()}
-    loss(present, past, index, *draws['all'])  # sets the normalizers
+    loss(present, past, index, draws['all'])  # sets the normalizers
     rows_BK = torch.rand(len(index), N, device=args.device).topk(args.num_negatives).indices
 
     state = {name: value.clone() for name, value in loss.state_dict().items()}
@@ -81,8 +80,8 @@ def temporal_table(args: argparse.Namespace) -> Table:
 
     steps: dict[str, Step] = {'gathered': lambda: gathered_loss(loss, present, past, index, rows_BK).backward()}
     for mode in modes:
-        steps[mode] = lambda mode=mode: loss(present, past, index, *draws[mode]).backward()
-        steps[f'{mode}, drawn'] = lambda mode=mode: loss(present, past, index, *samplers[mode].draw(index)).backward()
+        steps[mode] = lambda mode=mode: loss(present, past, index, draws[mode]).backward()
+        steps[f'{mode}, drawn'] = lambda mode=mode: loss(present, past, index, samplers[mode].draw(index)).backward()
     times = paired_seconds(steps, args.rounds, 'temporal loss')
     base = peak_memory(steps['gathered'])
     table = {'gathered': {'ms': 1e3 * statistics.median(times['gathered']), 'MiB': base}}
@@ -119,7 +118,7 @@ def size_row(args: argparse.Namespace, N: int, dtype: torch.dtype) -> dict[str, 
     steps: dict[str, Step] = {
         'instance': lambda: one(present, index).backward(),
         'blocks': lambda: blocked_products(v_BE, one.bank),
-        'temporal': lambda: two(present, past, index, *sampler.draw(index)).backward(),
+        'temporal': lambda: two(present, past, index, sampler.draw(index)).backward(),
     }
     if dtype == torch.float32:
         steps['whole'] = lambda: (v_BE @ one.bank.T) @ one.bank
@@ -163,7 +162,7 @@ def rounding_table(args: argparse.Namespace) -> Table:
         one = InstanceDiscriminationLoss(D, N, args.embed_dim, bank_dtype=dtype).to(args.device)
         two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, bank_dtype=dtype).to(args.device)
         sampler, (present, past, index) = negative_sampler(args, N, 'shared'), inputs(args, N)
-        steps = [(one(present, index), two(present, past, index, *sampler.draw(index))) for _ in range(10)]
+        steps = [(one(present, index), two(present, past, index, sampler.draw(index))) for _ in range(10)]
         values.append(torch.tensor(steps, dtype=torch.float64))
     instance, temporal = (values[1] / values[0] - 1).abs().amax(dim=0).tolist()
     return {'bfloat16': {'instance loss': instance, 'temporal loss': temporal}}

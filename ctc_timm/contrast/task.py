@@ -392,7 +392,7 @@ class CTCTask(TrainerTask):
             if self.shard is None or saved.world != self.shard.world or rank == self.shard.rank:
                 self.load_rows(files.read(name), saved)
         information_bank = files.read('information_bank') if stage == 'temporal' else None
-        self._resume(stage, rank_state or self.rank_state(), information_bank)
+        self._resume(stage, {**self.rank_state(), **rank_state}, information_bank)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Collect all that a resume needs beyond the backbone's own weights.

@@ -11,7 +11,6 @@ from equations import weights_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
-from torch import Tensor
 
 from ctc_timm import NegativeSampler
 from ctc_timm.contrast import negatives

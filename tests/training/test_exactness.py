@@ -120,10 +120,10 @@ def test_accumulation_of_the_temporal_term() -> None:
         task.start_temporal_stage([(images, labels, torch.arange(64))])
         task.temporal.present_normalizer.fill_(50.0)
         task.temporal.past_normalizer.fill_(60.0)
-        task.train().defer_updates()
+        task.train().start_training()
         for index in torch.randperm(64, generator=torch.Generator().manual_seed(2)).split(64 // parts):
             (task(images[index], labels[index], index)['loss'] / parts).backward()
-        task.apply_updates()
+        task.step_taken(1)
         gradients = [p.grad.flatten() for p in task.trainable_module.parameters() if p.grad is not None]
         return torch.cat(gradients), {name: bank.clone() for name, bank in task.banks().items()}
 
