@@ -27,9 +27,10 @@ from ctc_timm.data.datasets import open_split
 from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.hub.collect import add
-from ctc_timm.measure.features import Features, SplitImages, features_of
+from ctc_timm.measure.features import SplitImages, features_of
 from ctc_timm.measure.plots.training import plot_run, stage_change
 from ctc_timm.measure.results import RowStore
+from ctc_timm.measure.transfer_sets import LabeledFeatures
 from ctc_timm.models import catalog
 from ctc_timm.models.creation import load_weights
 from ctc_timm.models.loading import data_flags, load_model, run_arguments
@@ -225,16 +226,16 @@ def test_numbers_of_a_run(run: Path, name: str) -> None:
         file.write_bytes(damaged(data, seed))
         before = file.read_bytes()
         if seed < 15:  # a picture takes its time
-            pictures = attempt(f'{name}, drawn', plot_run, run)
+            pictures = attempt(f'{name}, drawn', plot_run, Run(run))
             assert pictures is None or all(picture.stat().st_size for picture in pictures)
-        attempt(f'{name}, read', lambda: (Run(run).rows(), stage_change(run / 'metrics.jsonl')))
+        attempt(f'{name}, read', lambda: (Run(run).rows(), stage_change(Run(run))))
         attempt(f'{name}, resumed', Run(run).clean_up, 1)
         lines = iter(before.splitlines(keepends=True))  # what is kept stood there before, in that order
         assert all(kept in lines for kept in file.read_bytes().splitlines(keepends=True)), seed
     file.write_bytes(data)
 
 
-def features_by(run: Path, cache: Path) -> tuple[Callable[[], Features], Path]:
+def features_by(run: Path, cache: Path) -> tuple[Callable[[], LabeledFeatures], Path]:
     """How to have a model's features of a few images, and the file that keeps them."""
     data, loader = DataSettings(dataset='digits', img_size=16, mean=(0.3,), std=(0.4,)), LoaderSettings(workers=0)
     loaded, accelerator = load_model(str(run)), Accelerator()

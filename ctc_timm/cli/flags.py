@@ -142,11 +142,20 @@ def read_flags(parser: argparse.ArgumentParser, cls: type, words: Sequence[str] 
     return given
 
 
-def as_flags(message: str) -> str:
-    """A library's message with the settings that it names written as flags."""
+def as_flags(message: str, cls: type | None = None) -> str:
+    """Write the settings that a library's message names as flags.
+
+    Args:
+        message: With settings in backquotes.
+        cls: The command's settings, of which some have no flag.
+    """
+    known = settings_of(cls) if cls is not None else {}
 
     def flag(match: re.Match[str]) -> str:
-        name, value = match[1].replace('_', '-'), match[3]
+        name, value = match[1], match[3]
+        if name in known and 'positional' in known[name].checks:
+            return str(known[name].checks['metavar'])
+        name = name.replace('_', '-')
         if value in ('True', 'False'):
             return f'--{"no-" * (value == "False")}{name}'
         return f'--{name}' + (f' {value}' if value else '')

@@ -75,7 +75,7 @@ COMMANDS = {
     'dynamics': Command(
         'measure every kept epoch of runs',
         'measure.settings:DynamicsSettings',
-        lambda runs, **given: _api('dynamics')(runs=runs, **given),
+        _api('dynamics'),
         'dynamics runs/SUPERVISED runs/CTC --target hfds/REPO_OR_FOLDER digits',
     ),
     'detect': Command(
@@ -127,15 +127,17 @@ def main(command: str = '', words: Sequence[str] | None = None) -> NoReturn:
         words: The command line; that of the process when None.
     """
     words = list(sys.argv[1:] if words is None else words)
-    program = Path(sys.argv[0]).name if command else 'ctc-timm'
+    program, settings = Path(sys.argv[0]).name if command else 'ctc-timm', None
     try:
         if not command:
             command, words = _choose(words)
             program = f'ctc-timm {command}'
-        _run(program, COMMANDS[command], words)
+        module, _, name = COMMANDS[command].settings.partition(':')
+        settings = getattr(import_module(f'ctc_timm.{module}'), name)
+        _run(program, COMMANDS[command], settings, words)
     except UserError as error:
         if os.environ.get('RANK', '0') == '0' or getattr(error, 'of_one_rank', False):
-            _print_error(program, as_flags(str(error)), '' if isinstance(error, Stopped) else 'error: ')
+            _print_error(program, as_flags(str(error), settings), '' if isinstance(error, Stopped) else 'error: ')
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None or error.errno not in _OF_THE_MACHINE:
@@ -169,9 +171,7 @@ def _choose(words: list[str]) -> tuple[str, list[str]]:
     return name, words[len(name.split()) :]
 
 
-def _run(program: str, command: Command, words: list[str]) -> None:
-    module, _, name = command.settings.partition(':')
-    settings = getattr(import_module(f'ctc_timm.{module}'), name)
+def _run(program: str, command: Command, settings: type, words: list[str]) -> None:
     examples = ''.join(f'  ctc-timm {line}\n' for line in command.examples.splitlines())
     parser = Parser(
         prog=program,
@@ -179,7 +179,7 @@ def _run(program: str, command: Command, words: list[str]) -> None:
         epilog=f'examples:\n{examples}' if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_settings(parser, settings, folder=name == 'TrainSettings')
+    add_settings(parser, settings, folder=settings.__name__ == 'TrainSettings')
     given = read_flags(parser, settings, words)
 
     import huggingface_hub
