@@ -18,9 +18,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from tqdm import tqdm
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, one_line
 from .datasets import DatasetSplit
-from .decoding import ReadError, ReplacingDataset
+from .decoding import DAMAGE, ReadError, ReplacingDataset
 
 _SHARE = 0.8  # of the memory that is free
 _SAMPLE = 64  # images that the size is estimated from
@@ -31,7 +31,7 @@ class CachedDataset(Dataset):
 
     Args:
         source: The dataset that was decoded; it knows the images' names.
-        arrays: Each image, uint8 [height, width, channels]; emptied. None for one that can't be read.
+        arrays: Images, uint8 [height, width, channels], or None for one that can't be read. The list is emptied.
         targets: Class of each image.
         mode: PIL mode of the images.
         reasons: Why an image can't be read, by index.
@@ -105,35 +105,29 @@ def cache_split(source: DatasetSplit, quiet: bool = False) -> DatasetSplit:
         The same split from memory, without a transform.
 
     Raises:
-        UserError: A stream, images that are not 8-bit or are of several modes, or not enough memory.
+        UserError: A stream, images that are not 8-bit and of one mode, or not enough memory.
     """
     if source.labels_N is None:
         raise UserError(f'`cache_dataset`: {source.name} is a stream, of which nothing is kept; leave it out')
     dataset = ReplacingDataset(source.dataset)
     count = len(dataset)
     sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int).tolist()
-    needed = count * float(np.mean([np.asarray(dataset.read(i)[0]).nbytes for i in sample]))
-    free = psutil.virtual_memory().available
+    needed = count * float(np.mean([np.asarray(dataset.read(i)[0]).nbytes for i in sample])) / 2**30
+    free = psutil.virtual_memory().available / 2**30
     if needed > _SHARE * free:
-        raise UserError(
-            f'`cache_dataset`: the {count:,} decoded images would take about {needed / 2**30:.1f} GiB and '
-            f'{free / 2**30:.1f} GiB are free; leave it out'
-        )
+        memory = f'the {count:,} decoded images would take about {needed:.1f} GiB and {free:.1f} GiB are free'
+        raise UserError(f'`cache_dataset`: {memory}; leave it out')
     arrays: list[np.ndarray | None] = []
-    targets, modes, reasons = source.labels_N.tolist(), set(), {}
+    mode, reasons, targets = '', {}, source.labels_N.tolist()
     for i in tqdm(range(count), 'decode', leave=False, disable=quiet, mininterval=0.2 if sys.stderr.isatty() else 60):
         try:
             image, targets[i] = dataset.decode(i)
-        except ReadError as error:
+        except DAMAGE as error:
             arrays.append(None)
-            reasons[i] = str(error)
+            reasons[i] = one_line(error)
             continue
-        if ImageMode.getmode(image.mode).typestr != '|u1':
-            raise UserError(
-                f'`cache_dataset`: only 8-bit images are kept, not those of mode {image.mode}; leave it out'
-            )
-        modes.add(image.mode)
+        if ImageMode.getmode(image.mode).typestr != '|u1' or image.mode != (mode or image.mode):
+            raise UserError(f'`cache_dataset`: only 8-bit images of one mode are kept, not {image.mode}; leave it out')
+        mode = image.mode
         arrays.append(np.atleast_3d(np.array(image, dtype=np.uint8)))
-    if len(modes) > 1:
-        raise UserError(f'`cache_dataset`: images of modes {", ".join(sorted(modes))}; name one by `input_img_mode`')
-    return replace(source, dataset=CachedDataset(source.dataset, arrays, targets, modes.pop(), reasons))
+    return replace(source, dataset=CachedDataset(source.dataset, arrays, targets, mode, reasons))

@@ -67,10 +67,8 @@ def image_mode(data: DataSettings) -> str:
     except KeyError:
         raise UserError(f'`input_img_mode` {mode}: unknown to PIL; use RGB, L, RGBA, CMYK, ...') from None
     if bands != channels:
-        raise UserError(
-            f'`in_chans` {channels}: images are converted to {mode}, which has {bands} channels; '
-            f'name a mode of {channels} with `input_img_mode`'
-        )
+        fault = f'images are converted to {mode}, which has {bands} channels'
+        raise UserError(f'`in_chans` {channels}: {fault}; name a mode of {channels} with `input_img_mode`')
     return mode
 
 
@@ -103,7 +101,7 @@ def open_split(
     root, inside = data.data_dir, None
     options: dict[str, Any] = {'class_map': data.class_map, 'download': data.dataset_download, 'input_img_mode': mode}
     if by_reader := '/' in name:
-        split = _available_split(name, split)
+        split = _available_split(name, split) if name.lower().startswith(('hfds/', 'hfids/')) else split
         options |= {'input_key': data.input_key, 'target_key': data.target_key}
         if is_streaming(name):
             options |= {'is_training': is_training, 'batch_size': batch_size}
@@ -130,10 +128,8 @@ def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
     """
     if source.labels_N is not None and (largest := int(source.labels_N.max())) >= num_classes:
         i = int((source.labels_N >= num_classes).nonzero()[0])
-        raise UserError(
-            f'`num_classes` {num_classes}: image {i} of split {split!r} has label {int(source.labels_N[i])}; '
-            f'{source.name} needs at least {largest + 1}'
-        )
+        first = f'image {i} of split {split!r} of {source.name} has label {int(source.labels_N[i])}'
+        raise UserError(f'`num_classes` {num_classes}: {first}; give at least {largest + 1}')
 
 
 def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
@@ -144,9 +140,8 @@ def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
     Raises:
         UserError: Naming the first class that differs.
     """
-    for index, name in sorted(val.class_names.items()):
-        known = train.class_names.get(index)
-        if train.class_names and known != name:
+    for index, name in sorted(val.class_names.items()) if train.class_names else ():
+        if (known := train.class_names.get(index)) != name:
             there = f'is {known!r}' if known is not None else 'is missing'
             raise UserError(
                 f'{val.name}: class {index} of the validation split, {name!r}, {there} in the training split; '
@@ -200,30 +195,28 @@ def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | Non
         if path.suffix.lower() != '.tar':
             raise UserError(f'{what}: must end in .tar to be read as a tar file')
 
-    def place(name: str) -> tuple[str, str | None] | None:
+    known = [name for names in SYNONYMS for name in names]
+    places: dict[str, tuple[str, str | None]] = {}
+    for name in (split, *known):
         if name in inside:
-            return root, name
-        tar = path / f'{name}.tar'
-        return (str(path / name), None) if (path / name).is_dir() else (str(tar), None) if tar.is_file() else None
-
-    words = [name for names in SYNONYMS for name in names]
-    if not split:
-        return root, None
-    if found := next(filter(None, map(place, _synonyms(split))), None):
-        return found
-    there = [name for name in words if place(name)]
-    if unsplit and not there and split in words:
+            places[name] = root, name
+        elif (path / name).is_dir():
+            places[name] = str(path / name), None
+        elif (path / f'{name}.tar').is_file():
+            places[name] = str(path / f'{name}.tar'), None
+    for name in _synonyms(split):
+        if name in places:
+            return places[name]
+    if not split or (unsplit and not places and split in known):
         return root, None
     raise UserError(
-        f'{what}: no split {split!r} in it{", only " * bool(there)}{", ".join(there)}; put its class folders into '
+        f'{what}: no split {split!r} in it{", only " * bool(places)}{", ".join(places)}; put its class folders into '
         f"{split}/ there, or name another with `train_split` or `val_split` ('' for all images)"
     )
 
 
 def _available_split(name: str, split: str) -> str:
     """The same split by the name a data set on the Hub gives it: many have 'test' but no 'validation'."""
-    if not name.lower().startswith(('hfds/', 'hfids/')):
-        return split
     wanted, bracket, rest = split.partition('[')
     try:
         import datasets
@@ -289,10 +282,8 @@ def _check_class_folders(reader: Any, what: str, class_map: str) -> None:
     top = {folder for folder in folders if os.path.normpath(folder) == root}
     outside = [sample[0] for sample in reader.samples if os.path.dirname(sample[0]) in top]
     if outside:
-        raise UserError(
-            f'{what}: {len(outside):,} of {len(reader.samples):,} images lie in no class folder, the first is '
-            f'{outside[0]}; put each into the folder of its class'
-        )
+        count = f'{len(outside):,} of {len(reader.samples):,} images lie in no class folder'
+        raise UserError(f'{what}: {count}, the first is {outside[0]}; put each into the folder of its class')
     used = {Path(os.path.relpath(folder, root)).parts[0] for folder in folders}
     for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')):
         if name not in used and (not class_map or name in reader.class_to_idx):
@@ -325,8 +316,6 @@ def _labels(dataset: Any, what: str) -> Tensor:
         raise UserError(f'{what}: labels must be class numbers, one an image') from None
     missing = np.flatnonzero(~(labels_N >= 0))
     if len(missing):
-        raise UserError(
-            f'{what}: {len(missing):,} of {N:,} images have no label, the first is image {missing[0]}; '
-            f'leave them out of the set'
-        )
+        count = f'{len(missing):,} of {N:,} images have no label'
+        raise UserError(f'{what}: {count}, the first is image {missing[0]}; leave them out of the set')
     return torch.from_numpy(labels_N.astype(np.int64))

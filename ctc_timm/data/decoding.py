@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)  # not Accelerate's: every process names th
 _LARGEST_ASPECT = 1000  # sized to 224 pixels such an image has 150 MB
 _NAMED = 5  # unreadable images named in a log line
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine; no fault of the image
-_DAMAGE = (OSError, SyntaxError, Image.DecompressionBombError)  # `ReadError`, or PIL's own out of other datasets
+DAMAGE = (OSError, SyntaxError, Image.DecompressionBombError)  # `ReadError`, or PIL's own out of other datasets
 _FOUND, _LOGGED = 1, 2
 T = TypeVar('T')
 
@@ -51,15 +51,11 @@ class ReadError(OSError):
 
 
 def read_image(file: IO[bytes], mode: str | None) -> Image.Image:
-    """Decode an image completely, and close the file.
+    """Decode an image completely, convert it to a PIL mode unless that is None, and close the file.
 
     As in PIL and timm, the first frame of an animation counts, a palette's transparency is dropped, and Exif does not
     turn the image. Unlike there, 16-bit gray keeps its contrast when it becomes 8-bit: its high byte is taken, where
     PIL would clip nearly everything to white.
-
-    Args:
-        file: Open file.
-        mode: PIL mode to convert to; None for the file's own.
 
     Raises:
         ReadError: Anything that is wrong with the file.
@@ -69,9 +65,7 @@ def read_image(file: IO[bytes], mode: str | None) -> Image.Image:
             warnings.simplefilter('ignore')  # PIL's, about transparency, metadata and sizes it still reads
             image: Image.Image = Image.open(file)
             if max(image.size) > _LARGEST_ASPECT * min(image.size):
-                raise ReadError(
-                    f'{image.width}x{image.height} pixels: a side is over {_LARGEST_ASPECT} times the other'
-                )
+                raise ReadError(f'{image.width}x{image.height}: a side is over {_LARGEST_ASPECT} times the other')
             image.load()
             deep = image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG')  # by version of PIL
             if deep and mode and ImageMode.getmode(mode).typestr == '|u1':
@@ -133,7 +127,7 @@ class ReplacingDataset(Dataset):
             delivered = place % len(self.dataset)
             try:
                 image, target = self.decode(delivered)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 reasons.append(one_line(error))
                 self._unreadable_N[delivered].clamp_(min=_FOUND)
                 continue
@@ -168,11 +162,10 @@ class ReplacingDataset(Dataset):
         reader = getattr(self.dataset, 'reader', self.dataset)
         try:
             named = hasattr(reader, 'filename')
-            return str(
-                (reader.filename(index, absolute=True) if named else reader.samples[index][0]) or f'image {index}'
-            )
-        except (AttributeError, AssertionError, TypeError, KeyError):  # of a reader or a sample without names
-            return f'image {index}'
+            name = reader.filename(index, absolute=True) if named else reader.samples[index][0]
+        except (AttributeError, TypeError):  # of a dataset, or a sample, without a file
+            name = None
+        return str(name or f'image {index}')
 
     def log_unreadable(self) -> list[str]:
         """Log a line about the images that this process and its workers found unreadable since the last call.
@@ -192,7 +185,7 @@ class ReplacingDataset(Dataset):
     def _reason(self, index: int) -> str:
         try:
             self.decode(index)  # once more, as a worker's error stays with the worker
-        except _DAMAGE as error:
+        except DAMAGE as error:
             return one_line(error)
         return 'only at times'
 

@@ -1,8 +1,7 @@
 """Training images with their index, in an order that is a pure function of (seed, epoch).
 
-The index that reaches the banks is that of the image delivered: timm skips an image that can't be read and
-delivers the next one, and the skip is counted. Augmentation of an image is a function of (seed, epoch, index)
-alone, so neither the number of workers nor an interruption changes what a run sees.
+The index that reaches the banks is that of the image delivered, where the next replaces an unreadable one. An image's
+augmentation is a function of (seed, epoch, index), so neither workers nor an interruption change what a run sees.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from .decoding import ReplacingDataset
 
 
 class IndexedDataset(ReplacingDataset):
-    """A map-style image dataset whose targets are [target, index delivered, index asked for].
+    """A map-style image dataset whose targets are [target, index delivered, index requested].
 
     timm's collate and prefetch carry such a target through unchanged, as one [B, 3] tensor.
 
     Args:
-        dataset: timm's `ImageDataset`, or any map-style dataset of (image, target) with a `transform`.
-        seed: With it each sample's augmentation is seeded by (seed, epoch, index); None leaves the random state
-            alone, for transforms that draw nothing.
+        dataset: As of `ReplacingDataset`.
+        seed: Of the augmentation; None for transforms that draw nothing.
     """
 
     def __init__(self, dataset: Any, seed: int | None = None) -> None:
@@ -85,11 +83,10 @@ class EpochBatches(Sampler):
         num_instances: N.
         batch_size: Of one process.
         seed: Of the shuffles.
-        rank: This process.
-        world_size: Number of processes.
+        rank: This process, of `world_size`.
 
     Attributes:
-        epoch, first: Set them before iterating: the epoch, and the batch of it to begin at.
+        epoch, first: The epoch to iterate over, and the batch to begin at.
     """
 
     def __init__(self, num_instances: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:

@@ -16,13 +16,8 @@ from .settings import MixupSettings
 class InstanceMixup:
     """timm's `Mixup` on a batch, with the lambda of each image.
 
-    timm mixes labels inside and keeps lambda to itself. With the images' places in the batch as labels, what it
-    returns is the mixing matrix, whose diagonal is lambda.
-
-    Args:
-        num_classes: C.
-        smoothing: Of the mixed targets.
-        **options: For timm's.
+    timm keeps lambda to itself. With the images' places in the batch as labels, what it returns is the mixing matrix,
+    whose diagonal is lambda. `smoothing` is that of the mixed targets, `options` are for timm's class.
     """
 
     def __init__(self, num_classes: int, smoothing: float = 0.0, **options: Any) -> None:
@@ -61,8 +56,8 @@ def create_mixup(mixup: MixupSettings, num_classes: int, smoothing: float) -> In
     """
     if not mixup.active:
         return None
-    if mixup.cutmix_minmax is not None and not mixup.cutmix_minmax[0] < mixup.cutmix_minmax[1]:
-        low, high = mixup.cutmix_minmax
+    low, high = mixup.cutmix_minmax or (0, 1)
+    if not low < high:
         raise UserError(f'`cutmix_minmax` {low:g} {high:g}: the first must be smaller than the second')
     return InstanceMixup(
         num_classes,

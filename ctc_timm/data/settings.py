@@ -20,10 +20,8 @@ class DataSettings:
 
     data_dir: str | None = setting(None, 'folder with the images', metavar='DIR')
     dataset: str = setting('', "digits, or a name for timm's create_dataset (hfds/..., torch/...)", metavar='NAME')
-    train_split: str = setting(
-        'train', "training split; hfds and digits also take slices, 'train[:10000]'", metavar='NAME', empty=True
-    )
-    val_split: str = setting('validation', 'validation split', metavar='NAME', empty=True)
+    train_split: str = setting('train', "training split; hfds and digits take slices, 'train[:10000]'", empty=True)
+    val_split: str = setting('validation', 'validation split', empty=True)
     train_num_samples: int | None = setting(
         None, 'images of a stream that does not say how many it has', low=1, high=10**12, metavar='N'
     )

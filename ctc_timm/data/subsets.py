@@ -19,12 +19,8 @@ def stratified_order(labels_N: Tensor, seed: int) -> Tensor:
     One image of each class comes first. Of a class of m images the j-th, counted from 0, then lies at (j + 1/2) / m
     of the way.
 
-    Args:
-        labels_N: Class of each image.
-        seed: Of the order within a class, and among images at the same place.
-
     Returns:
-        A permutation, [N].
+        A permutation, [N]. The seed decides the order within a class, and among images at the same place.
     """
     shuffled_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
     _, class_N, sizes_C = labels_N[shuffled_N].unique(return_inverse=True, return_counts=True)
@@ -51,7 +47,7 @@ def part_of(source: DatasetSplit, index_n: Tensor) -> DatasetSplit:
 
     Args:
         source: A map-style split; it is left as it is.
-        index_n: Which images; one that is named several times is there several times.
+        index_n: Which images, also several times.
     """
     assert source.labels_N is not None
     if isinstance(source.dataset, ImageDataset):
@@ -63,12 +59,7 @@ def part_of(source: DatasetSplit, index_n: Tensor) -> DatasetSplit:
 
 
 class Part:
-    """Some samples of a timm reader, or of a map-style dataset, under the numbers 0, 1, ...
-
-    Args:
-        whole: The reader or dataset.
-        index_n: Which samples.
-    """
+    """Some samples of a timm reader, or of a map-style dataset, under the numbers 0, 1, ..."""
 
     def __init__(self, whole: Any, index_n: Tensor) -> None:
         self.whole = whole

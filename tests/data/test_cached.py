@@ -82,7 +82,7 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_split(DataSettings(dataset='digits'), 'train')
     with pytest.raises(UserError, match='`cache_dataset`: digits is a stream'):
         cache_split(replace(source, labels_N=None))
-    with pytest.raises(UserError, match='`cache_dataset`: only 8-bit images are kept, not those of mode F'):
+    with pytest.raises(UserError, match='`cache_dataset`: only 8-bit images of one mode are kept, not F'):
         cache_split(open_split(DataSettings(dataset='digits', in_chans=1, input_img_mode='F'), 'train'))
     monkeypatch.setattr(cached.psutil, 'virtual_memory', lambda: SimpleNamespace(available=200_000))
     with pytest.raises(UserError, match='`cache_dataset`: the 1,437 decoded images would take about 0.0 GiB'):
