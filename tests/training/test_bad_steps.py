@@ -1,9 +1,7 @@
-"""Steps without a number: left out without a trace, counted, and the end of the run when they do not stop."""
+"""Steps whose loss or gradient is not finite: discarded without a trace, counted, and the end of the run in a row."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ import timm
 import torch
 
 from ctc_timm import CTCTask, InstanceDiscriminationLoss, TemporalContrastLoss
-from ctc_timm.training import checkpoints
+from ctc_timm.training.build import build_trainer
 from ctc_timm.training.trainer import Trainer
 from ctc_timm.utils.errors import RunError
 
-Flags = Callable[..., argparse.Namespace]
+Flags = Callable[..., Any]
 
 
 def everything(trainer: Trainer) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def everything(trainer: Trainer) -> dict[str, Any]:
 
 
 def spoil(trainer: Trainer, steps: set[int], seen: list[Any], what: str) -> None:
-    """Make the loss or the gradient of some steps no number; note the state before and after those."""
+    """Make the loss or the gradient of some steps not finite; record the state before and after those."""
     criterion, update = trainer.task.criterion, trainer.steps.update
     taken = 0
 
@@ -43,7 +41,7 @@ def spoil(trainer: Trainer, steps: set[int], seen: list[Any], what: str) -> None
                 return (output.sum() - output.detach().sum()).sqrt()
             return criterion(output, target) * float(what)
 
-    def noted(*args: Any) -> Any:
+    def recorded(*args: Any) -> Any:
         nonlocal taken
         taken += 1
         before = everything(trainer) if taken - 1 in steps or taken in steps else None
@@ -53,25 +51,26 @@ def spoil(trainer: Trainer, steps: set[int], seen: list[Any], what: str) -> None
         return step
 
     trainer.task.criterion = Spoiled()
-    trainer.steps.update = noted  # type: ignore[method-assign]
+    trainer.steps.update = recorded  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize('what', ['nan', 'inf', 'gradient'])
 def test_a_bad_step_leaves_no_trace(flags: Flags, tiny: list[str], tmp_path: Path, what: str) -> None:
     """Weights, momenta, batch norm's statistics and banks are what they were; the epoch's means leave it out."""
     words = f'--output {tmp_path} --experiment run --epochs 2 --temporal-start-epoch 1 --log-interval 1'
-    trainer = Trainer(flags(*tiny, words))
+    trainer = build_trainer(flags(*tiny, words))
+    task: Any = trainer.task
     seen: list[Any] = []
     statistics: list[dict[str, torch.Tensor]] = []
-    note = trainer.steps._statistics.note  # type: ignore[union-attr]
+    record = trainer.steps._statistics.record  # type: ignore[union-attr]
 
-    def noted() -> None:
-        note()
+    def recorded() -> None:
+        record()
         statistics.append(
-            {k: v.clone() for k, v in trainer.model.state_dict().items() if 'running' in k or 'tracked' in k}
+            {k: v.clone() for k, v in task.model.state_dict().items() if 'running' in k or 'tracked' in k}
         )
 
-    trainer.steps._statistics.note = noted  # type: ignore[union-attr, method-assign]
+    trainer.steps._statistics.record = recorded  # type: ignore[union-attr, method-assign]
     spoil(trainer, {2, 6}, seen, what)
     trainer.fit()
     assert [bad for _, _, bad in seen] == [True, True]
@@ -83,11 +82,10 @@ def test_a_bad_step_leaves_no_trace(flags: Flags, tiny: list[str], tmp_path: Pat
     rows = trainer.run.rows()
     assert [row['train_bad_steps'] for row in rows] == ['1', '1']
     assert all(float(row['train_loss']) < 100 for row in rows)
-    lines = [json.loads(line) for line in trainer.run.metrics.read_text().splitlines()]
-    noted_images = [line['bad_step_of'] for line in lines if 'bad_step_of' in line]
+    recorded_images = [row['bad_step_of'] for row in trainer.run.log_rows() if 'bad_step_of' in row]
     trainer.loader.set_epoch(0)
     order = list(trainer.loader.batches)
-    assert noted_images[0] == [f'{i:04d}.png' for _, i in order[1]]
+    assert recorded_images[0] == [f'{i:04d}.png' for _, i in order[1]]
 
 
 def test_too_many(flags: Flags, tiny: list[str], image_folder: Path, tmp_path: Path) -> None:
@@ -95,29 +93,30 @@ def test_too_many(flags: Flags, tiny: list[str], image_folder: Path, tmp_path: P
     words = [*tiny[2:], '--data-dir', str(image_folder), '--train-split', 'train', '--val-split', 'validation']
     words += ['--img-size', '32', '-b', '9', '--num-negatives', '4', '--output', str(tmp_path), '--experiment', 'run']
     words += ['--epochs', '3', '--temporal-start-epoch', '2']
-    trainer = Trainer(flags(*words, '--max-bad-steps 3 --checkpoint-steps 1'))
+    trainer = build_trainer(flags(*words, '--max-bad-steps 3 --checkpoint-steps 1'))
     spoil(trainer, {6, 7, 8}, [], 'nan')
     with pytest.raises(RunError) as error:
         trainer.fit()
-    told = str(error.value)
-    assert told.startswith('--max-bad-steps 3: loss or gradient not finite in 3 steps in a row, up to step 8')
-    last = checkpoints.states_of(trainer.run)[-1]
-    assert f'its last good state is {last}' in told and last.name == 'epoch-0001-step-000007'
-    names = [json.loads(line) for line in trainer.run.metrics.read_text().splitlines()][-1]['bad_step_of']
-    assert len(names) == 9 and all(Path(name).is_file() for name in names) and names[0] in told
-    resumed = Trainer(flags(*words, '--max-bad-steps 3 --resume auto'))
-    assert (resumed.at.updates, resumed.at.bad_in_a_row) == (7, 2)
+    message = str(error.value)
+    assert message.startswith('`max_bad_steps` 3: loss or gradient not finite in 3 steps in a row, up to step 8')
+    last = trainer.run.states()[-1]
+    assert f'its last good state is {last}' in message and last.name == 'epoch-0001-step-000007'
+    names = trainer.run.log_rows()[-1]['bad_step_of']
+    assert len(names) == 9 and all(Path(name).is_file() for name in names) and names[0] in message
+    resumed = build_trainer(flags(*words, '--max-bad-steps 3 --resume auto'))
+    assert (resumed.state.updates, resumed.state.bad_in_a_row) == (7, 2)
     resumed.fit()
-    assert resumed.at.bad_in_a_row == 0
+    assert resumed.state.bad_in_a_row == 0
 
 
 def test_without_the_check(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
-    """`--max-bad-steps 0` takes every step, as plain training loops do."""
+    """`max_bad_steps=0` takes every step, as other training loops do."""
     words = f'--output {tmp_path} --experiment run --epochs 1 --mode vanilla --max-bad-steps 0 --keep-every 0'
-    trainer = Trainer(flags(*tiny, words))
+    trainer = build_trainer(flags(*tiny, words))
     spoil(trainer, {2}, [], 'nan')
     trainer.fit()
-    assert not all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
+    task: Any = trainer.task
+    assert not all(bool(value.isfinite().all()) for value in task.trainable_module.state_dict().values())
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])

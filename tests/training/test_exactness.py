@@ -2,62 +2,67 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import gather_object
-from processes import run_processes
-from runs import TINY, forget_processes
+from processes import run_processes, synchronize
+from runs import forget_processes
 from safetensors.torch import load_file
 
 from ctc_timm import CTCTask
-from ctc_timm.cli.arguments import Parser, parse
-from ctc_timm.cli.training_flags import add_arguments
-from ctc_timm.training.trainer import Trainer
+from ctc_timm.models.settings import BatchNormSettings
+from ctc_timm.training import build as building
+from ctc_timm.training.settings import TrainSettings
+from ctc_timm.utils.settings import build, replace
 
-# Ten steps in each of two epochs of 160 images; `all` draws nothing that could differ.
-WORDS = [*TINY, '--train-split', 'train[:160]', '--epochs', '2', '--temporal-start-epoch', '1', '--negatives', 'all']
+# Ten steps in each of two epochs of 160 images; `all` draws nothing that could differ, and GELU has no kink whose side
+# depends on the order of a sum.
+SMALL: dict[str, Any] = dict(
+    dataset='digits', train_split='train[:160]', val_split='validation[:70]', model='test_resnet', img_size=16,
+    mean=0.3, std=0.4, workers=0, num_negatives=16, lr=0.01, smoothing=0.0, epochs=2, temporal_start_epoch=1,
+    negatives='all', model_kwargs={'act_layer': 'gelu'},
+)  # fmt: skip
 
 
-def read(words: list[str]) -> argparse.Namespace:
-    parser = Parser()
-    add_arguments(parser)
-    return parse(parser, words)
+@pytest.fixture(autouse=True)
+def sync_bn_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `sync_bn` work on the CPU."""
+    prepare = building.prepare_model
+
+    def prepare_model(model: Any, execution: Any, norms: BatchNormSettings, *place: Any) -> Any:
+        prepared = prepare(model, execution, replace(norms, sync_bn=False), *place)
+        return synchronize(prepared) if norms.sync_bn else prepared
+
+    monkeypatch.setattr(building, 'prepare_model', prepare_model)
 
 
-def train(words: list[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(**values: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The loss of each step over all processes, and what the run ends with."""
     forget_processes()
-    trainer = Trainer(read(words))
+    trainer = building.build_trainer(build(TrainSettings, {**SMALL, **values}))
     steps: list[float] = []
     update = trainer.steps.update
 
-    def noted(*args: Any) -> Any:
+    def recorded(*args: Any) -> Any:
         step = update(*args)
-        steps.append(float(step.losses['loss']) / trainer.args.grad_accum_steps)
+        steps.append(float(step.losses['loss']) / trainer.accumulation_steps)
         return step
 
-    trainer.steps.update = noted  # type: ignore[method-assign]
-    trainer.fit(quiet=True)
+    trainer.steps.update = recorded  # type: ignore[method-assign]
+    trainer.fit()
     mean = torch.tensor(gather_object([steps])).mean(dim=0).tolist()
     task: Any = trainer.task
     state = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
     return mean, {**state, **{name: bank.clone() for name, bank in task.banks().items()}}
 
 
-def in_processes(rank: int, world: int, folder: str) -> Any:
-    words = [*WORDS, '--sync-bn', '-b', str(16 // world), '--output', f'{folder}/runs', '--experiment', f'of{world}']
-    return train(words)
-
-
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One process with the whole batch and timm's own batch norm."""
-    return train([*WORDS, '-b', '16', '--output', str(tmp_path_factory.mktemp('runs')), '--experiment', 'one'])
+    return train(batch_size=16, output=tmp_path_factory.mktemp('runs'), experiment='one')
 
 
 class _InProcesses:
@@ -67,7 +72,7 @@ class _InProcesses:
         self.folder = str(folder)
 
     def __call__(self, rank: int, world: int) -> Any:
-        return in_processes(rank, world, self.folder)
+        return train(sync_bn=True, batch_size=16 // world, output=f'{self.folder}/runs', experiment=f'of{world}')
 
 
 @pytest.mark.parametrize('world', [2, 4])
@@ -87,22 +92,12 @@ def test_processes(alone: Any, tmp_path: Path, world: int) -> None:
 
 def test_accumulation(tmp_path: Path) -> None:
     """Four batches of 16 are one of 64, for weights and banks alike; with layer norm, as batch norm sees the parts."""
-    words = [
-        *WORDS,
-        '--train-split',
-        'train[:640]',
-        '--model',
-        'test_vit',
-        '--img-size',
-        '32',
-        '--model-kwargs',
-        'img_size=32',
-    ]
-    words += ['--temporal-weight', '0', '--output', str(tmp_path)]
-    whole, state = train([*words, '-b', '64', '--experiment', 'whole'])
-    parts, values = train([*words, '-b', '16', '--grad-accum-steps', '4', '--experiment', 'parts'])
+    values = dict(train_split='train[:640]', model='test_vit', img_size=32, model_kwargs={'img_size': 32})
+    values |= dict(temporal_weight=0.0, output=tmp_path)
+    whole, state = train(**values, batch_size=64, experiment='whole')
+    parts, ended = train(**values, batch_size=16, grad_accum_steps=4, experiment='parts')
     assert len(whole) == 20 and parts == pytest.approx(whole, abs=1e-5)
-    for name, value in values.items():
+    for name, value in ended.items():
         assert float((value - state[name]).abs().max()) < 1e-5, name
 
 
@@ -136,26 +131,24 @@ def test_accumulation_of_the_temporal_term() -> None:
 @pytest.mark.parametrize('workers', [0, 2])
 def test_the_same_seed_is_the_same_run(tmp_path_factory: pytest.TempPathFactory, workers: int) -> None:
     """Bit for bit, with dropout, erasing and mixing, whatever the number of workers; another seed differs."""
-    words = [*WORDS, '--drop', '0.2', '--reprob', '0.3', '--mixup', '0.2', '--negatives', 'sampled']
 
-    def run(*more: str) -> dict[str, torch.Tensor]:
+    def run(**more: Any) -> dict[str, torch.Tensor]:
         folder = tmp_path_factory.mktemp('runs')
-        train([*words, '--output', str(folder), '--experiment', 'x', *more])
+        random = dict(drop=0.2, reprob=0.3, mixup=0.2, negatives='sampled')
+        train(**random, output=folder, experiment='x', batch_size=32, **more)
         return load_file(folder / 'x' / 'last.safetensors')
 
-    first, second = run(), run('-j', str(workers))
+    first, second = run(), run(workers=workers)
     assert all(torch.equal(first[name], second[name]) for name in first)
     if not workers:
-        other = run('--seed', '7')
+        other = run(seed=7)
         assert not torch.equal(first['fc.weight'], other['fc.weight'])
 
 
-def test_fewer_processes_go_on_within_an_epoch(
-    flags: Callable[..., argparse.Namespace], tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_fewer_processes_go_on_within_an_epoch(tmp_path: Path) -> None:
     """With batches of another size no image of the epoch is left out: the run goes on at the batch before."""
-    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'x', '--checkpoint-steps', '3', '--epochs', '2']
-    trainer = Trainer(read([*words, '-b', '16']))
+    values = dict(SMALL, output=tmp_path, experiment='x', checkpoint_steps=3)
+    trainer = building.build_trainer(build(TrainSettings, {**values, 'batch_size': 16}))
     save = trainer._save_state
 
     def stop() -> None:
@@ -166,10 +159,11 @@ def test_fewer_processes_go_on_within_an_epoch(
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     forget_processes()
-    resumed = Trainer(read([*words, '-b', '32', '--resume', 'auto']))
-    assert (resumed.at.epoch, resumed.at.batch) == (0, 1)  # 48 images are one batch of 32 and a half
-    resumed.loader.set_epoch(0, resumed.at.batch)
+    resumed = building.build_trainer(build(TrainSettings, {**values, 'batch_size': 32, 'resume': 'auto'}))
+    assert (resumed.state.epoch, resumed.state.batch) == (0, 1)  # 48 images are one batch of 32 and a half
+    resumed.loader.set_epoch(0, resumed.state.batch)
     seen = {int(i) for _, _, index in resumed.loader for i in index}
-    trainer.loader.set_epoch(0)
-    order = [int(i) for batch in trainer.loader.batches for _, i in batch]
+    loader: Any = trainer.loader
+    loader.set_epoch(0)
+    order = [int(i) for batch in loader.batches for _, i in batch]
     assert set(order[32:]) == seen

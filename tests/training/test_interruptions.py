@@ -17,33 +17,48 @@ from typing import Any
 
 import pytest
 
-from ctc_timm.cli.arguments import Parser, parse, run_script
-from ctc_timm.cli.training_flags import add_arguments
-from ctc_timm.data import training_loader as loaders
+from ctc_timm.cli.main import main
+from ctc_timm.data.loaders import RefreshLoader
 from ctc_timm.runs import Run
-from ctc_timm.training import checkpoints
-from ctc_timm.training.trainer import Trainer
-from ctc_timm.utils import files as durable
+from ctc_timm.training import checkpoints, trainer
+from ctc_timm.training.build import SplitEvaluator, build_trainer
+from ctc_timm.training.settings import TrainSettings
+from ctc_timm.utils import files
 from ctc_timm.utils.errors import RunError, UserError
-from ctc_timm.utils.files import MANIFEST, damage
+from ctc_timm.utils.files import MANIFEST, verify
+from ctc_timm.utils.settings import build
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = SimpleNamespace(**runpy.run_path(str(ROOT / 'benchmarks' / 'kills.py')))
 # Eight steps in each of four epochs, two a stage, with everything random there is.
-WORDS = [*KILLS.SMALL, '--train-split', 'train[:128]', '--epochs', '4', '--temporal-start-epoch', '2']
+SMALL = {**KILLS.SMALL, 'train_split': 'train[:128]', 'epochs': 4, 'temporal_start_epoch': 2}
+OWNERS: dict[str, Any] = {
+    'checkpoints': checkpoints,
+    'evaluator': SplitEvaluator,
+    'files': files,
+    'refresh': RefreshLoader,
+    'run': Run,
+    'trainer': trainer,
+}
 
 
-def read(words: list[str]) -> Any:
-    parser = Parser()
-    add_arguments(parser)
-    return parse(parser, words)
+def train(**values: Any) -> None:
+    build_trainer(build(TrainSettings, {**SMALL, **values})).fit()
+
+
+def command(values: dict[str, Any]) -> list[str]:
+    """The flags of `ctc-timm train` that mean these values."""
+    words = []
+    for name, value in {**SMALL, **values}.items():
+        words += [f'--{name}'.replace('_', '-')] + [str(value)] * (value is not True)
+    return words
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that is left alone."""
     folder = tmp_path_factory.mktemp('runs')
-    Trainer(read([*WORDS, '--output', str(folder), '--experiment', 'whole'])).fit()
+    train(output=folder, experiment='whole')
     return folder / 'whole'
 
 
@@ -56,10 +71,9 @@ def apart(function: Callable[..., None], *args: Any) -> int | None:
     return process.exitcode
 
 
-def signalled(words: list[str], owner: str, name: str, call: int, number: int = signal.SIGKILL) -> None:
-    """Train as train.py does; the so-manieth call of a function sends this process a signal before it does its work."""
-    module: Any = {'checkpoints': checkpoints, 'durable': durable, 'refresh': loaders.RefreshLoader, 'run': Run}
-    inside, calls = getattr(module[owner], name), 0
+def signalled(values: dict[str, Any], owner: str, name: str, call: int, number: int = signal.SIGKILL) -> None:
+    """Run `ctc-timm train`; the given call of a function sends this process a signal before it does its work."""
+    inside, calls = getattr(OWNERS[owner], name), 0
 
     def counted(*args: Any, **options: Any) -> Any:
         nonlocal calls
@@ -68,8 +82,8 @@ def signalled(words: list[str], owner: str, name: str, call: int, number: int = 
             os.kill(os.getpid(), number)
         return inside(*args, **options)
 
-    setattr(module[owner], name, counted)
-    run_script(lambda: Trainer(read(words)).fit())
+    setattr(OWNERS[owner], name, counted)
+    main('train', command(values))
 
 
 @pytest.mark.parametrize(
@@ -80,24 +94,23 @@ def signalled(words: list[str], owner: str, name: str, call: int, number: int = 
         ('run', 'save_weights', 3),
         ('run', 'log_epoch', 4),
         ('checkpoints', 'write_manifest', 8),
-        ('checkpoints', 'appear', 9),  # the state is complete and has no name yet
-        ('durable', '_to_disk', 60),
-        ('checkpoints', 'prune_states', 10),
+        ('checkpoints', 'atomic_rename', 9),  # the state is complete and has no name yet
+        ('files', '_flush', 60),
+        ('trainer', 'prune_states', 10),
     ],
 )
 def test_killed_at_the_worst_moments(whole: Path, tmp_path: Path, owner: str, name: str, call: int) -> None:
-    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'killed', '--resume', 'auto']
-    assert apart(signalled, words, owner, name, call) == -signal.SIGKILL
-    assert all(damage(state) is None for state in checkpoints.states_of(Run(tmp_path / 'killed')))
-    Trainer(read(words)).fit()
-    assert KILLS.differences(whole, tmp_path / 'killed') == []
-    assert Run(tmp_path / 'killed').unfinished() == []
+    values, run = {'output': tmp_path, 'experiment': 'killed', 'resume': 'auto'}, Run(tmp_path / 'killed')
+    assert apart(signalled, values, owner, name, call) == -signal.SIGKILL
+    assert all(verify(state) is None for state in run.states())
+    train(**values)
+    assert KILLS.differences(whole, run.path) == [] and run.unfinished() == []
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """The short form of benchmarks/kills.py, with a loader process."""
-    result = KILLS.kill_often([*WORDS, '-j', '1'], tmp_path, kills=4, seed=0, quiet=True)
-    assert result['differences'] == [] and result['kills'] >= 3
+    result = KILLS.kill_often({**SMALL, 'workers': 1}, tmp_path, kills=4, seed=0, quiet=True)
+    assert result['differences'] == [] and len(result['reached']) >= 3
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -107,40 +120,19 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
         ('run', 'log', 4, 'epoch-0001-step-000014'),  # within an epoch
         ('run', 'log_epoch', 1, 'epoch-0001-step-000009'),  # after one: the next step is the one that ends
         ('refresh', '__iter__', 1, 'epoch-0001'),  # between the stages: at once, there is nothing to lose
+        ('evaluator', '__call__', 2, 'epoch-0001-step-000016'),  # the epoch's steps are not taken again
     ],
 )
-def test_told_to_stop(
+def test_asked_to_stop(
     whole: Path, tmp_path: Path, number: int, owner: str, name: str, call: int, state: str, capfd: pytest.CaptureFixture
 ) -> None:
     """The step ends, the state is saved, the exit code is 75 with one line; a resume gives the same bits."""
-    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'one', '--resume', 'auto', '--checkpoint-steps', '0']
-    assert apart(signalled, words, owner, name, call, number) == 75
+    values = {'output': tmp_path, 'experiment': 'one', 'resume': 'auto', 'checkpoint_steps': 0}
+    assert apart(signalled, values, owner, name, call, number) == 75
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert f'stopped by {signal.Signals(number).name}' in error and '--resume auto' in error and state in error
-    assert checkpoints.states_of(Run(tmp_path / 'one'))[-1].name == state
-    Trainer(read(words)).fit()
-    assert KILLS.differences(whole, tmp_path / 'one') == []
-
-
-def test_told_to_stop_in_an_evaluation(whole: Path, tmp_path: Path) -> None:
-    """The epoch's steps are not taken again, and its numbers are those of the whole epoch."""
-
-    def train() -> None:
-        trainer = Trainer(read(words))
-        evaluate = trainer._evaluate
-
-        def interrupted() -> Any:
-            if trainer.at.epoch == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return evaluate()
-
-        trainer._evaluate = interrupted  # type: ignore[method-assign]
-        run_script(trainer.fit)
-
-    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'one', '--resume', 'auto']
-    assert apart(train) == 75
-    assert checkpoints.states_of(Run(tmp_path / 'one'))[-1].name == 'epoch-0001-step-000016'
-    Trainer(read(words)).fit()
+    assert Run(tmp_path / 'one').states()[-1].name == state
+    train(**values)
     assert KILLS.differences(whole, tmp_path / 'one') == []
 
 
@@ -151,39 +143,33 @@ def test_told_to_stop_in_an_evaluation(whole: Path, tmp_path: Path) -> None:
         ('--log-interval 2 --max-bad-steps 0', 4, 8),  # without the check they ask each other when they log
     ],
 )
-def test_several_processes_told_to_stop(tmp_path: Path, more: str, rows: int, step: int) -> None:
+def test_several_processes_asked_to_stop(tmp_path: Path, more: str, rows: int, step: int) -> None:
     """One of two gets the signal; both end the same step, save and leave, and go on to the same end."""
-    words = [*WORDS, '--output', str(tmp_path), '--checkpoint-steps', '0', *more.split()]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'STOP_AFTER': '0'}
+    words = [*command({'output': tmp_path, 'checkpoint_steps': 0, 'resume': 'auto'}), *more.split()]
     file = tmp_path / 'train.py'
     file.write_text(
         'import os, runpy, signal\n'
-        'from ctc_timm.runs import RunFolder\n'
-        'log, calls = RunFolder.log, []\n'
+        'from ctc_timm.runs import Run\n'
+        'log, calls = Run.log, []\n'
         'def counted(self, row):\n'
         '    calls.append(row)\n'
         '    if len(calls) == int(os.environ["STOP_AFTER"]):\n'
         '        os.kill(os.getpid(), signal.SIGTERM)\n'
         '    log(self, row)\n'
-        'RunFolder.log = counted\n'
+        'Run.log = counted\n'
         f'runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")\n'
     )
 
     def launch(name: str, stop: int) -> subprocess.CompletedProcess:
         run = ['torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(file)]
-        return subprocess.run(
-            [sys.executable, '-m', *run, *words, '--experiment', name, '--resume', 'auto'],
-            env={**environment, 'STOP_AFTER': str(stop)},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'STOP_AFTER': str(stop)}
+        command = [sys.executable, '-m', *run, *words, '--experiment', name]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
     assert launch('whole', 0).returncode == 0
     stopped = launch('stopped', rows)
     assert stopped.returncode and f'stopped by SIGTERM after step {step};' in stopped.stderr
-    assert checkpoints.states_of(Run(tmp_path / 'stopped'))[-1].name == f'epoch-0001-step-{step:06d}'
+    assert Run(tmp_path / 'stopped').states()[-1].name == f'epoch-0001-step-{step:06d}'
     assert launch('stopped', 0).returncode == 0
     assert KILLS.differences(tmp_path / 'whole', tmp_path / 'stopped') == []
 
@@ -206,70 +192,69 @@ def damaged(state: Path, how: str) -> None:
 
 @pytest.mark.parametrize('how', ['flipped', 'truncated', 'missing', 'no manifest', 'more'])
 def test_a_damaged_state_is_named_and_passed_over(
-    whole: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture
+    whole: Path, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = tmp_path / 'run'
+    run, values = Run(tmp_path / 'run'), {'output': tmp_path, 'resume': str(tmp_path / 'run')}
     shutil.copytree(whole, run)
-    before, newest = checkpoints.states_of(Run(run))
+    before, newest = run.states()
     damaged(newest, how)
     with pytest.raises(UserError, match=f'{newest}.*damaged'):
-        checkpoints.find_resume(read([*WORDS, '--resume', str(newest)]))
-    trainer = Trainer(read([*WORDS, '--resume', str(run)]))
-    said = capsys.readouterr().out
-    assert f'{newest} is damaged: ' in said and 'going on from the state before' in said
-    assert checkpoints.find_resume(read([*WORDS, '--resume', str(run)])).state == before
-    trainer.fit()
-    assert KILLS.differences(whole, run) == []
-    assert [state.name for state in checkpoints.states_of(Run(run))] == [before.name, newest.name]
-    for state in checkpoints.states_of(Run(run)):
+        checkpoints.find_resume(build(TrainSettings, {**SMALL, 'resume': str(newest)}))
+    with caplog.at_level('INFO', 'ctc_timm'):
+        resumed = build_trainer(build(TrainSettings, {**SMALL, **values}))
+    assert f'{newest} is damaged: ' in caplog.text and 'going on from the state before' in caplog.text
+    resumed.fit()
+    assert KILLS.differences(whole, run.path) == []
+    assert run.states() == [before, newest]
+    for state in run.states():
         damaged(state, how)
-    files = sorted(run.rglob('*'))
-    for words in (['--resume', str(run)], ['--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto']):
+    left = sorted(run.path.rglob('*'))
+    for more in ({}, {'experiment': 'run', 'resume': 'auto'}):
         with pytest.raises(UserError, match='every state in it is damaged'):
-            Trainer(read([*WORDS, *words]))
-    assert sorted(run.rglob('*')) == files
+            train(**{**values, **more})
+    assert sorted(run.path.rglob('*')) == left
 
 
-def on_a_small_disk(words: list[str], folder: Path, room: int) -> None:
+def on_a_small_disk(values: dict[str, Any], room: int) -> None:
     """Train where no file may be larger than this; of a full disk's kinds the one that needs no rights to make."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-    run_script(lambda: Trainer(read(words)).fit())
+    main('train', command(values))
 
 
 def test_no_room_for_a_state(whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """One line, no half-written folder, the states before untouched, and the run goes on when there is room."""
-    words = [*WORDS, '--output', str(tmp_path), '--experiment', 'run', '--resume', 'auto', '--checkpoint-steps', '0']
+    values = {'output': tmp_path, 'experiment': 'run', 'resume': 'auto', 'checkpoint_steps': 0}
     run = Run(tmp_path / 'run')
     # In the temporal stage a state holds the largest file, as momentum is there for the new projectors.
-    sizes = [file.stat().st_size for state in checkpoints.states_of(Run(whole)) for file in state.iterdir()]
-    assert apart(signalled, words, 'refresh', '__iter__', 1) == -signal.SIGKILL
-    kept = {file: file.read_bytes() for state in checkpoints.states_of(run) for file in state.iterdir()}
+    sizes = [file.stat().st_size for state in Run(whole).states() for file in state.iterdir()]
+    assert apart(signalled, values, 'refresh', '__iter__', 1) == -signal.SIGKILL
+    kept = {file: file.read_bytes() for state in run.states() for file in state.iterdir()}
     capfd.readouterr()
-    assert apart(on_a_small_disk, words, tmp_path, max(sizes) - 1) == 1
+    assert apart(on_a_small_disk, values, max(sizes) - 1) == 1
     error = capfd.readouterr().err.strip().splitlines()
     assert len(error) == 1 and 'could not be saved: ' in error[0] and '--resume auto' in error[0]
-    assert {file: file.read_bytes() for state in checkpoints.states_of(run) for file in state.iterdir()} == kept
+    assert {file: file.read_bytes() for state in run.states() for file in state.iterdir()} == kept
     assert run.unfinished() == []
-    Trainer(read(words)).fit()
+    train(**values)
     assert KILLS.differences(whole, run.path) == []
 
 
-def test_only_what_is_whole_replaces_a_state(whole: Path, tmp_path: Path) -> None:
+def test_only_a_verified_state_replaces_older_ones(whole: Path, tmp_path: Path) -> None:
     """The oldest states go once the newest is read back; if that fails, none goes."""
     run = Run(tmp_path / 'run')
-    shutil.copytree(whole, run.path)
-    before, newest = checkpoints.states_of(run)
+    shutil.copytree(whole, run)
+    before, newest = run.states()
     damaged(newest, 'flipped')
     with pytest.raises(OSError, match='is damaged: model.safetensors was changed'):
         checkpoints.prune_states(run, newest, 1)
-    assert checkpoints.states_of(run) == [before, newest]
+    assert run.states() == [before, newest]
     checkpoints.prune_states(run, before, 5)
-    assert checkpoints.states_of(run) == [before]
+    assert run.states() == [before]
 
 
-def test_errors_that_are_not_about_files_are_kept(whole: Path) -> None:
+def test_errors_that_are_not_about_files_are_kept() -> None:
     accelerator: Any = SimpleNamespace(num_processes=1, is_main_process=True)
-    with pytest.raises(RuntimeError, match='of another kind'), checkpoints.raise_on_all_ranks(accelerator, 'x'):
-        raise RuntimeError('of another kind')
+    with pytest.raises(RuntimeError, match='cannot write'), checkpoints.raise_on_all_ranks(accelerator, 'x'):
+        raise RuntimeError('cannot write')
     with pytest.raises(RunError, match='x: No space left'), checkpoints.raise_on_all_ranks(accelerator, 'x'):
         raise OSError(28, 'No space left on device')
