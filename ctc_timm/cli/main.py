@@ -185,7 +185,13 @@ def _run(program: str, command: Command, settings: type, words: list[str]) -> No
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity_error()  # a Hub out of reach is reported once, not at each retry
-    command.run(**given)
+    try:
+        command.run(**given)
+    except RuntimeError:  # PyTorch raises the death of a data loading process wherever the program is
+        from ..data.decoding import translate_errors
+
+        with translate_errors():
+            raise
 
 
 # What a file system may refuse although the command is right.
