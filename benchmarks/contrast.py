@@ -16,7 +16,7 @@ import statistics
 
 import psutil
 import torch
-from harness import Step, benchmark_parser, finish, median_ratio, paired_seconds, peak_memory
+from harness import Step, finish, median_ratio, paired_seconds, peak_memory, read_flags
 from torch import Tensor
 
 from ctc_timm import InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
@@ -40,26 +40,23 @@ def negative_sampler(args: argparse.Namespace, num_instances: int, mode: str) ->
     return NegativeSampler(torch.arange(num_instances) % CLASSES, args.num_negatives, mode, device=args.device)
 
 
-def gathered_loss(
-    loss: TemporalContrastLoss, present_BD: Tensor, past_BD: Tensor, index_B: Tensor, negatives_BK: Tensor
-):
+def gathered_loss(loss: TemporalContrastLoss, present_BD: Tensor, past_BD: Tensor, index_B: Tensor, rows_BK: Tensor):
     """The baseline: the same loss by [B, 1 + K, E] of gathered rows, a batched product, and autograd."""
-    rows = torch.cat([index_B[:, None], negatives_BK], dim=1)
-    rate, total = loss.num_negatives / loss.num_instances, 0
-    embeddings = []
-    for features, projector, bank, normalizer in (
-        (present_BD, loss.present_projector, loss.past_bank, loss.present_normalizer),
-        (past_BD, loss.past_projector, loss.present_bank, loss.past_normalizer),
+    rows, rate = torch.cat([index_B[:, None], rows_BK], dim=1), loss.num_negatives / loss.num_instances
+    present_BE, past_BE = embed(present_BD, loss.present_projector), embed(past_BD, loss.past_projector)
+    total = torch.zeros((), device=rows.device)
+    for v_BE, bank, normalizer in (
+        (present_BE, loss.past_bank, loss.present_normalizer),
+        (past_BE, loss.present_bank, loss.past_normalizer),
     ):
-        v_BE = embed(features, projector)
-        embeddings.append(v_BE)
-        gathered = bank.index_select(0, rows.view(-1)).view(*rows.shape, -1)
-        out = torch.exp(torch.bmm(gathered, v_BE[:, :, None]).squeeze(2) / loss.temperature) / normalizer
+        gathered = bank.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        scores = torch.bmm(gathered, v_BE[:, :, None]).squeeze(2)
+        out = torch.exp(scores / loss.temperature) / normalizer
         positive, negative = out[:, 0], out[:, 1:]
         total = total - (positive / (positive + rate + EPS)).log().sum() / len(out)
         total = total - (rate / (negative + rate + EPS)).log().sum() / len(out)
-    momentum_update(loss.present_bank, index_B, embeddings[0], loss.momentum)
-    momentum_update(loss.past_bank, index_B, embeddings[1], loss.momentum)
+    momentum_update(loss.present_bank, index_B, present_BE, loss.momentum)
+    momentum_update(loss.past_bank, index_B, past_BE, loss.momentum)
     return total
 
 
@@ -145,7 +142,7 @@ def size_table(args: argparse.Namespace) -> Table:
             name = f'N = {N:,}, {str(dtype).removeprefix("torch.")}'
             scores = args.batch_size * 4 if dtype == torch.float32 else 0
             needed = N * (3 * args.embed_dim * dtype.itemsize + scores + 8) + 2**30
-            cuda = args.device.type == 'cuda'
+            cuda = args.device.startswith('cuda')
             free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
             if needed > free:
                 print(f'{name}: left out, {needed / 2**30:.1f} GiB needed and {free / 2**30:.1f} GiB free')
@@ -169,11 +166,10 @@ def rounding_table(args: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__, rounds=10)
-    parser.add_argument('--embed-dim', type=int, default=128, help='E')
-    parser.add_argument('--sizes', type=int, nargs='*', default=[50_000, 1_280_000, 14_000_000], help='N that grows')
-    parser.add_argument('--device', type=torch.device, default='cpu')
-    args = parser.parse_args()
+    args = read_flags(
+        __doc__, batch_size=64, instances=50_000, num_negatives=16_384, embed_dim=128, rounds=10, threads=0,
+        sizes=[50_000, 1_280_000, 14_000_000], device='cpu', output='', compare='',
+    )  # fmt: skip
     torch.set_num_threads(args.threads or torch.get_num_threads())
     print(f'torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, B = {args.batch_size}, '
           f'K = {args.num_negatives:,}, E = {args.embed_dim}, {args.rounds} rounds')  # fmt: skip

@@ -10,36 +10,31 @@ last epoch; only pyramid and heads learn. The seed is that of the run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from harness import Task, main_of, work
-from tradeoff import METHODS, ROOT, measured_runs, redraw
+from harness import Task, read_flags, work
+from tradeoff import METHODS, ROOT, MeasuredRun, measured_runs
+from tradeoff_report import redraw
 
 from ctc_timm.measure.results import write_json
-from ctc_timm.utils.errors import UserError
 
 EPOCHS = {'detect': 4, 'segment': 6}
 KEPT = {'detect': ('box_ap', 'box_ap50', 'box_ap75'), 'segment': ('miou', 'pixel_accuracy')}
+FLAGS = {kind: f'--freeze-stages 4 --freeze-bn --epochs {epochs}' for kind, epochs in EPOCHS.items()}
 
 
-def flags(kind: str, stages: int) -> list[str]:
-    """Flags beside the recipe of the scenes."""
-    return ['--freeze-stages', str(stages), '--freeze-bn', '--epochs', str(EPOCHS[kind])]
-
-
-def task(kind: str, run: Path, seed: int, output: Path, stages: int) -> Task:
+def task(kind: str, run: Path, seed: int, output: Path) -> Task:
     """A detector or segmenter on one backbone."""
     name = f'{run.name}-{kind}'
     place = ['--output', str(output), '--experiment', name, '--resume', 'auto']
-    command = [kind, str(run / 'last.safetensors'), *flags(kind, stages), '--seed', str(seed), *place]
+    command = [kind, str(run / 'last.safetensors'), *FLAGS[kind].split(), '--seed', str(seed), *place]
     return Task(name, (['-m', 'ctc_timm', *command],), output / name / 'results.json', output / f'{name}.log')
 
 
-def collect(runs: list[tuple[str, int, Path]], output: Path, stages: int) -> dict[str, Any]:
+def collect(runs: list[MeasuredRun], output: Path) -> dict[str, Any]:
     """What is stored, of the runs whose numbers are all there."""
     rows = []
     for method, seed, run in runs:
@@ -48,30 +43,22 @@ def collect(runs: list[tuple[str, int, Path]], output: Path, stages: int) -> dic
             found = {kind: json.loads(file.read_text())['metrics'] for kind, file in files.items()}
             last = {kind: {key: 100 * found[kind][key] for key in keys} for kind, keys in KEPT.items()}
             rows.append({'method': method, 'seed': seed, 'ends': {'last': last}})
-    commands = {kind: ' '.join([f'transfer/{kind}.py', *flags(kind, stages)]) for kind in KEPT}
+    commands = {kind: f'transfer/{kind}.py {flags}' for kind, flags in FLAGS.items()}
     return {'bodies': output.name, 'epochs': EPOCHS, 'commands': commands, 'runs': rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', type=Path, metavar='FOLDER', help='of the runs: --output of tradeoff.py / its recipe')
-    parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS), metavar='METHOD')
-    parser.add_argument('--freeze-stages', type=int, default=4, metavar='N', help='of the backbone; 4 is all')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, metavar='N', help='runs at a time')
-    parser.add_argument('--output', type=Path, default='runs/dense', metavar='DIR', help='where the runs go')
-    parser.add_argument('--docs', type=Path, default=ROOT / 'docs', metavar='DIR', help='numbers and document')
-    args = parser.parse_args()
-    runs = [run for run in measured_runs(args.runs.resolve()) if run[0] in args.methods]
-    if not runs:
-        raise UserError(f'{args.runs}: no measured runs; make them with benchmarks/tradeoff.py')
-    output, stored = args.output.resolve() / args.runs.name, args.docs / 'results' / f'dense_{args.runs.name}.json'
-    by_seed = sorted(runs, key=lambda run: run[1])
-    for _ in work(
-        [task(kind, run, seed, output, args.freeze_stages) for _, seed, run in by_seed for kind in KEPT], args.jobs
-    ):
-        write_json(stored, collect(runs, output, args.freeze_stages))
+    args = read_flags(
+        __doc__, 'runs', methods=list(METHODS), jobs=os.cpu_count() or 1, output=Path('runs/dense'), docs=ROOT / 'docs'
+    )
+    folder = Path(args.runs).resolve()
+    runs = [run for run in measured_runs(folder) if run.method in args.methods]
+    output = args.output.resolve() / folder.name
+    by_seed = sorted(runs, key=lambda run: run.seed)
+    for _ in work([task(kind, run.path, run.seed, output) for run in by_seed for kind in KEPT], args.jobs):
+        write_json(args.docs / 'results' / f'dense_{folder.name}.json', collect(runs, output))
     redraw(args.docs)
 
 
 if __name__ == '__main__':
-    main_of(main)
+    main()

@@ -4,39 +4,54 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ctc_timm.utils.errors import RunError, Stopped, UserError
+from ctc_timm.cli import flags
+from ctc_timm.cli.flags import Parser, add_settings
+from ctc_timm.utils.errors import RunError, Stopped
+from ctc_timm.utils.yaml_files import read_recipe
 
 Step = Callable[[], Any]
 Tables = dict[str, dict[str, dict[str, float]]]
-UNKNOWN = 'nan\n'
 
 
-def benchmark_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the flags that the timings of steps and losses share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch-size', type=int, default=64, help='B')
-    parser.add_argument('--instances', type=int, default=50_000, help='N')
-    parser.add_argument('--num-negatives', type=int, default=16_384, help='K')
-    parser.add_argument('--rounds', type=int, default=rounds)
-    parser.add_argument('--threads', type=int, default=0, help='CPU threads, 0 for all')
-    parser.add_argument('--output', default='', metavar='FILE.json', help='write the numbers')
-    parser.add_argument('--compare', default='', metavar='FILE.json', help='an earlier output to compare with')
-    return parser
+def read_flags(doc: str | None, *positional: str, settings: type | None = None, **defaults: Any) -> Any:
+    """Read a script's command line.
+
+    Args:
+        doc: Its docstring.
+        *positional: Names of arguments without a flag.
+        settings: Settings of a command, whose flags are read too and given as `values`, over those of a recipe.
+        **defaults: Flags by name, of the type of their default; a list takes several values.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in positional:
+        parser.add_argument(name)
+    for name, default in defaults.items():
+        options: dict[str, Any] = {'action': 'store_true'}
+        if not isinstance(default, bool):
+            kind = type(default[0] if isinstance(default, list) else default)
+            options = {'type': kind, 'nargs': '+' if isinstance(default, list) else None, 'help': f'default: {default}'}
+        parser.add_argument(f'--{name.replace("_", "-")}', default=default, **options)
+    if settings is None:
+        return parser.parse_args()
+    add_settings(parser, settings)
+    values = flags.read_flags(parser, settings)
+    own = {name: values.pop(name) for name in defaults}
+    recipe = read_recipe(values.pop('config')) if 'config' in values else {}
+    return argparse.Namespace(**own, values={**recipe, **values})
 
 
 def paired_seconds(
@@ -105,7 +120,7 @@ def show(tables: Tables, before: Tables | None = None) -> None:
 
 
 def finish(tables: Tables, args: argparse.Namespace) -> None:
-    """Print tables, and write or compare them as `benchmark_parser`'s flags say."""
+    """Print tables, and write or compare them as the flags `output` and `compare` say."""
     show(tables, json.loads(Path(args.compare).read_text())['tables'] if args.compare else None)
     if args.output:
         settings = {name: str(value) for name, value in vars(args).items()}
@@ -119,15 +134,14 @@ def _cell(value: float | None, old: float | None) -> str:
     return f'{text} ({value / old:.2f} of {old:.3g})' if old else text
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """One run.
 
     Attributes:
         name: For messages.
         steps: Arguments of Python processes, one after the other. Each continues where it was when started again.
         done: The file that the last step writes.
-        log: Output of the processes; beside it `cpu_seconds` of the first step is kept.
+        log: Output of the processes; beside it stands the cost of the first step, see `cpu_seconds`.
     """
 
     name: str
@@ -135,84 +149,56 @@ class Task:
     done: Path
     log: Path
 
-    def start(self, step: int) -> subprocess.Popen:
-        """Start the process of a step."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        if step == 0:
-            with _cost_file(self.log).open('a') as stream:
-                stream.write(UNKNOWN)  # stays if this process is killed and cannot note the cost
-        threads = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')}
-        with self.log.open('a') as stream:
-            command = [sys.executable, *self.steps[step]]
-            return subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | threads)
 
-
-def work(tasks: Iterable[Task], jobs: int) -> Iterator[Task]:
+def work(tasks: Sequence[Task], jobs: int) -> Iterator[Task]:
     """Do the tasks that are not done yet, `jobs` at a time, with a progress bar; yield each task when it is done.
 
     Raises:
         RunError: A process failed. The others are stopped, and continue with the next call.
         Stopped: SIGTERM, likewise.
     """
-    tasks = list(tasks)
-    done = [task for task in tasks if task.done.is_file()]
-    waiting = deque((task, 0) for task in tasks if task not in done)
-    running: dict[int, tuple[Task, int, subprocess.Popen]] = {}
+    stopping, running = threading.Event(), set[subprocess.Popen]()
 
-    def end(pid: int, status: int, usage: Any) -> tuple[Task, int, int]:
-        """Note the exit code of a process, and the cost of a first step."""
-        task, step, process = running.pop(pid)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if step == 0:
-            file = _cost_file(task.log)
-            file.write_text(f'{file.read_text().removesuffix(UNKNOWN)}{usage.ru_utime + usage.ru_stime:.1f}\n')
-        return task, step, process.returncode
+    def run(task: Task) -> Task:
+        task.log.parent.mkdir(parents=True, exist_ok=True)
+        cost = task.log.with_suffix('.seconds')
+        for number, step in enumerate(task.steps if not task.done.is_file() else ()):
+            if stopping.is_set():
+                break
+            first_time = number == 0 and not cost.exists()
+            cost.touch()
+            threads = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '1')}
+            with task.log.open('a') as log:
+                process = subprocess.Popen([sys.executable, *step], stdout=log, stderr=log, env=os.environ | threads)
+            running.add(process)
+            if stopping.is_set():  # since it was asked
+                process.terminate()
+            _, status, usage = os.wait4(process.pid, 0)
+            running.remove(process)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if status:
+                raise RunError(f'{task.name} ended with {process.returncode}; see {task.log}')
+            if first_time:
+                cost.write_text(f'{usage.ru_utime + usage.ru_stime:.1f}')
+        return task
 
-    handler = signal.signal(signal.SIGTERM, _stop)
-    bar = tqdm(total=len(tasks), initial=len(done), desc='runs', dynamic_ncols=True)
+    def stop(*_: Any) -> None:
+        raise Stopped('stopped by SIGTERM; the same command continues')
+
+    handler, pool = signal.signal(signal.SIGTERM, stop), ThreadPool(jobs)
     try:
-        yield from done
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                task, step = waiting.popleft()
-                process = task.start(step)
-                running[process.pid] = task, step, process
-            task, step, code = end(*os.wait3(0))
-            if code:
-                raise RunError(f'{task.name} ended with {code}; see {task.log}')
-            if step + 1 < len(task.steps):
-                waiting.appendleft((task, step + 1))
-            else:
-                bar.update()
-                yield task
+        yield from tqdm(pool.imap_unordered(run, tasks), 'runs', len(tasks), dynamic_ncols=True)
     finally:
-        for _, _, process in running.values():
-            process.terminate()  # training saves its state first
-        for pid in list(running):
-            end(*os.wait4(pid, 0))
-        bar.close()
         signal.signal(signal.SIGTERM, handler)
-
-
-def _stop(*_: Any) -> None:
-    raise Stopped('stopped by SIGTERM; the same command continues')
+        stopping.set()
+        for process in list(running):
+            process.terminate()  # training saves its state first
+        pool.close()
+        pool.join()
 
 
 def cpu_seconds(log: Path) -> float | None:
-    """CPU seconds of all processes of a task's first step; None if one was killed together with its parent."""
-    file = _cost_file(log)
-    total = sum(map(float, file.read_text().split())) if file.is_file() else math.nan
-    return None if math.isnan(total) else total
-
-
-def _cost_file(log: Path) -> Path:
-    return log.with_suffix('.seconds')
-
-
-def main_of(main: Callable[[], None]) -> None:
-    """Run a script, with a user's error as one line."""
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    """CPU seconds of a task's first step, if one process did it all."""
+    cost = log.with_suffix('.seconds')
+    text = cost.read_text() if cost.is_file() else ''
+    return float(text) if text else None

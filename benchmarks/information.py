@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Calibration of the estimators of mutual information, and what they cost.
+"""Calibration of the estimators of mutual information.
 
     gaussian   correlated Gaussians in 2 x 20 dimensions with 2 to 10 nats, 50,000 samples
     finite     the same with as few samples as a test split has, 2,000 and 10,000, and 0, 2 or 6 nats
     channel    symmetric channels over M symbols: labels y, and features that are a noisy code of the received symbol
     exact      Donsker and Varadhan's bound with the true density ratio for critic, on batches of 512 to 5,000
-    cost       seconds a checkpoint takes; extrapolated from 20 steps for estimators that train
 
     python benchmarks/information.py                      # prints the tables of docs/information.md
     python benchmarks/information.py --picture docs/information.png
@@ -16,28 +15,29 @@ Rows that the output file holds already are not measured again. Seconds are CPU 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import markdown
+from harness import read_flags, show
 from torch import Tensor
 from tqdm import tqdm
 
-from ctc_timm.measure.bounds import donsker_varadhan
 from ctc_timm.measure.information import create_estimator
+from ctc_timm.measure.neural import donsker_varadhan
 from ctc_timm.measure.plots.style import COLORS, GRAY, MARKERS, drawing, plt, save
 from ctc_timm.measure.results import write_json
 
+Table = dict[str, dict[str, float]]
 DIMENSION = 20
 CODE_DIM, CODE_NOISE = 64, 0.1
 ESTIMATORS = ('mine', 'infonce', 'smile', 'renyi')
+PARTS = ['gaussian', 'finite', 'channel', 'exact']
 # Options of a row's estimator, by what follows its name in the table.
 OPTIONS: dict[str, dict[str, Any]] = {'': {}, 'in-sample': {'held_out': 0.0}, 'shuffles=1': {'shuffles': 1}}
 TEN, LOW, CHANNELS, ALL = (2, 4, 6, 8, 10), (0, 2, 6), ('10/0.9', '10/0.1', '100/0.2'), 10**6
@@ -133,62 +133,23 @@ def measure(case: Case) -> dict[str, Any]:
     return {**case._asdict(), 'nats': round(nats, 4), 'standard_error': round(error, 4), 'seconds': seconds}
 
 
-def costs() -> Iterator[tuple[str, str, dict[str, Any], tuple[int, ...], int, int]]:
-    """What is timed: name, estimator, options, shape of x, D (0 for labels), N."""
-    pixels = (3, 32, 32)
-    for D in (64, 512):
-        yield f'renyi, I(X;T), D={D}', 'renyi', {}, pixels, D, 2000
-        yield f'renyi, I(T;Y), D={D}', 'renyi', {}, (D,), 0, 2000
-    for name in ESTIMATORS[:3]:
-        yield f'{name}, I(X;T), D=64', name, {}, pixels, 64, 10_000
-        yield f'{name}, I(T;Y), D=64', name, {}, (64,), 0, 10_000
-    yield 'mine published_xt, D=64', 'mine', {'preset': 'published_xt'}, pixels, 64, 10_000
-    yield 'mine published_ty, D=64', 'mine', {'preset': 'published_ty'}, (64,), 0, 10_000
-
-
-def cost(name: str, options: dict[str, Any], shape: tuple[int, ...], D: int, images: int) -> dict[str, Any]:
-    """CPU seconds of an estimate; of one that trains, by the seconds of a step."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(images, *shape, generator=generator)
-    t = torch.rand(images, D, generator=generator) if D else torch.arange(images) % 10
-    training = getattr(create_estimator(name, **options), 'training', None)
-    marks: list[float] = []
-    estimator = create_estimator(name, **options, **({'steps': 21, 'window': 20} if training else {}))
-    start = time.process_time()
-    estimator.estimate(x, t, progress=lambda done, of: marks.append(time.process_time()))
-    if not training:
-        return {'seconds': round(time.process_time() - start, 2), 'steps': 0}
-    step = (marks[-1] - marks[0]) / (len(marks) - 1)
-    return {'seconds': round(step * training.steps, 1), 'steps': training.steps, 'seconds_a_step': round(step, 4)}
-
-
-def calibration_table(rows: list[dict[str, Any]]) -> str:
-    """One line for all seeds of an estimator at one truth."""
-    head = 'estimator sample N truth mean bias percent spread_over_seeds error_claimed seconds'
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def calibration(rows: Iterable[dict[str, Any]]) -> Table:
+    """One row for all seeds of an estimator at one truth."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row['estimator'], row['sample'], row['images'], row['truth']), []).append(row)
-    lines = [[word.replace('_', ' ').replace('percent', 'bias, %') for word in head.split()]]
-    for (estimator, sample, images, truth), group in groups.items():
-        values = [row['nats'] for row in group]
-        mean = statistics.mean(values)
-        claimed, seconds = (statistics.mean(row[name] for row in group) for name in ('standard_error', 'seconds'))
-        spread = f'{statistics.stdev(values):.3f}' if len(values) > 1 else ''
-        bias = [f'{mean - truth:+.2f}', f'{100 * (mean - truth) / truth:+.0f}' if truth else '']
-        numbers = [f'{images:,}', f'{truth:.2f}', f'{mean:.2f}', *bias, spread, f'{claimed:.3f}', f'{seconds:.1f}']
-        lines.append([estimator, sample, *numbers])
-    return markdown(lines)
-
-
-def cost_table(measured: dict[str, dict[str, Any]]) -> str:
-    """What a checkpoint costs."""
-    lines = [['what', 'steps', 'ms a step', 'a checkpoint']]
-    for name, row in measured.items():
-        step = f'{1e3 * row["seconds_a_step"]:.0f}' if row['steps'] else ''
-        seconds = row['seconds']
-        total = f'{seconds / 3600:.1f} h' if seconds > 3600 else f'{seconds:.1f} s'
-        lines.append([name, str(row['steps'] or ''), step, total])
-    return markdown(lines)
+        sample = f'{row["estimator"]}, {row["sample"]}, N = {row["images"]:,}, {row["truth"]:.2f} nats'
+        groups.setdefault(sample, []).append(row)
+    table: Table = {}
+    for sample, group in groups.items():
+        means = {name: statistics.fmean(row[name] for row in group) for name in ('nats', 'standard_error', 'seconds')}
+        bias, truth = means['nats'] - group[0]['truth'], group[0]['truth']
+        table[sample] = {'mean': means['nats'], 'bias': bias}
+        if truth:
+            table[sample]['bias, %'] = 100 * bias / truth
+        if len(group) > 1:
+            table[sample]['spread over seeds'] = statistics.stdev(row['nats'] for row in group)
+        table[sample] |= {'error claimed': means['standard_error'], 'seconds': means['seconds']}
+    return table
 
 
 def draw(rows: list[dict[str, Any]], picture: str) -> None:
@@ -209,15 +170,9 @@ def draw(rows: list[dict[str, Any]], picture: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('gaussian', 'finite', 'channel', 'exact', 'cost')
-    parser.add_argument('--parts', nargs='+', default=parts, choices=parts)
-    parser.add_argument('--seeds', type=int, default=3)
-    parser.add_argument('--output', type=Path, default='docs/results/information.json', help='JSON file to continue')
-    parser.add_argument('--picture', default='', metavar='PNG', help='draw the Gaussians from the output file')
-    args = parser.parse_args()
+    args = read_flags(__doc__, parts=PARTS, seeds=3, output=Path('docs/results/information.json'), picture='')
     torch.set_num_threads(1)
-    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {'cost': {}, 'rows': []}
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {'rows': []}
     known = {tuple(row[field] for field in Case._fields): row for row in results['rows']}
 
     def write() -> None:
@@ -227,15 +182,11 @@ def main() -> None:
     for case in tqdm(wanted, 'calibration', disable=None):
         known[case] = measure(case)
         write()
-    for name, *what in tqdm(list(costs()) if 'cost' in args.parts else [], 'cost', disable=None):
-        if name not in results['cost']:
-            results['cost'][name] = cost(*what)
-            write()
-
     print(f'torch {torch.__version__}, one thread')
     for part in args.parts:
         rows = [row for row in known.values() if row['part'] == part]
-        print(f'\n## {part}\n\n{cost_table(results["cost"]) if part == "cost" else calibration_table(rows)}')
+        show({part: calibration(rows)})
+    show({'cost of a checkpoint, measured once': results.get('cost', {})})
     if args.picture:
         draw(list(known.values()), args.picture)
 

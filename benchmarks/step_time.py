@@ -17,7 +17,7 @@ from itertools import cycle
 
 import timm
 import torch
-from harness import Step, Tables, benchmark_parser, finish, median_ratio, paired_seconds
+from harness import Step, Tables, finish, median_ratio, paired_seconds, read_flags
 from timm.task import ClassificationTask, TrainingTask
 
 from ctc_timm import CTCTask
@@ -66,10 +66,10 @@ def steps_of(model: str, args: argparse.Namespace) -> dict[str, Step]:
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__, rounds=20)
-    parser.add_argument('--models', nargs='+', default=['cifar_resnet20', 'cifar_resnet18'])
-    parser.add_argument('--img-size', type=int, default=32)
-    args = parser.parse_args()
+    args = read_flags(
+        __doc__, models=['cifar_resnet20', 'cifar_resnet18'], batch_size=64, instances=50_000, num_negatives=16_384,
+        img_size=32, rounds=20, threads=0, output='', compare='',
+    )  # fmt: skip
     torch.set_num_threads(args.threads or torch.get_num_threads())
     tables: Tables = {}
     for model in args.models:

@@ -12,79 +12,59 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import timm
 import torch
-from harness import Step, main_of, median_ratio, paired_seconds, show
-from timm.data import create_loader
+from harness import Step, median_ratio, paired_seconds, read_flags, show
 from timm.task import ClassificationTask
-from torchvision import transforms
+from torchvision.transforms import RandomCrop
 
-from ctc_timm.cli.flags import Parser, add_settings, read_flags
+from ctc_timm.data import loaders
 from ctc_timm.data.cached import cache_split
 from ctc_timm.data.datasets import open_split
-from ctc_timm.data.loaders import TrainLoader
-from ctc_timm.data.transforms import data_config, worker_count
+from ctc_timm.data.transforms import data_config
 from ctc_timm.training.build import build_trainer
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.training.trainer import Trainer
 from ctc_timm.utils.settings import build, replace
-from ctc_timm.utils.yaml_files import read_recipe
 
 CPU = torch.device('cpu')
+Table = dict[str, dict[str, float]]
 
 
-def timms_loader(settings: TrainSettings, config: dict[str, Any], workers: int) -> Iterable:
+def timms_loader(settings: TrainSettings, config: dict[str, Any]) -> Iterable:
     """timm's training loader by the same settings, without indices and seeds."""
-    dataset, augmentation = open_split(settings.data, settings.data.train_split).dataset, settings.augmentation
-    loader = create_loader(
-        dataset,
-        input_size=config['input_size'],
-        batch_size=settings.loader.batch_size,
-        is_training=True,
-        no_aug=augmentation.no_aug,
-        scale=augmentation.scale,
-        ratio=augmentation.ratio,
-        hflip=augmentation.hflip,
-        color_jitter=augmentation.color_jitter,
-        auto_augment=augmentation.aa,
-        re_prob=augmentation.reprob,
-        interpolation=augmentation.train_interpolation,
-        mean=config['mean'],
-        std=config['std'],
-        num_workers=workers,
-        device=CPU,
-    )
-    if augmentation.crop_padding:
-        crop = transforms.RandomCrop(config['input_size'][-2:], augmentation.crop_padding, pad_if_needed=True)
-        dataset.transform.transforms.insert(0, crop)
+    dataset, padding = open_split(settings.data, settings.data.train_split).dataset, settings.augmentation.crop_padding
+    loader = loaders._create_train_loader(dataset, settings.loader, settings.augmentation, config, CPU)
+    if padding:
+        dataset.transform.transforms.insert(0, RandomCrop(config['input_size'][-2:], padding, pad_if_needed=True))
     return loader
 
 
-def loading(settings: TrainSettings, config: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+def loading(settings: TrainSettings, config: dict[str, Any], rounds: int) -> Table:
     """Images a CPU second of one process, by kind of loader."""
+    settings = replace(settings, workers=0)
     splits = [open_split(settings.data, settings.data.train_split) for _ in range(2)]
-    parts = (replace(settings.loader, workers=0), settings.augmentation, config, CPU, settings.run.seed)
-    loaders: dict[str, Iterable] = {
-        "timm's loader": timms_loader(settings, config, 0),
-        'this loader': TrainLoader(splits[0].dataset, *parts),
-        'this loader, --cache-dataset': TrainLoader(cache_split(splits[1], quiet=True).dataset, *parts),
+    options = (settings.loader, settings.augmentation, config, CPU, settings.run.seed)
+    kinds: dict[str, Iterable] = {
+        "timm's loader": timms_loader(settings, config),
+        'this loader': loaders.TrainLoader(splits[0].dataset, *options),
+        'this loader, --cache-dataset': loaders.TrainLoader(cache_split(splits[1], quiet=True).dataset, *options),
     }
-    images: dict[str, int] = {}
-
-    def one_pass(name: str) -> None:
-        images[name] = sum(len(batch[0]) for batch in loaders[name])
-
-    threads = torch.get_num_threads()
+    steps: dict[str, Step] = {name: partial(deque, loader, maxlen=0) for name, loader in kinds.items()}
+    threads, images = torch.get_num_threads(), settings.loader.batch_size * len(kinds['this loader'])
     torch.set_num_threads(1)  # as in a loader process; threads that wait for each other would count
-    steps = {name: partial(one_pass, name) for name in loaders}
     seconds = paired_seconds(steps, rounds, 'loading', warmup=0, clock=time.process_time)
     torch.set_num_threads(threads)
-    rates = {name: images[name] / statistics.median(times) for name, times in seconds.items()}
-    return {name: {'images/s': rate, 'of this loader': rate / rates['this loader']} for name, rate in rates.items()}
+    base = seconds['this loader']
+    return {
+        name: {'images/s': images / statistics.median(times), 'of this loader': median_ratio(base, times)}
+        for name, times in seconds.items()
+    }
 
 
 def epoch_of(trainer: Trainer) -> None:
@@ -93,7 +73,7 @@ def epoch_of(trainer: Trainer) -> None:
     trainer.state.next_epoch()
 
 
-def training(settings: TrainSettings, config: dict[str, Any], rounds: int) -> dict[str, dict[str, float]]:
+def training(settings: TrainSettings, config: dict[str, Any], rounds: int) -> Table:
     """Seconds an epoch of supervised training, and throughput over that of timm's loader and task in a loop."""
     with tempfile.TemporaryDirectory() as folder:
         steps: dict[str, Step] = {}
@@ -101,12 +81,9 @@ def training(settings: TrainSettings, config: dict[str, Any], rounds: int) -> di
             place = {'output': folder, 'experiment': name}
             trainer = build_trainer(replace(settings, mode='vanilla', cache_dataset=cached, **place))
             steps[name] = partial(epoch_of, trainer)
-        classes, optimizer = trainer.task.get_eval_model().num_classes, settings.optimizer
-        task = ClassificationTask(timm.create_model(settings.model.model, num_classes=classes), verbose=False)
-        sgd = torch.optim.SGD(
-            task.parameters(), lr=0.05, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
-        )
-        loader = timms_loader(settings, config, worker_count(settings.loader.workers))
+        task = ClassificationTask(timm.create_model(settings.model.model, num_classes=trainer.facts['num_classes']))
+        stepping, loader = settings.optimizer, timms_loader(settings, config)
+        sgd = torch.optim.SGD(task.parameters(), 0.05, stepping.momentum, weight_decay=stepping.weight_decay)
 
         def timms_epoch() -> None:
             task.train()
@@ -116,24 +93,20 @@ def training(settings: TrainSettings, config: dict[str, Any], rounds: int) -> di
                 sgd.zero_grad()
 
         seconds = paired_seconds({"timm's parts": timms_epoch, **steps}, rounds, 'training')
-    plain = seconds["timm's parts"]
+    base = seconds["timm's parts"]
     return {
-        name: {'s an epoch': statistics.median(times), 'throughput ratio': median_ratio(plain, times)}
+        name: {'s an epoch': statistics.median(times), 'throughput ratio': median_ratio(base, times)}
         for name, times in seconds.items()
     }
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.split('\n')[0])
-    parser.add_argument('--rounds', type=int, default=5, metavar='N', help='of each kind')
-    add_settings(parser, TrainSettings)
-    given = read_flags(parser, TrainSettings)
-    rounds, recipe = given.pop('rounds'), given.pop('config', '')
-    settings = build(TrainSettings, {**(read_recipe(recipe) if recipe else {}), **given})
+    args = read_flags(__doc__, settings=TrainSettings, rounds=5)
+    settings, rounds = build(TrainSettings, args.values), args.rounds
     config = data_config(settings.data, timm.create_model(settings.model.model, num_classes=2))
     show({'Images a CPU second of one process': loading(settings, config, rounds)})
     show({'Supervised training': training(settings, config, rounds)})
 
 
 if __name__ == '__main__':
-    main_of(main)
+    main()

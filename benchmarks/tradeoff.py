@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """The comparison that docs/results.md shows: supervised training, CTC, parts of CTC, and what one would try first.
 
-Every method is trained with every seed and for as many epochs, and each kept epoch is measured. A run is a process of
-its own: stop this script at any time, and the same command continues where everything was.
+Every method is trained with every seed and for as many epochs, and each kept epoch is measured: on validation rows of
+the source, on which the best epoch is chosen, and on the targets; the last and the best epoch on the source's test
+split too, by more probes. Runs are processes of their own: stop this script at any time, and the same command
+continues where everything was.
 
     python benchmarks/tradeoff.py --source hfds/CIFAR100 --targets hfds/CIFAR10 digits
     python benchmarks/tradeoff.py --source hfds/CIFAR100 --targets hfds/CIFAR10 digits --methods vanilla --seeds 5
@@ -14,91 +16,121 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import tradeoff_pictures
 import tradeoff_report
-from harness import Task, cpu_seconds, main_of, work
+from harness import Task, cpu_seconds, read_flags, work
 
-from ctc_timm.measure.results import write_json
+from ctc_timm.data.datasets import open_split
+from ctc_timm.measure.dynamics import Checkpoint, KeptRun
+from ctc_timm.measure.features import SplitImages
+from ctc_timm.measure.few_shot import few_shot
+from ctc_timm.measure.probes import METHODS as PROBES
+from ctc_timm.measure.results import RowStore, write_json
+from ctc_timm.measure.settings import DynamicsSettings
+from ctc_timm.measure.transfer_sets import TransferSet
+from ctc_timm.models.loading import data_flags
+from ctc_timm.utils.distributed import create_accelerator
+from ctc_timm.utils.settings import build
 from ctc_timm.utils.yaml_files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ('--sched', 'multistep', '--decay-milestones', '16', '31')  # counted within a stage, as every schedule is
+STEPS = '--sched multistep --decay-milestones 16 31'  # counted within a stage, as every schedule is
 # Flags of a method beside the recipe, which holds the weights and temperatures of the discriminability recipe.
-METHODS: dict[str, list[str]] = {
-    'vanilla': ['--mode', 'vanilla'],
-    'ctc-discriminability': [],
-    'ctc-transferability': [
-        *('--instance-weight', '0.5', '--instance-temperature', '0.1', '--temporal-temperature', '0.1')
-    ],
+METHODS = {
+    'vanilla': '--mode vanilla',
+    'ctc-discriminability': '',
+    'ctc-transferability': '--instance-weight 0.5 --instance-temperature 0.1 --temporal-temperature 0.1',
     # where supervised training over-compresses: the past is taken before the learning rate falls, and weighs more;
     # chosen on validation rows of the source and training images of CIFAR-10
-    'ctc-early-past': ['--temporal-weight', '5', *STEPS],
-    'ctc-early-past-no-instance': ['--temporal-weight', '5', '--instance-weight', '0', *STEPS],
-    'ctc-no-temporal': ['--temporal-start-epoch', '{epochs}'],
-    'ctc-no-instance': ['--instance-weight', '0'],
+    'ctc-early-past': f'--temporal-weight 5 {STEPS}',
+    'ctc-early-past-no-instance': f'--temporal-weight 5 --instance-weight 0 {STEPS}',
+    'ctc-no-temporal': '--temporal-start-epoch {epochs}',
+    'ctc-no-instance': '--instance-weight 0',
     # supervised training with the learning rate of ctc-early-past
-    'vanilla-steps': ['--mode', 'vanilla', *STEPS],
+    'vanilla-steps': f'--mode vanilla {STEPS}',
     # as much weight decay as CTC has in its first stage
-    'weight-decay': ['--mode', 'vanilla', '--weight-decay', '1e-3'],
-    'label-smoothing': ['--mode', 'vanilla', '--smoothing', '0.1'],
+    'weight-decay': '--mode vanilla --weight-decay 1e-3',
+    'label-smoothing': '--mode vanilla --smoothing 0.1',
 }
-# These get every seed; the others the first ones.
-SEVERAL = ('vanilla', 'ctc-discriminability', 'ctc-transferability', 'ctc-early-past')
-
-
-def read_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--source', default='hfds/CIFAR100', metavar='NAME', help='data set to train on')
-    parser.add_argument('--source-test', default='test', metavar='SPLIT', help='of the source, for the tables')
-    parser.add_argument('--targets', nargs='+', default=['digits'], metavar='NAME', help='data sets to transfer to')
-    parser.add_argument('--recipe', default='tradeoff_small', metavar='RECIPE', help='its name or a file')
-    parser.add_argument('--methods', nargs='+', default=list(METHODS), choices=list(METHODS), metavar='METHOD')
-    parser.add_argument('--seeds', type=int, default=3, metavar='N', help=f'of {", ".join(SEVERAL)}')
-    parser.add_argument('--other-seeds', type=int, default=1, metavar='N', help='of the other methods')
-    parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, metavar='N', help='runs at a time')
-    parser.add_argument('--output', default='runs/tradeoff', metavar='DIR', help='where the runs go')
-    parser.add_argument('--docs', default=ROOT / 'docs', type=Path, metavar='DIR', help='numbers, tables, pictures')
-    parser.add_argument('--redraw', action='store_true', help='only tables and pictures, from the stored numbers')
-    return parser.parse_args()
+SHOTS, DRAWS = 10, 5
+FEATURES = ('information_xt', 'information_ty', 'effective_rank')
 
 
 def plan(args: argparse.Namespace, folder: Path, epochs: int) -> list[Task]:
     """All runs, seed by seed, so that what is finished can be compared."""
     tasks = []
-    for seed in range(max(args.seeds, args.other_seeds)):
+    for seed in range(args.seeds):
         for method in args.methods:
-            if seed >= (args.seeds if method in SEVERAL else args.other_seeds):
-                continue
             name = f'{method}-{seed}'
-            flags = [word.replace('{epochs}', str(epochs)) for word in METHODS[method]]
             data = ['-c', args.recipe, '--dataset', args.source, '--seed', str(seed)]
             place = ['--output', str(folder), '--experiment', name, '--resume', 'auto']
-            train = ['-m', 'ctc_timm', 'train', *data, *flags, *place]
-            script = str(Path(__file__).with_name('tradeoff_measure.py'))
-            measure = [script, str(folder / name), '--source-test', args.source_test, '--target', *args.targets]
+            train = ['-m', 'ctc_timm', 'train', *data, *METHODS[method].format(epochs=epochs).split(), *place]
+            measure = [__file__, '--measure', str(folder / name), '--targets', *args.targets]
             tasks.append(Task(name, (train, measure), folder / name / 'tradeoff.json', folder / f'{name}.log'))
     return tasks
 
 
-def measured_runs(folder: Path) -> list[tuple[str, int, Path]]:
-    """Method, seed and folder of all measured runs, those of earlier calls too, in the order of `METHODS`."""
-    runs = []
-    for file in folder.glob('*/tradeoff.json'):
-        method, _, seed = file.parent.name.rpartition('-')
-        if method in METHODS and seed.isdecimal():
-            runs.append((method, int(seed), file.parent))
-    return sorted(runs, key=lambda run: (list(METHODS).index(run[0]), run[1]))
+def measure(path: Path, targets: list[str]) -> dict[str, Any]:
+    """Measure a run: `trajectory`, one entry a kept epoch, and `ends`, `last` and `best` on the validation rows."""
+    settings = build(DynamicsSettings, {'runs': [path], 'workers': 0})  # a core has a run of its own
+    accelerator = create_accelerator(settings.precision)
+    run = KeptRun(path, path.name, settings, accelerator)
+    store, data, loader = RowStore(run.dynamics / 'rows.jsonl'), settings.data, settings.loader
+    sets = [TransferSet(name, data, loader, run.config['input_size'][0], accelerator) for name in targets]
+    images = [target.images(run.config) for target in sets]
+    source = {name: value for name, value in data_flags(run.args()).items() if name != 'workers'}
+    source_test = SplitImages(open_split(replace(data, **source), 'test'), loader, run.config, accelerator)
+
+    def entry(epoch: int, full: bool) -> dict[str, Any]:
+        probes, information = (PROBES, 'renyi') if full else (('ridge',), 'none')
+        measures = replace(settings.measures, probes=probes, information=information)
+        checkpoint, names = (
+            Checkpoint(run, run.weights[epoch], measures, accelerator),
+            FEATURES if full else FEATURES[-1:],
+        )
+        source, transfer = checkpoint.on_source(source_test if full else run.source, store), {}
+        for target, (train, test) in zip(sets, images):
+            measured = checkpoint.on_target(target, train, test, store)
+            found = {key.removesuffix('_top1'): value for key, value in measured.items() if key.endswith('_top1')}
+            if full:
+                splits = (checkpoint.features(train), checkpoint.features(test))
+                (shots,) = few_shot('ridge', *splits, target.num_classes, [SHOTS], range(DRAWS))
+                found[f'ridge-{SHOTS}-shot'] = shots['top1']
+            transfer[target.slug] = found | {name: measured[name] for name in names}
+        found = {'top1': source['top1'], **{name: source[name] for name in names}}
+        return {'epoch': epoch, 'source': found, 'targets': transfer}
+
+    trajectory = [entry(epoch, full=False) for epoch in run.weights]
+    best = max(trajectory, key=lambda row: row['source']['top1'])['epoch']
+    ends = {'last': entry(max(run.weights), full=True), 'best': entry(best, full=True)}
+    return {'stage_change': run.change, 'trajectory': trajectory, 'ends': ends}
+
+
+class MeasuredRun(NamedTuple):
+    """A run whose numbers are there."""
+
+    method: str
+    seed: int
+    path: Path
+
+
+def measured_runs(folder: Path) -> list[MeasuredRun]:
+    """All measured runs, those of earlier calls too, in the order of `METHODS`."""
+    runs = [file.parent for file in folder.glob('*/tradeoff.json')]
+    found = [MeasuredRun(run.name.rpartition('-')[0], int(run.name.rpartition('-')[2]), run) for run in runs]
+    return sorted(found, key=lambda run: (list(METHODS).index(run.method), run.seed))
 
 
 def collect(args: argparse.Namespace, folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """What is stored: settings and the numbers of all measured runs, without the name of any folder."""
     rows = []
     for method, seed, run in measured_runs(folder):
-        cost = {'processor_seconds': cpu_seconds(folder / f'{run.name}.log')}
-        rows.append({'method': method, 'seed': seed, **cost, **json.loads((run / 'tradeoff.json').read_text())})
+        cost = cpu_seconds(folder / f'{run.name}.log')
+        numbers = json.loads((run / 'tradeoff.json').read_text())
+        rows.append({'method': method, 'seed': seed, 'processor_seconds': cost, **numbers})
     return {
         'recipe': f'{folder.name}.yaml',
         'source': Path(args.source).name,
@@ -106,31 +138,25 @@ def collect(args: argparse.Namespace, folder: Path, recipe: dict[str, Any]) -> d
         'epochs': recipe['epochs'],
         'temporal_start_epoch': recipe['temporal-start-epoch'],
         'settings': recipe,
-        'methods': {row['method']: ' '.join(METHODS[row['method']]) for row in rows},
+        'methods': {row['method']: METHODS[row['method']] for row in rows},
         'runs': rows,
     }
 
 
-def redraw(docs: Path) -> None:
-    """Write the pictures, and the tables in docs/results.md and in the README beside docs."""
-    for name, results in tradeoff_report.stored(docs).items():
-        tradeoff_pictures.draw(results, docs / f'{name}.png')
-    blocks = tradeoff_report.blocks(docs)
-    for file in (docs / 'results.md', docs.parent / 'README.md'):
-        if file.is_file():
-            file.write_text(tradeoff_report.fill(file.read_text(encoding='utf-8'), blocks), encoding='utf-8')
-
-
 def main() -> None:
-    args = read_args()
+    args = read_flags(
+        __doc__, source='hfds/CIFAR100', targets=['digits'], recipe='tradeoff_small', methods=list(METHODS), seeds=3,
+        jobs=os.cpu_count() or 1, output=Path('runs/tradeoff'), docs=ROOT / 'docs', measure='', redraw=False,
+    )  # fmt: skip
+    if args.measure:
+        write_json(Path(args.measure) / 'tradeoff.json', measure(Path(args.measure), args.targets))
+        return
     if not args.redraw:
-        recipe = read_recipe(args.recipe)
-        name = Path(args.recipe).stem
-        folder, stored = Path(args.output).resolve() / name, args.docs / 'results' / f'{name}.json'
+        recipe, folder = read_recipe(args.recipe), args.output.resolve() / Path(args.recipe).stem
         for _ in work(plan(args, folder, recipe['epochs']), args.jobs):
-            write_json(stored, collect(args, folder, recipe))
-    redraw(args.docs)
+            write_json(args.docs / 'results' / f'{folder.name}.json', collect(args, folder, recipe))
+    tradeoff_report.redraw(args.docs)
 
 
 if __name__ == '__main__':
-    main_of(main)
+    main()
