@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctc_timm
-from ctc_timm.models.backbones import feature_dim, features_and_logits, has_classification_head
+from ctc_timm.models.backbones import check_input, feature_dim, features_and_logits, has_classification_head
 
 # A head with a BatchNorm before its classifier, one that averages two classifiers, one whose classifier is a
 # convolution, and some of what timm keeps for tests: small enough to compare real numbers.
@@ -23,7 +23,7 @@ REAL += timm.list_models('test_*', exclude_filters='*_ctc')[::3]
 
 
 class Kernels(TorchDispatchMode):
-    """Writes down every kernel that runs, with the shape it gives: what a model computes, without the sums."""
+    """Records every kernel that runs, with the shape of its output: what a model computes, without the sums."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,24 +53,24 @@ def test_every_module_of_timm(name: str) -> None:
     model = on_meta(name, num_classes=10).eval()
     images = torch.zeros(2, *model.pretrained_cfg['input_size'], device='meta')
     with torch.no_grad():
-        body = model.forward_features(images)
+        maps = model.forward_features(images)
     calls = []
-    # The body has been run; what is compared is everything after it, and how often it is asked for.
-    model.forward_features = lambda x, **_: calls.append(x) or body
+    # The backbone has been run; what is compared is everything after it, and how often it is asked for.
+    model.forward_features = lambda x, **_: calls.append(x) or maps
 
-    plain, after_body = kernels(lambda: model(images))
+    plain, after_backbone = kernels(lambda: model(images))
     assert len(calls) == 1, 'timm itself'
-    wanted, to_features = kernels(lambda: model.forward_head(body, pre_logits=True))
-    state = body._version if isinstance(body, torch.Tensor) else None
+    wanted, to_features = kernels(lambda: model.forward_head(maps, pre_logits=True))
+    state = maps._version if isinstance(maps, torch.Tensor) else None
 
     (features, logits), ran = kernels(lambda: features_and_logits(model, images))
     assert len(calls) == 2
-    assert ran[: len(after_body)] == after_body, 'logits as model(images) computes them'
+    assert ran[: len(after_backbone)] == after_backbone, 'logits as model(images) computes them'
     # flatten(1) of two dimensions runs no kernel
-    assert ran[len(after_body) :] == to_features, 'features as forward_head computes them'
+    assert ran[len(after_backbone) :] == to_features, 'features as forward_head computes them'
     assert logits.shape == plain.shape == (2, 10)
     assert features.shape == wanted.shape == (2, feature_dim(model))
-    assert state is None or body._version == state, 'the head changed the body it was given'
+    assert state is None or maps._version == state, 'the head changed its input'
     assert has_classification_head(model)
 
 
@@ -111,7 +111,7 @@ def test_features_of_a_normalizing_head_are_those_of_the_batch() -> None:
 
 
 class Tiny(nn.Module):
-    """The least that has timm's interface, a BatchNorm on either side of the pooling included."""
+    """The least that has timm's interface, with a BatchNorm on either side of the pooling."""
 
     num_classes = 10
 
@@ -142,38 +142,36 @@ def test_compiles_into_one_graph() -> None:
     assert model.head_norm.num_batches_tracked == model.body[1].num_batches_tracked == 2
 
 
-@pytest.mark.parametrize('name', HEADLESS)
-def test_encoders_have_no_head(name: str) -> None:
-    model = on_meta(name)
-    assert not has_classification_head(model)
-    for call in (lambda: features_and_logits(model, torch.zeros(1)), lambda: feature_dim(model)):
-        with pytest.raises(ValueError, match=f"'{name}' has no classification head") as caught:
-            call()
-        assert isinstance(caught.value, ctc_timm.UserError) and '\n' not in str(caught.value)
-
-
-@pytest.mark.parametrize('kwargs', [dict(num_classes=0), dict(features_only=True)])
-def test_models_made_without_a_head(kwargs: dict[str, Any]) -> None:
-    model = timm.create_model('cifar_resnet20', **kwargs)
+@pytest.mark.parametrize('name', [*HEADLESS, 'num_classes', 'features_only', 'Linear'])
+def test_models_without_a_head(name: str) -> None:
+    options: dict[str, Any] = {'num_classes': dict(num_classes=0), 'features_only': dict(features_only=True)}
+    if name in HEADLESS:
+        model = on_meta(name)
+    else:
+        model = timm.create_model('cifar_resnet20', **options[name]) if name in options else nn.Linear(2, 2)
     assert not has_classification_head(model)
     for call in (lambda: features_and_logits(model, torch.zeros(1, 3, 32, 32)), lambda: feature_dim(model)):
-        with pytest.raises(ValueError, match='has no classification head'):
+        with pytest.raises(ctc_timm.UserError, match='has no classification head') as caught:
             call()
-    with pytest.raises(ValueError, match="'Linear' has no classification head"):
-        feature_dim(nn.Linear(2, 2))
+        assert '\n' not in str(caught.value) and (name in options or f"'{name}'" in str(caught.value))
 
 
 def test_dimension_of_a_model_that_states_none() -> None:
     model, images = make('cifar_resnet20', global_pool='catavgmax')
     assert feature_dim(model) == 128
-    model.train()
-    model.layer1.eval()
     del model.head_hidden_size
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert feature_dim(model) == 128 == features_and_logits(model.eval(), images)[0].shape[1]
     model.train()
     model.layer1.eval()
     modes = [module.training for module in model.modules()]
-    assert feature_dim(model) == 128
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert feature_dim(model) == 128 == features_and_logits(copy.deepcopy(model).eval(), images)[0].shape[1]
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_size_that_a_model_cannot_take() -> None:
+    model, _ = make('test_vit', img_size=32)
+    check_input(model, (3, 32, 32))
+    with pytest.raises(ctc_timm.UserError, match='`img_size`: test_vit cannot take 1x32x32 images: '):
+        check_input(model, (1, 32, 32))
+    assert model.training
