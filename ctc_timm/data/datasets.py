@@ -114,8 +114,7 @@ def open_split(
     except ImportError as error:
         raise UserError(f"{what}: a package is missing ({error}); pip install 'ctc-timm[data]'") from None
     except Exception as error:  # readers, and the packages behind them, raise anything where data are not as expected
-        lengthless = is_streaming(name) and options['num_samples'] is None
-        hint = '; give `train_num_samples` and `val_num_samples` if it does not say its length' * lengthless
+        hint = '; `train_num_samples` and `val_num_samples` may give its length' if is_streaming(name) else ''
         raise UserError(f'{what}: {one_line(error)}{hint}') from None
     return _checked(dataset, what, name if by_reader else str(data.data_dir), inside, data.class_map, labeled)
 
@@ -153,7 +152,7 @@ def _check_name(data: DataSettings) -> None:
     """Refuse a data set's name that no reader takes, or a folder that is not there."""
     name, root = data.dataset, data.data_dir
     reader, slash, _ = name.lower().partition('/')
-    known = f'digits, {"/NAME, ".join(READERS)}/NAME, or a folder given by `data_dir`'
+    known = f'digits, {"/NAME, ".join(READERS)}/NAME, or a folder in `data_dir`'
     if not name and not root:
         raise UserError('name the data: `dataset` (digits, hfds/..., torch/...) or `data_dir`')
     if slash and reader not in READERS:
@@ -170,7 +169,7 @@ def _check_name(data: DataSettings) -> None:
 
 
 def _synonyms(split: str) -> tuple[str, ...]:
-    """The names that a split may go by, its own first."""
+    """The names that a split may go by, itself first."""
     known = next((names for names in SYNONYMS if split in names), ())
     return (split, *(name for name in known if name != split))
 
@@ -178,7 +177,7 @@ def _synonyms(split: str) -> tuple[str, ...]:
 def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | None]:
     """Find a split of a folder of images, or of a tar file.
 
-    timm takes the whole folder when it finds no split in it, and so would validate on the training images.
+    timm takes all images when it finds no split in the folder, and so would validate on the training images.
 
     Returns:
         The folder or tar file, and for a tar file with splits in it, the split's folder there.

@@ -282,8 +282,8 @@ def _train_options(augmentation: AugmentationSettings, config: dict[str, Any]) -
 
 
 def _with_padded_crop(transform: transforms.Compose, padding: int, size: tuple[int, int]) -> transforms.Compose:
-    """Put a padded crop before timm's transforms, in place of a resized crop that would take the whole image."""
+    """Put a padded crop before timm's transforms, in place of a resized crop that takes all of an image."""
     first, *rest = transform.transforms
-    whole = isinstance(first, RandomResizedCropAndInterpolation) and {*first.scale, *first.ratio} == {1.0}
-    padded_crop = transforms.RandomCrop(size, padding, pad_if_needed=True)
-    return transforms.Compose([padded_crop, *rest] if whole and size[0] == size[1] else [padded_crop, first, *rest])
+    resized_crop = isinstance(first, RandomResizedCropAndInterpolation) and {*first.scale, *first.ratio} == {1.0}
+    kept = rest if resized_crop and size[0] == size[1] else transform.transforms
+    return transforms.Compose([transforms.RandomCrop(size, padding, pad_if_needed=True), *kept])

@@ -61,18 +61,18 @@ def part_of(source: DatasetSplit, index_n: Tensor) -> DatasetSplit:
 class Part:
     """Some samples of a timm reader, or of a map-style dataset, under the numbers 0, 1, ..."""
 
-    def __init__(self, whole: Any, index_n: Tensor) -> None:
-        self.whole = whole
+    def __init__(self, source: Any, index_n: Tensor) -> None:
+        self.source = source
         self.index = index_n.tolist()
 
     def __getitem__(self, index: int) -> Any:
-        return self.whole[self.index[index]]
+        return self.source[self.index[index]]
 
     def __len__(self) -> int:
         return len(self.index)
 
     def filename(self, index: int, **options: Any) -> Any:
-        """The file of a sample, where the whole knows it."""
-        if hasattr(self.whole, 'filename'):
-            return self.whole.filename(self.index[index], **options)
-        return self.whole.samples[self.index[index]][0]
+        """The file of a sample, where the reader or dataset knows it."""
+        if hasattr(self.source, 'filename'):
+            return self.source.filename(self.index[index], **options)
+        return self.source.samples[self.index[index]][0]

@@ -171,7 +171,7 @@ def _identity(source: DatasetSplit) -> str:
     if source.labels_N is not None:
         digest.update(source.labels_N.numpy().tobytes())
     reader = getattr(source.dataset, 'reader', source.dataset)
-    reader = getattr(reader, 'whole', reader)
+    reader = getattr(reader, 'source', reader)
     pixels = getattr(reader, 'images', None)
     if pixels is not None:  # the digits hold theirs in memory
         digest.update(pixels)
