@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 Script = Callable[..., Any]
 LAUNCH = ['-m', 'accelerate.commands.launch', '--num_processes', '1', '--num_machines', '1', '--dynamo_backend', 'no']
 TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-MODEL = '--model test_resnet --train-split train[:256] --val-split validation[:71] --num-negatives 32'.split()
+MODEL = [
+    '--model',
+    'test_resnet',
+    '--train-split',
+    'train[:256]',
+    '--val-split',
+    'validation[:71]',
+    '--num-negatives',
+    '32',
+]
 
 PLAIN_TIMM = """
 import sys
