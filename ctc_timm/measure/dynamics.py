@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,13 +44,14 @@ logger = get_logger(__name__)
 
 
 class DetectionEvaluator(Protocol):
-    """Measures what a frozen backbone is worth to a detector on one folder."""
+    """Measures what a frozen backbone is worth to a detector: box_ap, ... in percent, num_train and num_test.
 
-    def facts(self) -> dict[str, Any]:
-        """Return all that the numbers depend on beside the weights, as plain values."""
+    `facts` is all that the numbers depend on beside the weights. `measure` may change the model.
+    """
 
-    def measure(self, loaded: LoadedModel, accelerator: Accelerator) -> dict[str, Any]:
-        """Measure a model, which is not used afterwards: box_ap, ... in percent, num_train and num_test."""
+    def facts(self) -> dict[str, Any]: ...
+
+    def measure(self, loaded: LoadedModel, accelerator: Accelerator) -> dict[str, Any]: ...
 
 
 def _no_detection(folder: str, epochs: int, images: int, seed: int) -> DetectionEvaluator:
@@ -79,11 +80,8 @@ def dynamics(
     options = (measures.detection_epochs, measures.detection_images, measures.seed)
     detections = {n: open_detection(n.removeprefix(COCO), *options) for n in names if n.startswith(COCO)}
     most = (settings.target.max_train, settings.target.max_test)
-    targets = [
-        TransferSet(name, settings.data, settings.loader, channels, accelerator, most)
-        for name in names
-        if name not in detections
-    ]
+    sets = [name for name in names if name not in detections]
+    targets = [TransferSet(name, settings.data, settings.loader, channels, accelerator, most) for name in sets]
     rows: list[dict[str, Any]] = []
     total = sum(len(run.weights) for run in runs) * (1 + len(targets) + len(detections))
     with outer_bar(total, 'dynamics', accelerator) as bar:
@@ -133,13 +131,8 @@ def _short_names(paths: tuple[str, ...]) -> dict[Path, str]:
 class KeptRun(Run):
     """A run with its kept epochs, and the images that it was validated on.
 
-    Args:
-        path: The run's folder.
-        name: Different from that of every other run measured with it.
-        settings: Which epochs, and how images are loaded.
-        accelerator: Device and processes.
-
     Attributes:
+        name: Different from that of every other run measured with it.
         weights: Weights file by epoch, in order.
         config: Image transform of its models.
         source: The images that it was validated on.
@@ -197,29 +190,20 @@ def _measure_run(
 
     for epoch, file in run.weights.items():
         checkpoint = Checkpoint(run, file, measures, accelerator)
-        add(epoch, 'source', run.source.source.name, checkpoint.on_source(run.source, store))
+        add(epoch, 'source', run.source.source.name, checkpoint.measure(store, run.source))
         for target, (train, test) in zip(targets, images):
-            add(epoch, 'target', target.name, checkpoint.on_target(target, train, test, store))
+            add(epoch, 'target', target.name, checkpoint.measure(store, test, target, train))
         for name, detection in detections.items():
-            add(epoch, 'detection', name, checkpoint.detect(detection, store))
+            add(epoch, 'detection', name, checkpoint.detect(store, detection))
     return rows
 
 
 class Checkpoint:
-    """One kept epoch of a run, whose model is loaded when something has to be computed from it.
-
-    Args:
-        run: The run.
-        file: The epoch's weights.
-        measures: What is measured.
-        accelerator: Device, precision and processes.
-    """
+    """The weights of one kept epoch of a run, loaded when something has to be computed from them."""
 
     def __init__(self, run: Run, file: Path, measures: MeasureSettings, accelerator: Accelerator) -> None:
-        self.file = file
+        self.file, self._measures, self._accelerator = file, measures, accelerator
         self._cache = None if measures.no_cache else run.features
-        self._measures = measures
-        self._accelerator = accelerator
 
     @cached_property
     def hash(self) -> str:
@@ -237,64 +221,54 @@ class Checkpoint:
         check_finite(features.features_ND, f'{self.file}: the features of {images.source.name}')
         return features
 
-    def on_source(self, test: SplitImages, store: RowStore) -> dict[str, Any]:
-        """Return accuracy of the model's classifier, geometry and information; what is missing is measured."""
-        return self._parts(test, store, {'accuracy': ({}, self._accuracy)}, logits=True)
-
-    def on_target(self, target: TransferSet, train: SplitImages, test: SplitImages, store: RowStore) -> dict[str, Any]:
-        """Return accuracy of the probes, geometry and information; what is missing is measured."""
-        values = {'train': train.identity, 'seed': self._measures.seed}
-        probes: tuple[str, ...] = self._measures.probes
-        parts: dict[str, Any] = {m: (values, partial(self._probe, m, target, train)) for m in probes}
-        return self._parts(test, store, parts)
-
-    def detect(self, detection: DetectionEvaluator, store: RowStore) -> dict[str, Any]:
-        """Return the average precision of a detector; it is measured where it is missing."""
-        values = {'weights': self.hash, 'precision': self._accelerator.mixed_precision, **detection.facts()}
-        return store.get(
-            {'part': 'detection', **values},
-            lambda: detection.measure(load_model(self.file, setting='runs'), self._accelerator),
-        )
-
-    def _parts(
-        self, test: SplitImages, store: RowStore, parts: dict[str, tuple[dict[str, Any], Any]], logits: bool = False
+    def measure(
+        self, store: RowStore, test: SplitImages, target: TransferSet | None = None, train: SplitImages | None = None
     ) -> dict[str, Any]:
-        """Return all parts as one flat row.
+        """Return accuracy, geometry and information as one flat row; parts that the store lacks are measured.
 
         Args:
-            test: Test images.
             store: Of the parts.
-            parts: What each depends on beside weights and test images, and the function of features that measures it.
-            logits: Whether the features have logits.
+            test: Images to measure on: of a target, or of the source, with the accuracy of the model's classifier.
+            target: None for the source.
+            train: The target's images to fit probes on.
         """
-        measures = self._measures
-        parts['geometry'] = {}, lambda features: measure_geometry(features.features_ND, features.labels_N)
+        measures, seed = self._measures, self._measures.seed
+        features = cache(partial(self.features, test, logits=target is None))
+        # Of each part what it depends on beside weights and test images, and how it is measured.
+        parts: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
+        if target is None or train is None:
+            parts = {'accuracy': ({}, lambda: self._accuracy(features()))}
+        else:
+            values = {'train': train.identity, 'seed': seed}
+            probe_target = partial(self._probe, target, train, features)
+            parts = {method: (values, partial(probe_target, method)) for method in measures.probes}
+        parts['geometry'] = {}, lambda: measure_geometry(features().features_ND, features().labels_N)
         if measures.information != 'none':
-            values = {'images': measures.information_images, 'seed': measures.seed}
-            parts['information'] = {'estimator': measures.information, **values}, partial(self._information, test)
+            values = {'estimator': measures.information, 'images': measures.information_images, 'seed': seed}
+            parts['information'] = values, lambda: self._information(test, features())
         common = {'version': VERSION, 'weights': self.hash, 'test': test.identity}
         common['precision'] = self._accelerator.mixed_precision
-        seen: list[LabeledFeatures] = []
         row: dict[str, Any] = {}
         for part, (values, measure) in parts.items():
-
-            def measured(measure: Any = measure) -> dict[str, Any]:
-                if not seen:
-                    seen.append(self.features(test, logits))
-                return measure(seen[0])
-
-            row |= store.get({**common, 'part': part, **values}, measured)
+            row |= store.get({**common, 'part': part, **values}, measure)
         return row
+
+    def detect(self, store: RowStore, detection: DetectionEvaluator) -> dict[str, Any]:
+        """Return the average precision of a detector; it is measured where the store lacks it."""
+        values = {'part': 'detection', 'weights': self.hash, 'precision': self._accelerator.mixed_precision}
+        loaded = partial(load_model, self.file, setting='runs')  # the detector cuts it down
+        return store.get(values | detection.facts(), lambda: detection.measure(loaded(), self._accelerator))
 
     def _accuracy(self, test: LabeledFeatures) -> dict[str, Any]:
         assert test.logits_NC is not None
         return {'num_test': len(test), **bootstrap_scores(test.logits_NC, test.labels_N, self._measures.seed)}
 
-    def _probe(self, method: str, target: TransferSet, images: SplitImages, test: LabeledFeatures) -> dict[str, Any]:
-        train, what = self.features(images), f'{target.what}, {self.file}'
-        options: dict[str, Any] = {'seed': self._measures.seed, 'device': self._accelerator.device, 'what': what}
+    def _probe(
+        self, target: TransferSet, images: SplitImages, features: Callable[[], LabeledFeatures], method: str
+    ) -> dict[str, Any]:
+        train, test = self.features(images), features()
         row: dict[str, Any] = {'num_train': len(train), 'num_test': len(test)}
-        for scores in probe(method, train, test, target.num_classes, **options):
+        for scores in probe(method, train, test, target.num_classes, self._measures.seed, self._accelerator.device):
             row |= {f'{scores["method"]}_{name}': value for name, value in scores.items() if name.startswith(METRICS)}
         return row
 

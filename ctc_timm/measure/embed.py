@@ -7,7 +7,7 @@
 Columns, for image i of the folder or data set:
 
     index      i
-    file       path below the folder, or in the tar file; missing for data sets without file names
+    file_name  path below the folder, or in the tar file; missing for data sets without file names
     label      its class, counted from 0; missing where there are no labels
     features   [D], float32
     logits     [C], float32, with `logits=True`
@@ -24,14 +24,15 @@ import csv
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..data.datasets import DatasetSplit, open_split
@@ -43,15 +44,17 @@ from ..models.loading import load_model, named_source
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
+from ..utils.text import sanitize
 from .features import in_order
 from .settings import EmbedSettings
 
 Columns = dict[str, np.ndarray]
+Write = Callable[[Columns], None]
 logger = get_logger(__name__)
 
 
 def embed(settings: EmbedSettings) -> Path:
-    """Write the features of a folder or a data set.
+    """Write the features of a folder or a data set; see above for the columns.
 
     Memory does not grow with the number of images, except for .npz. The file is complete or not there.
 
@@ -62,34 +65,30 @@ def embed(settings: EmbedSettings) -> Path:
         UserError: Another suffix than .parquet, .npz and .csv; a model or data that can't be opened; no image.
     """
     output, data = Path(settings.embedding.output), settings.data
-    create_writer = _writer_of(output)
+    open_writer = _writer_of(output)
     accelerator = create_accelerator(settings.precision)
     in_folder = not data.dataset or ('/' not in data.dataset and data.data_dir is not None)
-    split = settings.embedding.split or ('' if in_folder else data.val_split)
     with accelerator.main_process_first():
-        source = open_split(data, split, labeled=False)
+        source = open_split(data, settings.embedding.split or ('' if in_folder else data.val_split), labeled=False)
     loaded = load_model(*named_source(settings.source), in_chans=data.in_chans, **settings.built.model_kwargs)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
-    model = loaded.model.to(accelerator.device)
-    temporary = output.with_name(f'.{output.name}.tmp')
-    writer = None
-    images = 0
+    batches = _embedded(loaded.model.to(accelerator.device), source, settings, config, accelerator)
+    first = next(batches, None)
+    if first is None:
+        raise UserError(f'{source.name}: no image can be read')
+    images, temporary = 0, output.with_name(f'.{output.name}.tmp')
     try:
-        for columns in _embedded(model, source, settings, config, accelerator):
-            images += len(columns['index'])
-            if accelerator.is_main_process and len(columns['index']):
-                writer = writer or create_writer(temporary, columns)
-                writer.write(columns)
-        if not images:
-            raise UserError(f'{source.name}: no image can be read')
-        if writer is not None:
-            writer.close()
+        with open_writer(temporary, first) if accelerator.is_main_process else nullcontext(lambda _: None) as write:
+            for columns in chain([first], batches):
+                write(columns)
+                images += len(columns['index'])
+        if accelerator.is_main_process:
             os.replace(temporary, output)
-            logger.info(f'{images:,} images, {columns["features"].shape[1]:,} features of each: {output}')
     finally:
-        if writer is not None:
+        if accelerator.is_main_process:
             temporary.unlink(missing_ok=True)
+    logger.info(f'{images:,} images, {first["features"].shape[1]:,} features of each: {output}')
     accelerator.wait_for_everyone()
     return output
 
@@ -100,42 +99,42 @@ def _embedded(
 ) -> Iterator[Columns]:
     """Pass all images through a model; yield the columns of all processes' batches, in the order of the images."""
     several, with_logits = accelerator.num_processes > 1, settings.embedding.logits
-    if with_logits and not has_classification_head(model):
+    streamed, has_head = isinstance(source.dataset, IterableDataset), has_classification_head(model)
+    if with_logits and not has_head:
         raise UserError('`logits=True`: the model has no classification head')
-    streamed = isinstance(source.dataset, IterableDataset)
     if streamed and several:
         raise UserError(f'{source.name}: a stream is embedded by one process')
     dataset = source.dataset if streamed else IndexedDataset(source.dataset)
     loader = create_eval_loader(dataset, settings.loader, config, accelerator.device, distributed=several)
-    done = 0
+    done, unreadable = 0, []
     for images, targets in progress_bar(loader, 'embed', accelerator):
         if settings.built.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        values: dict[str, torch.Tensor] = {}
         with accelerator.autocast():
-            features_BD, logits_BC = _forward(model, images)
-        values = {'features': features_BD.float()} | ({'logits': logits_BC.float()} if with_logits else {})
+            if has_head:
+                values['features'], values['logits'] = features_and_logits(model, images)
+            else:
+                values['features'] = model.forward_head(model.forward_features(images), pre_logits=True).flatten(1)
         index_B = torch.arange(done, done + len(images) * accelerator.num_processes)
         done += len(index_B)
-        if streamed:
-            read_B, label_B = torch.ones_like(index_B, dtype=torch.bool), targets
-        else:
+        targets = in_order(targets, accelerator).cpu()
+        label_B, kept_B = targets, torch.ones_like(index_B, dtype=torch.bool)
+        if not streamed:
             # Padding at the end repeats images; an unreadable image is replaced by the next.
-            label_B, delivered_B, requested_B = in_order(targets, accelerator).cpu().unbind(dim=1)
-            read_B = (delivered_B == index_B) & (requested_B == index_B)
-        columns: dict[str, Tensor] = {'index': index_B}
+            label_B, kept_B = targets[:, 0], (targets[:, 1:] == index_B[:, None]).all(dim=1)
+            unreadable += [dataset.name(i) for i in index_B[~kept_B].tolist() if i < len(dataset)]
+        columns = {'index': index_B[kept_B].numpy()}
+        if names := _file_names(source.dataset, columns['index'], settings.data.data_dir):
+            columns['file_name'] = np.array(names)
         if streamed or source.labels_N is not None:
-            columns['label'] = label_B
-        columns |= {name: in_order(rows, accelerator) for name, rows in values.items()}
-        arrays = {name: rows.cpu()[read_B].numpy() for name, rows in columns.items()}
-        names = _file_names(source.dataset, arrays['index'], settings.data.data_dir)
-        yield {'index': arrays.pop('index')} | ({'file': np.array(names)} if names else {}) | arrays
-
-
-def _forward(model: Any, images: Tensor) -> tuple[Tensor, Any]:
-    """Return features [B, D], and the logits [B, C] of a model with a classification head."""
-    if has_classification_head(model):
-        return features_and_logits(model, images)
-    return model.forward_head(model.forward_features(images), pre_logits=True).flatten(1), None
+            columns['label'] = label_B[kept_B].numpy()
+        for name in ('features', 'logits')[: 1 + with_logits]:
+            columns[name] = in_order(values[name].float(), accelerator).cpu()[kept_B].numpy()
+        if len(columns['index']):
+            yield columns
+    if unreadable:
+        logger.warning(sanitize(f'no row for {len(unreadable):,} unreadable: {", ".join(unreadable[:5])}'))
 
 
 def _file_names(dataset: Any, index: np.ndarray, root: str | None) -> list[str]:
@@ -143,24 +142,14 @@ def _file_names(dataset: Any, index: np.ndarray, root: str | None) -> list[str]:
     reader: Any = getattr(dataset, 'reader', None)
     if not hasattr(reader, 'samples'):
         return []
-    names = [str(reader.filename(i)) for i in index.tolist()]  # below the folder of the split
-    folder = str(getattr(reader, 'root', ''))
-    return [os.path.relpath(os.path.join(folder, name), root) for name in names] if os.path.isdir(folder) else names
+    names, folder = [reader.filename(i) for i in index.tolist()], getattr(reader, 'root', None) or ''
+    below = (os.path.relpath(os.path.join(folder, name), root) if os.path.isdir(folder) else name for name in names)
+    return [os.path.normpath(name) for name in below]
 
 
-class _Writer(Protocol):
-    """Writes columns to a file, whose format is that of the first batch."""
-
-    def write(self, columns: Columns) -> None:
-        """Add a batch."""
-
-    def close(self) -> None:
-        """Finish the file."""
-
-
-def _writer_of(output: Path) -> Callable[[Path, Columns], _Writer]:
+def _writer_of(output: Path) -> Any:
     """Choose the writer by the output's suffix, and make the output's folder."""
-    writers: dict[str, Any] = {'.parquet': _ParquetWriter, '.npz': _NpzWriter, '.csv': _CsvWriter}
+    writers = {'.parquet': _parquet_writer, '.npz': _npz_writer, '.csv': _csv_writer}
     suffix = output.suffix.lower()
     if suffix not in writers or output.is_dir():
         raise UserError(f'`output` {output}: must be a file that ends in {", ".join(writers)}')
@@ -170,58 +159,39 @@ def _writer_of(output: Path) -> Callable[[Path, Columns], _Writer]:
     return writers[suffix]
 
 
-class _ParquetWriter:
-    def __init__(self, file: Path, columns: Columns) -> None:
-        from pyarrow import parquet
+@contextmanager
+def _parquet_writer(file: Path, first: Columns) -> Iterator[Write]:
+    import pyarrow
+    from pyarrow import parquet
 
-        self._writer = parquet.ParquetWriter(file, self._table(columns).schema)
+    def table(columns: Columns) -> Any:
+        lists = pyarrow.FixedSizeListArray.from_arrays
+        return pyarrow.table({n: lists(v.ravel(), v.shape[1]) if v.ndim == 2 else v for n, v in columns.items()})
 
-    def _table(self, columns: Columns) -> Any:
-        import pyarrow
-
-        return pyarrow.table(
-            {
-                name: pyarrow.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1])
-                if values.ndim == 2
-                else pyarrow.array(values)
-                for name, values in columns.items()
-            }
-        )
-
-    def write(self, columns: Columns) -> None:
-        self._writer.write_table(self._table(columns))
-
-    def close(self) -> None:
-        self._writer.close()
+    with parquet.ParquetWriter(file, table(first).schema) as writer:
+        yield lambda columns: writer.write_table(table(columns))
 
 
-class _CsvWriter:
-    def __init__(self, file: Path, columns: Columns) -> None:
-        self._stream = file.open('w', encoding='utf-8', newline='')
-        self._writer = csv.writer(self._stream)
-        header: list[str] = []
-        for name, values in columns.items():
-            header += [f'{name[0]}{i:04d}' for i in range(values.shape[1])] if values.ndim == 2 else [name]
-        self._writer.writerow(header)
+@contextmanager
+def _csv_writer(file: Path, first: Columns) -> Iterator[Write]:
+    header: list[str] = []
+    for name, values in first.items():
+        header += [f'{name[0]}{i:04d}' for i in range(values.shape[1])] if values.ndim == 2 else [name]
+    with file.open('w', encoding='utf-8', newline='') as stream:
+        writer = csv.writer(stream)
+        writer.writerow(header)
 
-    def write(self, columns: Columns) -> None:
-        # As text first: the shortest that is read back as the same float32.
-        texts = [np.atleast_2d(values.astype(str).T).T for values in columns.values()]
-        self._writer.writerows(np.concatenate(texts, axis=1).tolist())
+        def write(columns: Columns) -> None:  # each number as the shortest text that is read back as the same float32
+            texts = [values.astype(str).reshape(len(values), -1) for values in columns.values()]
+            writer.writerows(np.concatenate(texts, axis=1).tolist())
 
-    def close(self) -> None:
-        self._stream.close()
+        yield write
 
 
-class _NpzWriter:
-    def __init__(self, file: Path, columns: Columns) -> None:
-        self._file = file
-        self._batches: list[Columns] = []
-
-    def write(self, columns: Columns) -> None:
-        self._batches.append(columns)
-
-    def close(self) -> None:
-        arrays: dict[str, Any] = {name: np.concatenate([b[name] for b in self._batches]) for name in self._batches[0]}
-        with self._file.open('wb') as stream:
-            np.savez(stream, **arrays)
+@contextmanager
+def _npz_writer(file: Path, first: Columns) -> Iterator[Write]:
+    batches: list[Columns] = []
+    yield batches.append
+    arrays: dict[str, Any] = {name: np.concatenate([batch[name] for batch in batches]) for name in first}
+    with file.open('wb') as stream:
+        np.savez(stream, **arrays)

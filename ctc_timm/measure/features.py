@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ class SplitImages:
         most: Draw this many images, with the classes in proportion; all when None.
 
     Attributes:
-        config: As given.
         identity: Which images they are and how they are transformed: plain values that a cache is keyed by.
 
     Raises:
@@ -64,13 +64,10 @@ class SplitImages:
             raise UserError(f'{source.name}: a stream is measured whole and by one process')
         if source.labels_N is not None and most and most < len(source.labels_N):
             source = part_of(source, draw(source.labels_N, most, seed=0))
-        self.source = source
-        self.accelerator = accelerator
-        self.config = config
-        self.count = len(source.labels_N) if source.labels_N is not None else None
-        transform = {key: config[key] for key in sorted(config)}
-        self.identity = {'data': source.name, 'identity': _identity(source), 'most': most, 'transform': transform}
-        keep = self.count is not None and self.count * torch.Size(config['input_size']).numel() <= KEPT_BYTES
+        self.source, self.config, self.accelerator = source, config, accelerator
+        self.identity = {'data': source.name, 'identity': _identity(source), 'most': most, 'transform': config}
+        self._count = None if source.labels_N is None else len(source.labels_N)
+        keep = self._count is not None and self._count * math.prod(config['input_size']) <= KEPT_BYTES
         self._loader = create_eval_loader(source.dataset, loader, config, accelerator.device, several, keep=keep)
 
     def batches(self, description: str) -> Any:
@@ -79,14 +76,10 @@ class SplitImages:
 
     def gather(self, rows: list[Tensor]) -> Tensor:
         """Join the rows of all processes in the split's order, on the CPU."""
-        return in_order(torch.cat(rows), self.accelerator)[: self.count].cpu()
+        return in_order(torch.cat(rows), self.accelerator)[: self._count].cpu()
 
     def pixels(self, side: int = 32) -> Tensor:
-        """Return the images as vectors, [N, P], normalized as the model sees them.
-
-        Args:
-            side: Larger images are averaged down to this height and width.
-        """
+        """Return the images as vectors, [N, P], normalized as the model sees them, averaged down to this side."""
         rows = []
         for images, _ in self.batches('pixels'):
             if max(images.shape[-2:]) > side:
@@ -96,12 +89,7 @@ class SplitImages:
 
 
 def in_order(rows: Tensor, accelerator: Accelerator) -> Tensor:
-    """Join the rows of all processes: timm's evaluation sampler deals image i to process i mod P, and pads at the end.
-
-    Args:
-        rows: As many in each process.
-        accelerator: Of the processes.
-    """
+    """Join as many rows of each process: timm's evaluation sampler deals image i to process i mod P, and pads."""
     if accelerator.num_processes == 1:
         return rows
     gathered: Any = accelerator.gather(rows)
@@ -124,18 +112,18 @@ def features_of(
         UserError: A model without a classification head, or one that cannot take images of this size.
     """
     values = {**images.identity, 'weights': weights_hash(loaded.model), 'precision': accelerator.mixed_precision}
-    key = json.dumps(values, sort_keys=True, default=str)
-    file = cache / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors' if cache else None
-    found = _read(file, key, logits) if file and accelerator.is_main_process else None
-    if broadcast_object_list([found is not None])[0]:
-        features = found or _read(file, key, logits)
-        if features is not None:
-            return features
-        raise UserError(f'{file}: not visible to all processes; `output` must be a shared folder')
+    key = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    file = cache / f'{key}.safetensors' if cache else None
+    features = _read(file, logits) if accelerator.is_main_process else None
+    if broadcast_object_list([features is not None])[0]:
+        features = features or _read(file, logits)
+        if features is None:
+            raise UserError(f'{file}: not visible to all processes; `output` must be a shared folder')
+        return features
     check_input(loaded.model.cpu(), images.config['input_size'])
     features = compute_features(loaded.model.to(accelerator.device), images, accelerator, logits)
     if file and accelerator.is_main_process:
-        _write(file, key, features)
+        _write(file, features)
     return features
 
 
@@ -167,14 +155,10 @@ def weights_hash(model: nn.Module) -> str:
 
 def _identity(source: DatasetSplit) -> str:
     """Hash what shows whether the images of a split are still the same, without reading them."""
-    digest = hashlib.sha256()
-    if source.labels_N is not None:
-        digest.update(source.labels_N.numpy().tobytes())
+    digest = hashlib.sha256(b'' if source.labels_N is None else source.labels_N.numpy().tobytes())
     reader = getattr(source.dataset, 'reader', source.dataset)
     reader = getattr(reader, 'source', reader)
-    pixels = getattr(reader, 'images', None)
-    if pixels is not None:  # the digits hold theirs in memory
-        digest.update(pixels)
+    digest.update(getattr(reader, 'images', b''))  # the digits hold theirs in memory
     digest.update(str(getattr(getattr(reader, 'dataset', None), '_fingerprint', '')).encode())
     for sample in getattr(reader, 'samples', ()):
         path = str(sample[0])
@@ -185,26 +169,24 @@ def _identity(source: DatasetSplit) -> str:
     return digest.hexdigest()
 
 
-def _read(file: Path | None, key: str, logits: bool) -> LabeledFeatures | None:
-    """Read a cached file; None if it is missing, damaged, of something else, or without the logits needed."""
+def _read(file: Path | None, logits: bool) -> LabeledFeatures | None:
+    """Read a cached file; None if it is missing, damaged, or without the logits needed."""
     if file is None or not file.is_file():
         return None
     try:
         with safe_open(file, framework='pt') as stored:
-            metadata = stored.metadata() or {}
-            held = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            if metadata.get('key') != key or metadata.get(HASH) != tensors_hash(held):
+            held = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+            if (stored.metadata() or {}).get(HASH) != tensors_hash(held):
                 return None
-            names = ('features', 'labels', 'logits') if logits else ('features', 'labels')
-            return LabeledFeatures(*(held[name].clone() for name in names))
+        return LabeledFeatures(held['features'], held['labels'], held['logits'] if logits else None)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
         return None
 
 
-def _write(file: Path, key: str, features: LabeledFeatures) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix('.tmp')
+def _write(file: Path, features: LabeledFeatures) -> None:
     tensors = {'features': features.features_ND, 'labels': features.labels_N, 'logits': features.logits_NC}
     kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, temporary, metadata={'key': key, HASH: tensors_hash(kept)})
+    temporary = file.with_suffix('.tmp')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(kept, temporary, metadata={HASH: tensors_hash(kept)})
     os.replace(temporary, file)

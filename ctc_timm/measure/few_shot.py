@@ -1,7 +1,4 @@
-"""Probes fitted on a few images a class.
-
-Letters: N training images, C classes.
-"""
+"""Probes fitted on a few images a class. Letters: N training images, C classes."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor
 from ..utils.errors import UserError
 from .probes import cross_folds, predict, shuffled_places
 from .scores import mean_scores, point_scores
-from .sets import LabeledFeatures, check_sets, class_label
+from .sets import LabeledFeatures, check_sets
 
 _MOST_FOLDS = 5
 
@@ -27,43 +24,34 @@ def few_shot(
     shots: Sequence[int],
     seeds: Sequence[int],
     device: torch.device | str = 'cpu',
-    what: str = 'the target',
-    class_names: Sequence[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Score probes on draws of a few training images a class, one number of shots after the other.
+    """Score probes on draws of a few training images a class, one number of shots after the other; see `probe`.
 
         for row in few_shot('ridge', train, test, 10, shots=[1, 5, 10, 25], seeds=range(5)):
             print(row['shots'], row['top1'])
 
     The draws of a seed are the same for every method, and nested: its five shots hold its one shot. Ridge and logistic
     regression choose their strength by cross-validation within the drawn images, in as many folds as there are shots
-    and at most five; a single shot leaves nothing to hold out, and the solver's `DEFAULT_STRENGTH` is taken.
+    and at most five; a single shot leaves nothing to hold out.
 
     Args:
-        method: One of `probes.METHODS`.
-        train: What to draw from.
-        test: What to score on, all of it each time.
-        num_classes: C.
         shots: Images a class.
         seeds: One draw each, also the seed of the folds and of the SGD head.
-        device: See `probes.probe`.
-        what: The data set, for messages.
-        class_names: Name of each class, for messages.
 
     Yields:
         For each number of shots the rows of the method's probes, three for `knn` and two for `sgd`: method, shots,
         seeds, and the mean over the draws with its interval, see `mean_scores`.
 
     Raises:
-        UserError: See `check_sets`; no seeds; a number of shots that some class doesn't have, after the rows of those
-            before it.
-        ValueError: An unknown method.
+        UserError: See `check_sets`; a number of shots that some class doesn't have, after the rows of those before it.
     """
-    check_sets(train, test, num_classes, what, class_names)
-    if not len(seeds):
-        raise UserError('`seeds` must be at least 1')
+    check_sets(train, test, num_classes)
+    class_P, count_P = train.labels_N.unique(return_counts=True)
+    fewest = int(count_P.argmin())
     for count in shots:
-        _check_shots(train.labels_N, count, what, class_names)
+        if count > count_P[fewest]:
+            few = f'class {class_P[fewest]} has {count_P[fewest]} training images'
+            raise UserError(f'`shots` {count} is more than every class has: {few}')
         found: dict[str, list[dict[str, float]]] = {}
         for seed in seeds:
             drawn = train.select(sample_shots(train.labels_N, count, seed).to(train.labels_N.device))
@@ -78,14 +66,3 @@ def few_shot(
 def sample_shots(labels_N: Tensor, shots: int, seed: int) -> Tensor:
     """Draw `shots` images of each class: their positions in ascending order, [classes * shots], on the CPU."""
     return (shuffled_places(labels_N, seed) < shots).nonzero()[:, 0]
-
-
-def _check_shots(labels_N: Tensor, shots: int, what: str, class_names: Sequence[str] | None) -> None:
-    """Refuse a number of shots below one, or above a class's number of training images."""
-    if shots < 1:
-        raise UserError(f'`shots` must be at least 1, got {shots}')
-    present_P, count_P = labels_N.unique(return_counts=True)
-    fewest = int(count_P.argmin())
-    if shots > count_P[fewest]:
-        label = class_label(int(present_P[fewest]), class_names)
-        raise UserError(f'{what}: `shots={shots}` is more than the {count_P[fewest]} training images of {label}')

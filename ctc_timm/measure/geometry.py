@@ -22,33 +22,23 @@ _BLOCK_PAIRS = 1 << 23
 
 
 class ClassSpread(NamedTuple):
-    """Variance within and between classes.
+    """Variance within and between classes."""
 
-    Attributes:
-        within: Trace of the covariance within classes, in squared units of the features.
-        between: Trace of the covariance of the class means, each class weighing by its images.
-        spread: within / between; infinite when all class means are the same.
-        collapse: tr(within-class covariance @ pinv(between-class covariance)) / C; infinite likewise. It goes to zero
-            in neural collapse (Papyan, Han & Donoho 2020, NC1), and no rotation or scaling of the features changes it.
-    """
-
-    within: float
-    between: float
-    spread: float
+    within: float  # trace of the covariance within classes, in squared units of the features
+    between: float  # trace of the covariance of the class means, each class weighing by its images
+    spread: float  # within / between; infinite when all class means are the same
+    # tr(within-class covariance @ pinv(between-class covariance)) / C; infinite likewise. It goes to zero in neural
+    # collapse (Papyan, Han & Donoho 2020, NC1), and no rotation or scaling of the features changes it.
     collapse: float
 
 
-def measure_geometry(features_ND: Tensor, labels_N: Tensor, what: str = 'the features') -> dict[str, float]:
-    """Compute all measures of this file.
-
-    Returns:
-        `effective_rank`, `within`, `between`, `spread`, `collapse`, `alignment` and `uniformity`. Dead features and
-        zero vectors give no NaN; `spread` and `collapse` are infinite where the class means don't differ.
+def measure_geometry(features_ND: Tensor, labels_N: Tensor) -> dict[str, float]:
+    """Compute all measures of this file by name; dead features and zero vectors give no NaN.
 
     Raises:
-        UserError: Features that are not finite, named by `what`; one class only; no two images of a class.
+        UserError: Features that are not finite; one class only; no two images of a class.
     """
-    check_finite(features_ND, what)
+    check_finite(features_ND, 'the features')
     return {
         'effective_rank': effective_rank(features_ND),
         **class_spread(features_ND, labels_N)._asdict(),
@@ -58,13 +48,10 @@ def measure_geometry(features_ND: Tensor, labels_N: Tensor, what: str = 'the fea
 
 
 def effective_rank(features_ND: Tensor) -> float:
-    """Compute exp of the entropy of the normalized singular values (Roy & Vetterli 2007, definition 1).
+    """Compute exp of the entropy of the features' normalized singular values (Roy & Vetterli 2007, definition 1).
 
-    Of the features less their mean. The singular values are roots of the covariance's eigenvalues, of which those at
-    the level of rounding count as zero.
-
-    Returns:
-        From 1 to min(N - 1, D), or 0 when all images have the same features.
+    Of the features less their mean; singular values at the level of rounding count as zero. From 1 to min(N - 1, D),
+    or 0 when all images have the same features.
     """
     features_ND = features_ND.to(float64_device(features_ND.device))
     eigenvalues_R = torch.linalg.eigvalsh(gram(features_ND)[1])
@@ -76,14 +63,11 @@ def effective_rank(features_ND: Tensor) -> float:
 
 
 def class_spread(features_ND: Tensor, labels_N: Tensor) -> ClassSpread:
-    """Compare the variance within classes with that between them.
+    """Compare the variance within classes with that between them, of which there must be two (else UserError).
 
     With the class means less the mean of all images, each times the root of its share of the images, as the rows of
     M = U diag(s) V', the between-class covariance is M'M and its pseudo-inverse V diag(s^-2) V'. So the collapse
     measure is the within-class variance along each direction of V over s^2, and no [D, D] matrix is needed.
-
-    Raises:
-        UserError: One class only.
     """
     count_C, mean_CD, residual_ND, _ = _by_class(features_ND, labels_N)
     if len(count_C) < 2:
@@ -104,14 +88,8 @@ def alignment(features_ND: Tensor, labels_N: Tensor) -> float:
     """Average the squared distance between unit-length features of two images of a class, over all such pairs.
 
     Wang & Isola 2020 (arXiv 2005.10242, section 4.1, alpha 2), with the images of a class as positives. For n vectors
-    with mean m the sum over ordered pairs is 2 n sum |u - m|^2, so no pair is ever formed. A zero vector counts as
-    the zero vector.
-
-    Returns:
-        0 when each class is a point on the sphere, about 2 when its images are spread evenly over it.
-
-    Raises:
-        UserError: No two images of a class.
+    with mean m the sum over ordered pairs is 2 n sum |u - m|^2, so no pair is ever formed. 0 when each class is a point
+    on the sphere, about 2 when its images are spread evenly over it. Without two images of a class a UserError.
     """
     count_C, _, residual_ND, class_N = _by_class(unit_rows(features_ND), labels_N)
     pairs = float((count_C * (count_C - 1)).sum())
@@ -123,14 +101,8 @@ def alignment(features_ND: Tensor, labels_N: Tensor) -> float:
 def uniformity(features_ND: Tensor) -> float:
     """Compute the log of the mean Gaussian potential exp(-2 |u - v|^2) of unit-length features over pairs of images.
 
-    Wang & Isola 2020 (arXiv 2005.10242, section 4.1, t 2). Distances are computed in blocks, to bound the memory. A
-    zero vector counts as the zero vector.
-
-    Returns:
-        From 0, all images at one point, down to about -4 for features even over a sphere of many dimensions.
-
-    Raises:
-        UserError: Fewer than two images.
+    Wang & Isola 2020 (arXiv 2005.10242, section 4.1, t 2), in blocks, to bound the memory. From 0, all images at one
+    point, down to about -4 for features even over a sphere of many dimensions. Fewer than two images: a UserError.
     """
     unit_ND = unit_rows(features_ND)
     count = len(unit_ND)

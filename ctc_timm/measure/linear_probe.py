@@ -17,7 +17,7 @@ from ..utils.distributed import create_accelerator
 from ..utils.progress import outer_bar
 from .features import features_of
 from .few_shot import few_shot
-from .plots.probes import plot_probes
+from .plots.accuracy import plot_probes
 from .probes import probe
 from .results import table, write_csv, write_json
 from .settings import LinearProbeSettings
@@ -80,15 +80,13 @@ def _probe_target(
     }
 
     def rows() -> Iterator[dict[str, Any]]:
-        sets, names = (train, test, target.num_classes), target.class_names
-        options: dict[str, Any] = {'device': accelerator.device, 'what': target.what, 'class_names': names}
+        sets, device = (train, test, target.num_classes), accelerator.device
         for method in chosen.probes:
-            for row in probe(method, *sets, seed=chosen.seed, **options):
+            for row in probe(method, *sets, chosen.seed, device):
                 yield {'num_train': len(train), **row}
             bar.update()
         for method in chosen.probes if chosen.shots else ():
-            seeds = range(chosen.seed, chosen.seed + chosen.seeds)
-            yield from few_shot(method, *sets, chosen.shots, seeds, **options)
+            yield from few_shot(method, *sets, chosen.shots, range(chosen.seed, chosen.seed + chosen.seeds), device)
             bar.update()
 
     target.check(train, test)

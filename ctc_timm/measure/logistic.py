@@ -21,6 +21,7 @@ Letters: N images, D feature size, C classes, R axes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +31,16 @@ from .sets import LabeledFeatures, gram
 STRENGTHS = tuple(10 ** (power / 2) for power in range(2, -11, -1))  # 10 down to 1e-5
 DEFAULT_STRENGTH = 1.0  # the best or near it with one image a class, on digits and on CIFAR-10
 _TOLERANCE, _RANKING_TOLERANCE = 1e-7, 1e-3  # largest entry of the gradient, in coordinates of curvature about one
-_MAX_ITERATIONS = 1000
 
 
 def solve(
     train: LabeledFeatures, num_classes: int, strengths: Sequence[float], exact: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logistic regression along strengths, each started from the last, a `probes.PathSolver`.
+    """Fit logistic regression along strengths, each started from the last; best the strongest first.
 
     A class without images gets a bias of minus infinity: the objective has no minimum for it, only that limit.
 
     Args:
-        train: [N, D] and [N].
-        num_classes: C.
-        strengths: Solved in this order, best the strongest first.
         exact: To a gradient of 1e-7, weights to about 1e-5 of the largest; else to 1e-3.
 
     Yields:
@@ -55,7 +52,7 @@ def solve(
     weights_PR = scaled_RN.new_zeros(len(present_P), len(variance_R))
     bias_P = scaled_RN.new_zeros(len(present_P))
     for strength in strengths:
-        _minimize(weights_PR, bias_P, scaled_RN, labels_N, variance_R, strength, tolerance)
+        _minimize(weights_PR, bias_P, (scaled_RN, labels_N, variance_R), strength, tolerance)
         weights_DC = scaled_RN.new_zeros(len(mean_D), num_classes)
         bias_C = scaled_RN.new_full((num_classes,), -torch.inf)
         weights_DC[:, present_P] = axes_DR @ weights_PR.T
@@ -64,9 +61,9 @@ def solve(
 
 
 def _principal(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean [D], scaled axes [D, R], and in these axes the features [R, N] and their variances [R].
+    """Compute mean [D], scaled axes [D, R], and in these axes the features [R, N] and their variances [R].
 
-    An axis holds the division by the root of the mean variance. Classes and axes come before images throughout:
+    An axis includes the division by the root of the mean variance. Classes and axes come before images throughout:
     the products and the softmax run two to ten times faster that way round.
     """
     count, size = features_ND.shape
@@ -87,29 +84,23 @@ def _principal(features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def _minimize(
-    weights_PR: Tensor,
-    bias_P: Tensor,
-    scaled_RN: Tensor,
-    labels_N: Tensor,
-    variance_R: Tensor,
-    strength: float,
-    tolerance: float,
+    weights_PR: Tensor, bias_P: Tensor, features: tuple[Tensor, Tensor, Tensor], strength: float, tolerance: float
 ) -> None:
-    """Move weights and bias to the minimum, in place."""
+    """Move weights and bias to the minimum, in place; `features` are scaled [R, N], labels [N] and variances [R]."""
+    scaled_RN, labels_N, variance_R = features
     count = len(labels_N)
     chance_PN = torch.addmm(bias_P[:, None], weights_PR, scaled_RN).softmax(dim=0)
     spread_P = (chance_PN * (1 - chance_PN)).mean(dim=1).clamp_min(1e-6)
     step_PR, step_P = (spread_P[:, None] * variance_R + strength).rsqrt(), spread_P.rsqrt()
     w_PR, b_P = torch.nn.Parameter(weights_PR / step_PR), torch.nn.Parameter(bias_P / step_P)
     minus_one_1N = scaled_RN.new_full((1, count), -1.0)
-    optimizer = torch.optim.LBFGS(
-        [w_PR, b_P],
-        max_iter=_MAX_ITERATIONS,
-        tolerance_grad=tolerance,
-        tolerance_change=1e-14,
-        history_size=10,
-        line_search_fn='strong_wolfe',
-    )
+    options: dict[str, Any] = {
+        'max_iter': 1000,
+        'tolerance_change': 1e-14,
+        'history_size': 10,
+        'line_search_fn': 'strong_wolfe',
+    }
+    optimizer = torch.optim.LBFGS([w_PR, b_P], tolerance_grad=tolerance, **options)
 
     @torch.no_grad()
     def objective() -> Tensor:

@@ -3,26 +3,97 @@
 A critic scores pairs. Joint pairs are an image's own x and t, marginal pairs the x of one image and the t of another.
 A bound says how much information is needed to distinguish the two kinds as well as the critic does.
 
-Letters: N images, B batch, M marginal pairs, X and D coordinates of x and t, E embedding, H hidden.
+Letters: N images, B batch, M marginal pairs, X and D coordinates of x and t, E embedding, H hidden, C classes.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import MLP
 
 from ..utils.errors import UserError
-from .estimates import SMALLEST, Estimate, Estimator, Progress, Values, numbers_of, paired
 
 EVALUATE_EVERY = 5  # steps between two readings of the held-out images
+Progress = Callable[[int, int], None]
+Values = Tensor | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One estimate of I(X;T)."""
+
+    nats: float  # for `renyi` in nats of its own entropy
+    standard_error: float  # noise of `nats` on these images, in nats; neither bias nor the spread over trainings
+    curve: list[float] = field(default_factory=list, repr=False)  # the bound while its critic was trained
+    curve_every: int = 1  # training steps between two points of the curve, and before the first
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An estimator of mutual information with its settings."""
+
+    seed: int = 0  # of all random draws
+    device: str | torch.device = 'cpu'
+
+    @abstractmethod
+    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
+        """Estimate I(X;T) of numbers [N, ...], class labels [N] or one-hot rows [N, C], of the same images.
+
+        Args:
+            progress: Called as `progress(step, steps)` after each training step.
+
+        Raises:
+            UserError: See `paired`; too few images to hold out; a training that diverged.
+        """
+
+
+def paired(x: Values, t: Values) -> tuple[Tensor, Tensor]:
+    """Check both variables, and return each as floats [N, X] or, for one-dimensional integers (labels), int64 [N].
+
+    Raises:
+        UserError: Different numbers of rows, fewer than 32, NaN or infinity, no coordinates.
+    """
+    if len(x) != len(t):
+        raise UserError(f'x has {len(x)} rows and t has {len(t)}: one of each is needed for every image')
+    if len(x) < 32:
+        raise UserError(f'mutual information of {len(x)} images: at least 32 are needed')
+    checked = []
+    for name, values in (('x', x), ('t', t)):
+        tensor = torch.as_tensor(values).detach()
+        if tensor.is_complex() or not tensor.numel():
+            raise UserError(f'{name} must be real numbers [N, ...] or labels [N], got {list(tensor.shape)}')
+        if tensor.ndim == 1 and not tensor.is_floating_point():
+            checked.append(tensor.long())
+            continue
+        tensor = tensor.reshape(len(tensor), -1)
+        wrong = int((~tensor.isfinite().all(dim=1)).sum())
+        if wrong:
+            raise UserError(f'{name} has NaN or infinity in {wrong} of {len(tensor)} rows: leave those images out')
+        checked.append(tensor if tensor.dtype == torch.float64 else tensor.float())
+    return checked[0], checked[1]
+
+
+def labels_of(values: Tensor) -> Tensor | None:
+    """Return the class of each image, [N] from 0, of labels [N] or one-hot rows [N, C]; None for other numbers."""
+    if values.ndim == 2:
+        if values.shape[1] < 2 or not bool(((values == 0) | (values == 1)).all() and (values.sum(dim=1) == 1).all()):
+            return None
+        values = values.argmax(dim=1)
+    return torch.unique(values, return_inverse=True)[1]
+
+
+def numbers_of(values: Tensor) -> Tensor:
+    """Return numbers [N, D] as they are and labels [N] as one-hot rows [N, C]; float32."""
+    return values.float() if values.ndim == 2 else F.one_hot(torch.unique(values, return_inverse=True)[1]).float()
 
 
 def donsker_varadhan(joint_B: Tensor, marginal_M: Tensor) -> Tensor:
@@ -30,19 +101,22 @@ def donsker_varadhan(joint_B: Tensor, marginal_M: Tensor) -> Tensor:
     return joint_B.mean() - _log_mean_exp(marginal_M)
 
 
-def _log_mean_exp(values: Tensor) -> Tensor:
-    return torch.logsumexp(values.flatten(), dim=0) - math.log(values.numel())
+def _log_mean_exp(values_M: Tensor) -> Tensor:
+    return torch.logsumexp(values_M, dim=0) - math.log(len(values_M))
 
 
-def off_diagonal(scores_BB: Tensor) -> Tensor:
+def _off_diagonal(scores_BB: Tensor) -> Tensor:
     """Return all scores of pairs from different images, [B * (B - 1)]."""
     B = len(scores_BB)
     return scores_BB.flatten()[1:].view(B - 1, B + 1)[:, :-1].flatten()
 
 
 @dataclass(frozen=True)
-class NeuralEstimator(Estimator):
-    """Trains a critic on pairs of x and t, and reads off a bound.
+class InfoNCE(Estimator):
+    """InfoNCE (van den Oord et al., arXiv 1807.03748): little noise, but never above log(batch_size) nats.
+
+    A critic is trained on pairs of x and t, and a bound is read off. Its score is the inner product of an embedding of
+    x and one of t, over sqrt(E); scores are [B, B]. MINE and SMILE have other critics and bounds.
 
     With `held_out=0` the estimate is the mean of the bound over the last `window` steps, each on the batch just trained
     on: the published form. A critic can memorize images, so this is no lower bound on a finite sample.
@@ -50,77 +124,46 @@ class NeuralEstimator(Estimator):
     With `held_out` above 0 that share of the images is kept from training and cut in two halves. Every 5 steps the
     bound is read on a batch of each, see `read_halves`: stopping early costs no bias, for no image helps to choose its
     own window.
-
-    Attributes:
-        hidden: H, width of the perceptron.
-        layers: Its linear layers, at least 2, with ReLU between them.
-        embed: E, size of the embeddings whose inner product is the score; `infonce` and `smile` only.
-        learning_rate: Of Adam.
-        decay: Lower the learning rate linearly to zero over the second half of the steps.
-        steps: Training steps.
-        batch_size: B, images a step drawn without replacement, all of them when there are fewer.
-        average_rate: Share of the new value in the moving average of the exponential term; `mine` only.
-        clip: Bound of the marginal scores; `smile` only.
-        marginals: 'draw' pairs the batch's x with the t of a second, independent draw, in which an image may meet
-            itself; 'shift' with the t of the batch's next image, never itself. `mine` only: the others use all pairs
-            of different images in the batch (`infonce`: with the joint ones).
-        standardize: Give each coordinate of x and t mean zero and deviation one over all N images first.
-        held_out: Share of the images kept from training; 0 reads the bound on the images trained on.
-        window: Steps over which the bound is averaged.
     """
 
-    hidden: int = 256
-    layers: int = 2
-    embed: int = 32
-    learning_rate: float = 1e-3
-    decay: bool = True
-    steps: int = 1500
-    batch_size: int = 1024
-    average_rate: float = 0.1
-    clip: float = 5.0
-    marginals: str = 'shift'
-    standardize: bool = True
-    held_out: float = 0.5
-    window: int = 200
-    limits: ClassVar[dict[str, tuple[float, float]]] = {
-        **{'hidden': (1, 1e6), 'layers': (2, 100), 'embed': (1, 1e6), 'batch_size': (2, 1e9), 'steps': (20, 1e9)},
-        **{'window': (20, 1e9), 'learning_rate': (SMALLEST, 1e30), 'clip': (SMALLEST, 1e30)},
-        **{'average_rate': (SMALLEST, 0.999), 'held_out': (0, 0.999)},
-    }
+    hidden: int = 256  # H, width of the perceptron
+    layers: int = 2  # its linear layers, with ReLU between them
+    embed: int = 32  # E, size of the embeddings whose inner product is the score; `infonce` and `smile`
+    learning_rate: float = 1e-3  # of Adam
+    decay: bool = True  # lower it linearly to zero over the second half of the steps
+    steps: int = 1000
+    batch_size: int = 512  # B, images a step drawn without replacement, all of them when there are fewer
+    average_rate: float = 0.1  # share of the new value in the moving average of the exponential term; `mine`
+    clip: float = 5.0  # bound of the marginal scores; `smile`
+    # Pair the batch's x with the t of the batch's next image; else with that of a second, independent draw, in which an
+    # image may meet itself. `mine`; the others use all pairs of different images in the batch.
+    shift_marginals: bool = True
+    standardize: bool = True  # give each coordinate mean zero and deviation one over all N images first
+    held_out: float = 0.5  # share of the images kept from training; 0 reads the bound on the images trained on
+    window: int = 50  # steps over which the bound is averaged
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.marginals not in ('draw', 'shift'):
-            raise UserError(f"marginals must be 'draw' or 'shift', got {self.marginals!r}")
-        if self.window > self.steps:
-            raise UserError(f'window must be at most the {self.steps} steps, got {self.window}')
-
-    @abstractmethod
     def critic(self, x_dim: int, t_dim: int) -> Any:
         """Create the critic of x [B, X] and t [B, D]."""
+        return nn.ModuleList([self.perceptron(dim, self.embed) for dim in (x_dim, t_dim)])
 
-    @abstractmethod
+    def perceptron(self, inputs: int, outputs: int) -> nn.Sequential:
+        """Create linear layers with ReLU between them."""
+        return nn.Sequential(*MLP(inputs, [self.hidden] * (self.layers - 1) + [outputs]))
+
     def scores(self, critic: Any, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
         """Score joint and marginal pairs; `other_BD` is the t of other images, for critics that take pairs."""
+        return critic[0](x_BX) @ critic[1](t_BD).T / math.sqrt(self.embed)
 
-    @abstractmethod
     def bound(self, scores: Tensor) -> Tensor:
-        """Compute the bound in nats, a scalar."""
+        """Compute mean_i(s_ii - log mean_j exp s_ij), in nats (arXiv 1905.06922, eq. 10)."""
+        return (scores.diagonal() - scores.logsumexp(dim=1)).mean() + math.log(len(scores))
 
-    @abstractmethod
     def loss(self, critic: Any, scores: Tensor) -> Tensor:
-        """Compute what is minimized, a scalar."""
+        """Compute what is minimized."""
+        return -self.bound(scores)
 
     def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
-        """Estimate I(X;T), see `Estimator.estimate`; `progress` is called after every step.
-
-        Returns:
-            The estimate. Its error is that of batch means over the window; with held-out images half the difference of
-            the two readings if that is more.
-
-        Raises:
-            UserError: Inputs as in `paired`; too few images to hold out; a training that diverged.
-        """
+        """Estimate I(X;T), see `Estimator`; the error is that of batch means over the window, see `read_halves`."""
         x_NX, t_ND = (numbers_of(v) for v in paired(x, t))
         if self.standardize:
             x_NX, t_ND = standardized(x_NX), standardized(t_ND)
@@ -144,7 +187,7 @@ class NeuralEstimator(Estimator):
             if self.decay:
                 optimizer.param_groups[0]['lr'] = self.learning_rate * min(1.0, 2 * (1 - (step - 1) / self.steps))
             index_B = batch(train)
-            scores = score(index_B, index_B.roll(1) if self.marginals == 'shift' else batch(train))
+            scores = score(index_B, index_B.roll(1) if self.shift_marginals else batch(train))
             optimizer.zero_grad()
             self.loss(critic, scores).backward()
             optimizer.step()
@@ -182,14 +225,19 @@ class NeuralEstimator(Estimator):
         return Estimate(nats, error, ((curves[0] + curves[1]) / 2).tolist(), EVALUATE_EVERY)
 
 
-class Mine(NeuralEstimator):
+@dataclass(frozen=True)
+class Mine(InfoNCE):
     """Mutual information neural estimation (Belghazi et al., arXiv 1801.04062): a perceptron on x and t side by side.
 
     Scores are [2, B], joint and marginal.
     """
 
+    steps: int = 1500
+    batch_size: int = 1024
+    window: int = 200
+
     def critic(self, x_dim: int, t_dim: int) -> Any:
-        critic: Any = perceptron(x_dim + t_dim, self.hidden, 1, self.layers)
+        critic: Any = self.perceptron(x_dim + t_dim, 1)
         critic.log_average = None
         return critic
 
@@ -219,31 +267,6 @@ class Mine(NeuralEstimator):
         return -(scores[0].mean() - (log_mean - log_average).exp())
 
 
-@dataclass(frozen=True)
-class InfoNCE(NeuralEstimator):
-    """InfoNCE (van den Oord et al., arXiv 1807.03748): little noise, but never above log(batch_size) nats.
-
-    The score is the inner product of an embedding of x and one of t, over sqrt(E); scores are [B, B].
-    """
-
-    batch_size: int = 512
-    steps: int = 1000
-    window: int = 50
-
-    def critic(self, x_dim: int, t_dim: int) -> Any:
-        return nn.ModuleList([perceptron(dim, self.hidden, self.embed, self.layers) for dim in (x_dim, t_dim)])
-
-    def scores(self, critic: Any, x_BX: Tensor, t_BD: Tensor, other_BD: Tensor) -> Tensor:
-        return critic[0](x_BX) @ critic[1](t_BD).T / math.sqrt(self.embed)
-
-    def bound(self, scores: Tensor) -> Tensor:
-        """Compute mean_i(s_ii - log mean_j exp s_ij) (arXiv 1905.06922, eq. 10)."""
-        return (scores.diagonal() - scores.logsumexp(dim=1)).mean() + math.log(len(scores))
-
-    def loss(self, critic: Any, scores: Tensor) -> Tensor:
-        return -self.bound(scores)
-
-
 class Smile(InfoNCE):
     """SMILE (Song and Ermon, arXiv 1910.06222): InfoNCE's critic, trained by Jensen and Shannon's bound.
 
@@ -252,33 +275,24 @@ class Smile(InfoNCE):
 
     def bound(self, scores: Tensor) -> Tensor:
         """Compute Donsker and Varadhan's bound with marginal scores clipped to [-clip, clip] (eq. 16)."""
-        return donsker_varadhan(scores.diagonal(), off_diagonal(scores).clamp(-self.clip, self.clip))
+        return donsker_varadhan(scores.diagonal(), _off_diagonal(scores).clamp(-self.clip, self.clip))
 
     def loss(self, critic: Any, scores: Tensor) -> Tensor:
         """Compute mean softplus(-joint) + mean softplus(marginal); its best critic is the log density ratio."""
-        return F.softplus(-scores.diagonal()).mean() + F.softplus(off_diagonal(scores)).mean()
+        return F.softplus(-scores.diagonal()).mean() + F.softplus(_off_diagonal(scores)).mean()
 
 
 # What the CTC paper (arXiv 2203.03871) used for I(X;T), on raw pixels and pooled features, and for I(T;Y), on pooled
 # features and one-hot labels: hours on a processor. 'small' is for processors, calibrated in docs/information.md.
 _PUBLISHED = Mine(
     hidden=1024, layers=4, learning_rate=8e-5, decay=False, steps=10_000, batch_size=5000, average_rate=0.01,
-    marginals='draw', standardize=False, held_out=0.0, window=500,
+    shift_marginals=False, standardize=False, held_out=0.0, window=500,
 )  # fmt: skip
 MINE_PRESETS = {
     'small': Mine(),
     'published_xt': _PUBLISHED,
     'published_ty': replace(_PUBLISHED, learning_rate=1e-5, steps=20_000),
 }
-
-
-def perceptron(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:
-    """Create `layers` linear layers with ReLU between them."""
-    sizes = [inputs] + [hidden] * (layers - 1) + [outputs]
-    modules: list[nn.Module] = [nn.Linear(sizes[0], sizes[1])]
-    for before, after in zip(sizes[1:-1], sizes[2:]):
-        modules += [nn.ReLU(), nn.Linear(before, after)]
-    return nn.Sequential(*modules)
 
 
 def standardized(values_ND: Tensor) -> Tensor:
@@ -294,15 +308,7 @@ def read_halves(first: np.ndarray, second: np.ndarray, length: int) -> tuple[flo
     """Read the bound of each held-out half where the other half's is best over `length` points, and average.
 
     A critic that scores all pairs alike has the bound zero. It counts as a choice too, so where no window of the other
-    half is above zero the reading is zero.
-
-    Args:
-        first: Bounds on one half over the training, in nats.
-        second: On the other half, at the same steps.
-        length: Points of a window.
-
-    Returns:
-        The mean of the two readings, and its error: that of batch means, or half the readings' difference if more.
+    half is above zero the reading is zero. The error is that of batch means, or half the readings' difference if more.
     """
     readings, errors = [], []
     for read, chosen_by in ((first, second), (second, first)):
@@ -314,22 +320,16 @@ def read_halves(first: np.ndarray, second: np.ndarray, length: int) -> tuple[flo
     return sum(readings) / 2, max(math.hypot(*errors), abs(readings[0] - readings[1])) / 2
 
 
-def batch_means_error(values: Sequence[float] | np.ndarray, batches: int = 20) -> float:
+def batch_means_error(values: np.ndarray, batches: int = 20) -> float:
     """Compute the standard error of the mean of an autocorrelated series, by non-overlapping batch means.
 
-    Neighboring values of a training curve resemble each other, so deviation / sqrt(number) would claim too much.
-    The means of long enough stretches are nearly independent; their deviation over sqrt(stretches) is the error.
-
-    Args:
-        values: The series; a remainder that fills no stretch is left out at its start.
-        batches: Number of stretches, fewer when the series is shorter than two values each.
-
-    Returns:
-        The error in the unit of the values; infinity for a series shorter than four values.
+    Neighboring values of a training curve resemble each other, so deviation / sqrt(number) would claim too much. The
+    means of long enough stretches are nearly independent; their deviation over sqrt(stretches) is the error. Infinity
+    for a series shorter than four values.
     """
     batches = min(batches, len(values) // 2)
     if batches < 2:
         return math.inf
     length = len(values) // batches
-    means = np.asarray(values[len(values) - batches * length :], dtype=np.float64).reshape(batches, length).mean(axis=1)
+    means = np.asarray(values[len(values) - batches * length :]).reshape(batches, length).mean(axis=1)
     return float(means.std(ddof=1) / math.sqrt(batches))

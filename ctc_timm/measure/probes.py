@@ -12,8 +12,7 @@ Letters: N training images, M test images, D feature size, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,23 +34,12 @@ class Prediction(NamedTuple):
         method: `ridge`, `logistic`, `knn-1`, `knn-5`, `knn-20`, `sgd-last` or `sgd-best`.
         logits_MC: For `knn` the votes, [M, C], on the device where they were computed.
         settings: What was chosen: `strength` and `selection_accuracy` (percent, None when the training set was too
-            small to hold images out), `neighbors` (fewer than asked for when there are fewer training images), or
-            `epoch`.
+            small to hold images out), `neighbors` (fewer when there are fewer training images), or `epoch`.
     """
 
     method: str
     logits_MC: Tensor
     settings: dict[str, float | int | None]
-
-
-class PathSolver(Protocol):
-    """Fits linear classifiers along a path of strengths, in the order given."""
-
-    def __call__(
-        self, train: LabeledFeatures, num_classes: int, strengths: Sequence[float], exact: bool
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield weights [D, C] and bias [C] for each strength; `exact` or just well enough to rank strengths."""
-        ...
 
 
 def probe(
@@ -61,8 +49,6 @@ def probe(
     num_classes: int,
     seed: int = 0,
     device: torch.device | str = 'cpu',
-    what: str = 'the target',
-    class_names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Fit a probe on frozen features and score it on test images.
 
@@ -72,10 +58,7 @@ def probe(
         test: What to score on; nothing is chosen on it but the epoch of `sgd-best`.
         num_classes: C.
         seed: Of the training split, the SGD head and the bootstrap.
-        device: Where to compute. Ridge and logistic regression need float64 and take the CPU in place of a device
-            without it.
-        what: The data set, for messages.
-        class_names: Name of each class, for messages.
+        device: Where to compute; for ridge and logistic regression the CPU in place of a device without float64.
 
     Returns:
         Rows of plain values: method, top1, top1_low, top1_high, ... (see `bootstrap_scores`), and what was chosen. One
@@ -85,7 +68,7 @@ def probe(
         UserError: See `check_sets`.
         ValueError: An unknown method.
     """
-    check_sets(train, test, num_classes, what, class_names)
+    check_sets(train, test, num_classes)
     predictions = predict(method, train, test, num_classes, hold_out(train.labels_N, seed), seed, device)
     return [
         {'method': p.method, **bootstrap_scores(p.logits_MC, test.labels_N.to(p.logits_MC.device), seed), **p.settings}
@@ -94,15 +77,8 @@ def probe(
 
 
 def ridge_scores(train: LabeledFeatures, test: LabeledFeatures, num_classes: int) -> dict[str, float]:
-    """Score the ridge probe with seed 0 on the CPU without intervals, cheap enough during training.
-
-    Returns:
-        For each of `scores.METRICS`, percent, the same as `probe('ridge', ...)` gives.
-
-    Raises:
-        UserError: See `check_sets`.
-    """
-    check_sets(train, test, num_classes, 'the target')
+    """Score `probe('ridge', ...)` on the CPU without intervals, cheap enough during training; see `point_scores`."""
+    check_sets(train, test, num_classes)
     (prediction,) = predict('ridge', train, test, num_classes, hold_out(train.labels_N, 0))
     return point_scores(prediction.logits_MC, test.labels_N.to(prediction.logits_MC.device))
 
@@ -116,55 +92,36 @@ def predict(
     seed: int = 0,
     device: torch.device | str = 'cpu',
 ) -> list[Prediction]:
-    """Fit a probe and predict, for sets that have been checked; arguments as of `probe`.
+    """Fit a probe and predict, for sets that have been checked; see `probe`.
+
+    The strength of `ridge` and `logistic` is that of the highest accuracy over the held-out images, the strongest if
+    several; their `DEFAULT_STRENGTH` where no image is held out.
 
     Args:
-        fold_N: Of `hold_out` or `cross_folds`: the training images held out while a strength is chosen.
-
-    Raises:
-        ValueError: An unknown method.
+        fold_N: The fold in which each training image is held out, of `hold_out` or `cross_folds`.
     """
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')
     device = torch.device(device) if method in ('knn', 'sgd') else float64_device(device)
-    train, test = train.to(device), test.to(device)
+    train, test, fold_N = train.to(device), test.to(device), fold_N.to(device)
     if method == 'knn':
         votes = neighbor_votes(train, test.features_ND, num_classes)
-        return [
-            Prediction(f'knn-{k}', votes_MC, {'neighbors': min(k, len(train))}) for k, votes_MC in zip(NEIGHBORS, votes)
-        ]
+        return [Prediction(f'knn-{k}', v_MC, {'neighbors': min(k, len(train))}) for k, v_MC in zip(NEIGHBORS, votes)]
     if method == 'sgd':
-        last_MC, best_MC, best_epoch = train_head(train, test, num_classes, seed)
-        return [
-            Prediction('sgd-last', last_MC, {'epoch': EPOCHS}),
-            Prediction('sgd-best', best_MC, {'epoch': best_epoch}),
-        ]
+        last_MC, best_MC, epoch = train_head(train, test, num_classes, seed)
+        return [Prediction('sgd-last', last_MC, {'epoch': EPOCHS}), Prediction('sgd-best', best_MC, {'epoch': epoch})]
     solver = ridge if method == 'ridge' else logistic
-    strength, accuracy = _choose(solver.solve, train, num_classes, fold_N.to(device), solver.STRENGTHS)
-    strength = solver.DEFAULT_STRENGTH if strength is None else strength
+    strength, accuracy, hits = solver.DEFAULT_STRENGTH, None, [0] * len(solver.STRENGTHS)
+    for fold in range(int(fold_N.max()) + 1):
+        rest, held = train.select(fold_N != fold), train.select(fold_N == fold)
+        for i, (weights_DC, bias_C) in enumerate(solver.solve(rest, num_classes, solver.STRENGTHS, exact=False)):
+            logits_HC = torch.addmm(bias_C, held.features_ND.double(), weights_DC)
+            hits[i] += int((ranks(logits_HC, held.labels_N) == 0).sum())
+    if (fold_N != NEVER).any():
+        strength, accuracy = solver.STRENGTHS[hits.index(max(hits))], 100 * max(hits) / int((fold_N != NEVER).sum())
     weights_DC, bias_C = next(solver.solve(train, num_classes, [strength]))
     logits_MC = torch.addmm(bias_C, test.features_ND.double(), weights_DC)
     return [Prediction(method, logits_MC, {'strength': strength, 'selection_accuracy': accuracy})]
-
-
-def _choose(
-    solve: PathSolver, train: LabeledFeatures, num_classes: int, fold_N: Tensor, strengths: Sequence[float]
-) -> tuple[float | None, float | None]:
-    """Find the strength of the highest accuracy over the held-out images, the strongest if several.
-
-    Returns:
-        The strength and its accuracy in percent; None for both when no image is held out.
-    """
-    held_out = int((fold_N != NEVER).sum())
-    if not held_out:
-        return None, None
-    hits = [0] * len(strengths)
-    for fold in range(int(fold_N.max()) + 1):
-        rest, held = train.select(fold_N != fold), train.select(fold_N == fold)
-        for i, (weights_DC, bias_C) in enumerate(solve(rest, num_classes, strengths, exact=False)):
-            logits_MC = torch.addmm(bias_C, held.features_ND.double(), weights_DC)
-            hits[i] += int((ranks(logits_MC, held.labels_N) == 0).sum())
-    return strengths[hits.index(max(hits))], 100 * max(hits) / held_out
 
 
 def hold_out(labels_N: Tensor, seed: int) -> Tensor:
@@ -177,9 +134,8 @@ def cross_folds(labels_N: Tensor, folds: int, seed: int) -> Tensor:
 
     scikit-learn's `StratifiedKFold` would hold out a class's only image, and leave none to train on.
     """
-    place_N = shuffled_places(labels_N, seed)
-    counts_C = torch.bincount(labels_N.cpu())
-    return torch.where(counts_C[labels_N.cpu()] > 1, place_N % folds, NEVER)
+    labels_N = labels_N.cpu()
+    return torch.where(torch.bincount(labels_N)[labels_N] > 1, shuffled_places(labels_N, seed) % folds, NEVER)
 
 
 def shuffled_places(labels_N: Tensor, seed: int) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def _finite(content: Any) -> Any:
 def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows that need not all have the same columns; a column comes where it is first met."""
     text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), restval='')
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,11 +47,10 @@ class RowStore:
     """
 
     def __init__(self, file: Path, write: bool = True) -> None:
-        self.file = file
         self.rows: dict[str, dict[str, Any]] = {}
         text = file.read_text(encoding='utf-8', errors='replace') if file.is_file() else ''
+        self._file, self._write = file, write
         self._separator = '' if text.endswith('\n') or not text else '\n'  # ends a line that was cut off
-        self._write = write
         for line in text.splitlines():
             try:
                 stored = json.loads(line)
@@ -60,14 +59,8 @@ class RowStore:
                 continue
 
     def get(self, values: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a row; measure and keep it where it is missing.
-
-        Args:
-            values: All that the row depends on, plain values.
-            measure: Computes it.
-        """
-        text = json.dumps(values, sort_keys=True, default=str)
-        key = hashlib.sha256(text.encode()).hexdigest()
+        """Return the row that depends on these plain values; measure and keep it where it is missing."""
+        key = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
         if key not in self.rows:
             self.add(key, measure())
         return self.rows[key]
@@ -76,30 +69,24 @@ class RowStore:
         """Keep a row under a key."""
         self.rows[key] = row
         if self._write:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open('a', encoding='utf-8') as stream:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open('a', encoding='utf-8') as stream:
                 stream.write(self._separator + json.dumps({'key': key, 'row': row}) + '\n')
             self._separator = ''
 
 
-def table(rows: Iterable[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Format rows for a terminal, words to the left and numbers to the right.
+def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
+    """Format rows of plain values for a terminal, words to the left, numbers to the right, None as nothing.
 
     Args:
-        rows: Of plain values; None and missing ones show as nothing.
+        rows: One a line.
         columns: Heading of each column by its name.
     """
-    rows = list(rows)
-    lines = [list(columns.values()), *([_cell(row.get(name)) for name in columns] for row in rows)]
-    aligned = []
-    for name, cells in zip(columns, zip(*lines)):
-        width = max(map(len, cells))
-        to_left = all(isinstance(row.get(name), str) for row in rows)
-        aligned.append([cell.ljust(width) if to_left else cell.rjust(width) for cell in cells])
-    return '\n'.join('  '.join(line).rstrip() for line in zip(*aligned))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ''
-    return f'{value:.2f}' if isinstance(value, float) else str(value)
+    lines = []
+    for name, heading in columns.items():
+        values = [row.get(name) for row in rows]
+        texts = [f'{v:.2f}' if isinstance(v, float) else '' if v is None else str(v) for v in values]
+        align = str.ljust if all(isinstance(value, str) for value in values) else str.rjust
+        width = max(map(len, [heading, *texts]))
+        lines.append([align(text, width) for text in (heading, *texts)])
+    return '\n'.join('  '.join(line).rstrip() for line in zip(*lines))

@@ -36,13 +36,7 @@ DEFAULT_STRENGTH = 10.0  # the best or near it with one image a class, on digits
 def solve(
     train: LabeledFeatures, num_classes: int, strengths: Sequence[float], exact: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Fit ridge classifiers along a path of strengths; a `probes.PathSolver`.
-
-    Args:
-        train: [N, D] and [N].
-        num_classes: C.
-        strengths: Positive, in mean eigenvalues of the features' covariance.
-        exact: Has no effect, every solution is exact.
+    """Fit ridge classifiers along strengths, in mean eigenvalues of the features' covariance; all are exact.
 
     Yields:
         weights [D, C] and bias [C], float64, for each strength; one pair is held at a time.

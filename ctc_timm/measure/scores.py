@@ -41,12 +41,11 @@ def point_scores(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
 def bootstrap_scores(
     logits_NC: Tensor, labels_N: Tensor, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, float]:
-    """Compute the scores with 95% percentile bootstrap intervals (Efron & Tibshirani 1993, section 13.3).
+    """Compute the scores with 95% percentile bootstrap intervals over images (Efron & Tibshirani 1993, section 13.3).
 
-    Drawing N images with replacement only matters through how many fall in each cell of class and outcome
-    (top-1 hit, other top-5 hit, miss), and those counts are multinomial. They are drawn directly: the same
-    distribution as resampling images, without an [R, N] table of draws. A class that a resample misses
-    altogether leaves that resample's mean per-class.
+    Only the number of drawn images in each cell of class and outcome (top-1 hit, other top-5 hit, miss) matters, and
+    those counts are multinomial: they are drawn directly, without an [R, N] table of draws. A class that a resample
+    misses leaves that resample's mean per-class.
 
     Returns:
         For each of `METRICS` three columns: name, name_low and name_high.
@@ -65,21 +64,18 @@ def bootstrap_scores(
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """Average scores over runs or draws, with Student's 95% interval of the mean; one row has no interval.
-
-    Args:
-        rows: The scores of each by the names of `METRICS`; other columns are ignored.
+    """Average the scores of several runs or draws, with Student's 95% interval of the mean.
 
     Returns:
-        For each of `METRICS` three columns: name, name_low and name_high, None where there is no interval.
+        For each of `METRICS` three columns: name, name_low and name_high; of a single row no interval but None.
     """
     columns: dict[str, float | None] = {}
     for name in METRICS:
         values = [row[name] for row in rows]
-        columns |= {name: fmean(values), f'{name}_low': None, f'{name}_high': None}
-        if len(values) > 1:
-            half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-            columns |= {f'{name}_low': fmean(values) - half, f'{name}_high': fmean(values) + half}
+        mean, several = fmean(values), len(values) > 1
+        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if several else 0.0
+        ends = (mean - half, mean + half) if several else (None, None)
+        columns |= dict(zip((name, f'{name}_low', f'{name}_high'), (mean, *ends)))
     return columns
 
 

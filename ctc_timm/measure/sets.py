@@ -24,21 +24,11 @@ class LabeledFeatures:
         features_ND: Pooled, before the classifier, [N, D].
         labels_N: int64, [N], counted from 0.
         logits_NC: Of the model's own classifier, [N, C], where they were computed.
-
-    Raises:
-        ValueError: The shapes do not fit.
     """
 
     features_ND: Tensor
     labels_N: Tensor
     logits_NC: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.features_ND.ndim != 2 or self.labels_N.shape != self.features_ND.shape[:1]:
-            raise ValueError(
-                'features must be [N, D] and labels [N], '
-                f'got {list(self.features_ND.shape)} and {list(self.labels_N.shape)}'
-            )
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -56,60 +46,47 @@ def check_sets(
     train: LabeledFeatures,
     test: LabeledFeatures,
     num_classes: int,
-    what: str,
+    what: str = 'the target',
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Refuse sets on which no probe can be fitted or measured. A class without an image in either set is allowed.
+    """Refuse sets on which no probe can be fitted or measured; messages begin with `what`, the data set.
 
-    Args:
-        train: What the probe is fitted on.
-        test: What it is measured on.
-        num_classes: C.
-        what: The data set, which begins each message.
-        class_names: Name of each class, for the messages.
+    A class without an image in either set is allowed.
 
     Raises:
         UserError: No images; a label outside 0 to C - 1; one class only; a class in one set and absent from the
             other; features that are not finite.
     """
-    parts = {'training': train, 'test': test}
+    parts, present = {'training': train, 'test': test}, {}
     for name, part in parts.items():
         if not len(part):
             raise UserError(f'{what}: no {name} images')
-        low, high = int(part.labels_N.min()), int(part.labels_N.max())
-        if low < 0 or high >= num_classes:
-            raise UserError(
-                f'{what}: {name} labels run from {low} to {high}, but must lie between 0 and {num_classes - 1}'
-            )
-    has = {name: torch.bincount(part.labels_N, minlength=num_classes).cpu() > 0 for name, part in parts.items()}
-    if int((has['training'] | has['test']).sum()) < 2:
+        classes = part.labels_N.unique().tolist()
+        if classes[0] < 0 or classes[-1] >= num_classes:
+            span = f'from {classes[0]} to {classes[-1]}'
+            raise UserError(f'{what}: {name} labels run {span}, but must lie between 0 and {num_classes - 1}')
+        present[name] = set(classes)
+    if len(present['training'] | present['test']) < 2:
         only = class_label(int(train.labels_N[0]), class_names)
         raise UserError(f'{what}: every image is of {only}, but a probe needs at least two classes')
     for name, other in (('test', 'training'), ('training', 'test')):
-        absent = (has[other] & ~has[name]).nonzero().flatten().tolist()
+        absent = sorted(present[other] - present[name])
         if absent:
-            label = class_label(absent[0], class_names)
             more = f' and {len(absent) - 1} more' if len(absent) > 1 else ''
             raise UserError(
-                f'{what}: no {name} images of {label}{more}, of which there are {other} images; '
-                'both splits must hold the same classes'
+                f'{what}: no {name} images of {class_label(absent[0], class_names)}{more}, of which there are {other} '
+                'images; both splits must hold the same classes'
             )
     for name, part in parts.items():
         check_finite(part.features_ND, f'{what}: the {name} features')
 
 
 def check_finite(features_ND: Tensor, what: str) -> None:
-    """Refuse features with NaN or infinite entries, [N, D].
-
-    Raises:
-        UserError: Begins with `what`, and gives the number of such images.
-    """
+    """Refuse features [N, D] with NaN or infinite entries by a UserError that begins with `what`."""
     bad = int((~torch.isfinite(features_ND).all(dim=1)).sum())
     if bad:
-        raise UserError(
-            f'{what} of {bad} of {len(features_ND)} images are NaN or infinite; '
-            'take weights from before the training diverged'
-        )
+        images = f'{bad} of {len(features_ND)} images'
+        raise UserError(f'{what} of {images} are NaN or infinite; take weights from before the training diverged')
 
 
 def class_label(number: int, class_names: Sequence[str] | None) -> str:
@@ -141,10 +118,7 @@ def exact_mean(features_ND: Tensor) -> Tensor:
     division by its variance would blow up.
     """
     origin_D = features_ND[0].double()
-    total_D = torch.zeros_like(origin_D)
-    for block_BD in features_ND.split(BLOCK_ROWS):
-        total_D += (block_BD.double() - origin_D).sum(dim=0)
-    return origin_D + total_D / len(features_ND)
+    return origin_D + sum((b.double() - origin_D).sum(dim=0) for b in features_ND.split(BLOCK_ROWS)) / len(features_ND)
 
 
 def gram(features_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,25 +22,27 @@ class MeasuredModelSettings:
 
 
 @dataclass(frozen=True)
-class ValidationSettings:
-    """What is validated, and where the numbers go."""
-
-    num_classes: int | None = setting(None, "outputs; the weights' own when not given", low=1, metavar='N')
-    split: str = setting('', 'same as the validation split', metavar='NAME')
-    output: str = setting(
-        '', "where the results go; the run's validation/ or results/NAME when not given", metavar='DIR'
-    )
-
-
-@dataclass(frozen=True)
-class ValidateSettings:
-    """All settings of `ctc_timm.validate`."""
-
+class _ModelOnDataSettings:
     source: SourceSettings = group('Model', SourceSettings)
     built: MeasuredModelSettings = group('Model, built', MeasuredModelSettings)
     data: DataSettings = group('Data', DataSettings)
     loader: LoaderSettings = group('Loading', LoaderSettings)
     precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What is validated, and where the numbers go."""
+
+    num_classes: int | None = setting(None, "outputs; the weights' own when not given", low=1, metavar='N')
+    split: str = setting('', 'same as the validation split', metavar='NAME')
+    output: str = setting('', "where results go; the run's validation/ or results/NAME", metavar='DIR')
+
+
+@dataclass(frozen=True)
+class ValidateSettings(_ModelOnDataSettings):
+    """All settings of `ctc_timm.validate`."""
+
     validation: ValidationSettings = group('Validation', ValidationSettings)
 
 
@@ -57,16 +59,27 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
-class LinearProbeSettings:
+class LinearProbeSettings(_ModelOnDataSettings):
     """All settings of `ctc_timm.linear_probe`."""
 
-    source: SourceSettings = group('Model', SourceSettings)
-    built: MeasuredModelSettings = group('Model, built', MeasuredModelSettings)
     probe: ProbeSettings = group('Probes', ProbeSettings)
     target: TargetSettings = group('Target', TargetSettings)
-    data: DataSettings = group('Data', DataSettings)
-    loader: LoaderSettings = group('Loading', LoaderSettings)
-    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """What is embedded, and the file that it goes to."""
+
+    output: str = setting('features.parquet', 'file to write: .parquet, .npz or .csv', metavar='FILE')
+    split: str = setting('', 'which split; a folder whole, or the validation split of a data set', metavar='NAME')
+    logits: bool = setting(False, 'write the class scores too')
+
+
+@dataclass(frozen=True)
+class EmbedSettings(_ModelOnDataSettings):
+    """All settings of `ctc_timm.embed`."""
+
+    embedding: EmbeddingSettings = group('Features', EmbeddingSettings)
 
 
 @dataclass(frozen=True)
@@ -83,12 +96,8 @@ class MeasureSettings:
     every: int = setting(1, 'take each N-th kept epoch', low=1, metavar='N')
     no_cache: bool = setting(False, 'keep no features on disk')
     output: str = setting('', "where results go; the run's dynamics/, or results/dynamics for several", metavar='DIR')
-    detection_epochs: int = setting(
-        3, 'for target coco:FOLDER: epochs of training heads on each frozen body', low=1, metavar='N'
-    )
-    detection_images: int = setting(
-        500, 'for target coco:FOLDER: images drawn of the training images', low=1, metavar='N'
-    )
+    detection_epochs: int = setting(3, 'for coco:FOLDER: epochs of training heads', low=1, metavar='N')
+    detection_images: int = setting(500, 'for coco:FOLDER: training images that are drawn', low=1, metavar='N')
 
 
 @dataclass(frozen=True)
@@ -97,27 +106,6 @@ class DynamicsSettings:
 
     measures: MeasureSettings = group('Measures', MeasureSettings)
     target: TargetSettings = group('Target', TargetSettings)
-    data: DataSettings = group('Data', DataSettings)
-    loader: LoaderSettings = group('Loading', LoaderSettings)
-    precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)
-
-
-@dataclass(frozen=True)
-class EmbeddingSettings:
-    """What is embedded, and the file that it goes to."""
-
-    output: str = setting('features.parquet', 'file to write: .parquet, .npz or .csv', metavar='FILE')
-    split: str = setting('', 'which split; the whole folder or data set when not given', metavar='NAME')
-    logits: bool = setting(False, 'write the class scores too')
-
-
-@dataclass(frozen=True)
-class EmbedSettings:
-    """All settings of `ctc_timm.embed`."""
-
-    source: SourceSettings = group('Model', SourceSettings)
-    built: MeasuredModelSettings = group('Model, built', MeasuredModelSettings)
-    embedding: EmbeddingSettings = group('Features', EmbeddingSettings)
     data: DataSettings = group('Data', DataSettings)
     loader: LoaderSettings = group('Loading', LoaderSettings)
     precision: PrecisionSettings = group('Mixed precision', PrecisionSettings)

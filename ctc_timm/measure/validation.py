@@ -1,11 +1,16 @@
-"""Accuracy of a model from anywhere on a data set, to results.json and CSV."""
+"""Accuracy of a model from anywhere on a data set: timm's evaluator, with accuracy by class."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
+from timm.data.loader import PrefetchLoader
+from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
+from torch import Tensor, nn
 
 from ..data.datasets import check_labels, open_split
 from ..data.loaders import create_eval_loader
@@ -13,8 +18,8 @@ from ..data.transforms import data_config
 from ..models.backbones import architecture, check_input
 from ..models.loading import load_model, named_source
 from ..utils.distributed import create_accelerator
+from ..utils.progress import progress_bar
 from ..utils.text import sanitize
-from .evaluation import evaluate
 from .results import write_csv, write_json
 from .settings import ValidateSettings
 
@@ -40,9 +45,8 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     check_labels(source, loaded.model.num_classes, split)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
-    model = loaded.model.to(accelerator.device)
-    several = accelerator.num_processes > 1
-    loader = create_eval_loader(source.dataset, settings.loader, config, accelerator.device, distributed=several)
+    model, device = loaded.model.to(accelerator.device), accelerator.device
+    loader = create_eval_loader(source.dataset, settings.loader, config, device, accelerator.num_processes > 1)
     metrics = evaluate(model, loader, accelerator, model.num_classes, settings.built.channels_last)
     per_class = [
         {'class': index, 'name': source.class_names.get(index, str(index)), 'top1': top1}
@@ -88,3 +92,57 @@ def table_of(results: dict[str, Any]) -> str:
         f'  loss            {results["loss"]:7.4f}\n'
         f'  hardest         {hardest}'
     )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: PrefetchLoader, accelerator: Accelerator, num_classes: int, channels_last: bool = False
+) -> dict[str, Any]:
+    """Pass a split, of `create_eval_loader`, through a model, which is left in evaluation mode.
+
+    Returns:
+        See `PerClassEvaluator.compute`; over all processes, each image counted once.
+    """
+    model.eval()
+    evaluator = PerClassEvaluator(num_classes, accelerator.device, evaluation_sample_limit(loader))
+    for images, targets in progress_bar(loader, 'validate', accelerator):
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            output = model(images)
+        evaluator.update(output, targets)
+    return evaluator.compute(distributed=accelerator.num_processes > 1)
+
+
+class PerClassEvaluator(ClassificationEvaluator):
+    """timm's evaluator, which also counts the images and hits of each of C classes."""
+
+    def __init__(self, num_classes: int, device: torch.device, max_samples: int | None = None) -> None:
+        self.num_classes = num_classes
+        super().__init__(device, max_samples=max_samples)
+
+    def reset(self) -> None:
+        """Start anew."""
+        super().reset()
+        self.per_class_2C = torch.zeros(2, self.num_classes, dtype=torch.int64, device=self.device)
+
+    @torch.no_grad()
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Add a batch: logits [B, C] and classes [B]; without the padding beyond `max_samples`."""
+        before = self.num_samples
+        super().update(output, target)
+        count = self.num_samples - before
+        output, target = output[:count], target[:count]
+        for row, classes in enumerate((target, target[output.argmax(dim=1) == target])):
+            self.per_class_2C[row] += torch.bincount(classes, minlength=self.num_classes)
+
+    def compute(self, distributed: bool = False) -> Any:
+        """Return 'loss', 'top1', 'top5', 'per_class' [C] in percent, None for a class without images, 'num_images'."""
+        metrics: Any = super().compute(distributed=distributed)
+        totals = self.per_class_2C.clone()
+        if distributed:
+            torch.distributed.all_reduce(totals)
+        images, hits = totals.tolist()
+        metrics['per_class'] = [100 * hit / count if count else None for count, hit in zip(images, hits)]
+        metrics['num_images'] = sum(images)
+        return metrics

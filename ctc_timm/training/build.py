@@ -21,8 +21,8 @@ from ..data.loaders import RefreshLoader, StreamLoader, TrainLoader, create_eval
 from ..data.mixup import create_mixup
 from ..data.settings import DataSettings
 from ..data.transforms import data_config
-from ..measure.evaluation import evaluate
 from ..measure.plots import plot_run
+from ..measure.validation import evaluate
 from ..models.backbones import architecture, check_input
 from ..models.creation import check_compiler, create_model, prepare_model
 from ..runs import Run

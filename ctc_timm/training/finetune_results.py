@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..measure.plots.finetune import plot_finetune
+from ..measure.plots.accuracy import plot_finetune
 from ..measure.results import table, write_csv, write_json
 from ..measure.scores import mean_scores
 from ..utils.errors import UserError

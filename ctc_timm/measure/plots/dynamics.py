@@ -43,12 +43,9 @@ def plot_dynamics(results: Results, folder: Path) -> list[Path]:
         The pictures: tradeoff.png, compression.png, path.png if there are targets with probes, and information.png if
         it was measured.
     """
-    drawn = {'tradeoff': _tradeoff}
-    if results['targets']:
-        drawn['path'] = _path
-    drawn['compression'] = _compression
-    if results['information'] != 'none':
-        drawn['information'] = _information
+    drawn = {'tradeoff': _tradeoff, 'compression': _compression}
+    drawn |= {'path': _path} if results['targets'] else {}
+    drawn |= {'information': _information} if results['information'] != 'none' else {}
     with drawing():
         return [save(draw(results), folder / f'{name}.png') for name, draw in drawn.items()]
 
@@ -84,7 +81,7 @@ def _plot_over_epochs(ax: Axes, results: Results, kind: str, dataset: str, colum
 
 
 def _add_legend(figure: Figure, ax: Axes, more: dict[str, dict[str, Any]]) -> None:
-    """Put the legend of a panel above all, with more entries that no line of the panel has."""
+    """Put the legend of a panel above all, with entries that no line of the panel has."""
     for label, style in more.items():
         ax.plot([], [], label=label, **{'color': GRAY, **style})
     handles, labels = ax.get_legend_handles_labels()
@@ -115,9 +112,8 @@ def _tradeoff(results: Results) -> Figure:
 
 
 def _path(results: Results) -> Figure:
-    targets = results['targets']
+    targets, column = results['targets'], main_column('target', results['probes'])
     figure, panels = plt.subplots(1, len(targets), figsize=(5.2 * len(targets) + 0.6, 5), squeeze=False)
-    column = main_column('target', results['probes'])
     source = {run: rows for run, _, rows in _trajectories(results, 'source', '')}
     changes = {run['name']: run['stage_change'] for run in results['runs']}
     for ax, target in zip(panels.flat, targets):
@@ -133,12 +129,9 @@ def _path(results: Results) -> Figure:
         ax.set_ylabel(f'target top-1 accuracy (%), {column.removesuffix("_top1")}')
         _title(ax, results, 'target', target)
     marks: dict[str, dict[str, Any]] = {'first epoch': {'marker': 'o', 'markerfacecolor': 'none'}}
-    if _stage_entry(results):
-        marks['end of instance stage'] = {'marker': 'x'}
-    marks['last epoch'] = {'marker': '*'}
-    _add_legend(
-        figure, panels[0, 0], {name: {'linestyle': 'none', 'markersize': 9, **mark} for name, mark in marks.items()}
-    )
+    marks |= {'end of instance stage': {'marker': 'x'}} if _stage_entry(results) else {}
+    marks |= {'last epoch': {'marker': '*'}}
+    _add_legend(figure, panels[0, 0], {k: {'linestyle': 'none', 'markersize': 9, **mark} for k, mark in marks.items()})
     return figure
 
 
@@ -146,13 +139,13 @@ def _information(results: Results) -> Figure:
     sets = _sets(results)
     figure, panels = plt.subplots(1, len(sets), figsize=(4.6 * len(sets) + 1, 4.6), squeeze=False)
     epochs = [row['epoch'] for row in results['rows']]
-    scale: dict[str, Any] = {'cmap': 'cividis', 'vmin': min(epochs), 'vmax': max(epochs)}
+    scale: dict[str, Any] = {'cmap': 'cividis', 'vmin': min(epochs), 'vmax': max(epochs), 's': 45, 'zorder': 3}
     for ax, (kind, dataset) in zip(panels.flat, sets):
         for _, style, rows in _trajectories(results, kind, dataset):
-            x, y = ([row[f'information_{name}'] for row in rows] for name in ('xt', 'ty'))
+            x, y, colors = ([row[name] for row in rows] for name in ('information_xt', 'information_ty', 'epoch'))
             ax.plot(x, y, color=style['color'], linewidth=1, alpha=0.6)
-            shape = {'marker': style['marker'], 'edgecolors': style['color'], 's': 45, 'zorder': 3}
-            points = ax.scatter(x, y, c=[row['epoch'] for row in rows], label=style['label'], **shape, **scale)
+            shape = {'marker': style['marker'], 'edgecolors': style['color'], 'label': style['label']}
+            points = ax.scatter(x, y, c=colors, **shape, **scale)
         ax.set_xlabel('I(X;T) (nats)')
         ax.set_ylabel('I(T;Y) (nats)')
         _title(ax, results, kind, dataset, f', {results["information"]}')

@@ -23,18 +23,10 @@ from matplotlib.ticker import MaxNLocator
 from ...utils.text import sanitize
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GRAY = '#0072B2', '#E69F00', '#009E73', '#D55E00', '#CC79A7', '#666666'
-STYLE: dict[Any, Any] = {
-    'axes.grid': True,
-    'axes.spines.right': False,
-    'axes.spines.top': False,
-    'figure.constrained_layout.use': True,
-    'font.size': 10,
-    'grid.alpha': 0.3,
-    'legend.frameon': False,
-    'lines.linewidth': 1.8,
-}
 COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, '#56B4E9', '#000000')
 MARKERS = 'osD^vPX'
+STYLE: dict[Any, Any] = {'axes.grid': True, 'axes.spines.right': False, 'axes.spines.top': False, 'font.size': 10}
+STYLE |= {'figure.constrained_layout.use': True, 'grid.alpha': 0.3, 'legend.frameon': False, 'lines.linewidth': 1.8}
 
 
 def drawing() -> AbstractContextManager:
@@ -64,19 +56,10 @@ def mark_stage_change(ax: Axes, change: float | None, color: str = GRAY) -> None
         ax.axvline(change, color=color, linestyle='-.', linewidth=1.2)
 
 
-def second_axis(ax: Axes) -> Axes:
-    """Add an axis on the right."""
-    second = ax.twinx()
-    second.grid(False)
-    second.spines['right'].set_visible(True)
-    return second
-
-
 def error_lengths(rows: list[dict[str, Any]]) -> list[list[float]]:
     """Return the lengths of top-1 error bars below and above, zero where a row has no interval."""
-    return [
-        [0.0 if row[end] is None else abs(row['top1'] - row[end]) for row in rows] for end in ('top1_low', 'top1_high')
-    ]
+    ends = ('top1_low', 'top1_high')
+    return [[0.0 if row[end] is None else abs(row['top1'] - row[end]) for row in rows] for end in ends]
 
 
 def save(figure: Figure, picture: str | os.PathLike) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from .style import (
     BLUE,
     GRAY,
     GREEN,
-    ORANGE,
     PURPLE,
     VERMILION,
     Axes,
@@ -25,19 +24,18 @@ from .style import (
     mark_stage_change,
     plt,
     save,
-    second_axis,
 )
 
 Rows = list[dict[str, Any]]
 _MONITORED = {
-    'monitor_ridge_top1': 'target top-1 accuracy (%),\nridge on frozen features',
-    'monitor_effective_rank': 'effective rank\nof target features',
-    'monitor_spread': 'within / between spread\nof target classes',
+    'eval_monitor_ridge_top1': 'target top-1 accuracy (%),\nridge on frozen features',
+    'eval_monitor_effective_rank': 'effective rank\nof target features',
+    'eval_monitor_spread': 'within / between spread\nof target classes',
 }
 
 
 def plot_run(run: str | os.PathLike) -> list[Path]:
-    """Draw loss parts, accuracy and learning rate of a run over the epochs, the stage change marked.
+    """Draw loss parts, metrics and learning rate of a run over the epochs, the stage change marked.
 
     Returns:
         The pictures, plots/training.png and where a target was monitored plots/monitor.png.
@@ -48,16 +46,44 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
     run = Run(run)
     rows: Rows = list(run.rows())
     if not rows:
-        raise UserError(f'{run.path / "summary.csv"}: holds no epoch')
-    change = stage_change(run)
-    panels: list[Callable[[Axes], None]] = [partial(_task_loss, rows=rows, change=change)]
-    if 'train_ctc_loss' in rows[0]:
-        panels.append(partial(_contrast, rows=rows, change=change))
-    panels += [partial(_accuracy, rows=rows), partial(_learning_rate, rows=rows)]
-    pictures = [_draw(run, 'training.png', change, panels)]
-    if 'eval_monitor_ridge_top1' in rows[0]:
-        monitored = [partial(_monitored, rows=rows, column=column) for column in _MONITORED]
-        pictures.append(_draw(run, 'monitor.png', change, monitored))
+        raise UserError(f'{run.summary_file}: holds no epoch')
+    change, pictures = stage_change(run), [run.plots / 'training.png']
+    has_contrast = 'train_ctc_loss' in rows[0]
+    with _panels(pictures[0], run, 3 + has_contrast, change) as axes:
+        loss = 'train_task_loss' if 'train_task_loss' in rows[0] else 'train_loss'
+        for column, linestyle, label in ((loss, '-', 'training'), ('eval_loss', ':', 'validation')):
+            _plot(axes[0], rows, column, 'task loss (nats)', color=BLUE, linestyle=linestyle, label=label)
+        axes[0].legend(loc='upper right')
+        if change is not None:
+            for text, side in (('instance stage  ', 'right'), ('  temporal stage', 'left')):
+                place: dict[str, Any] = {'xy': (change, 1.0), 'xycoords': ('data', 'axes fraction')}
+                axes[0].annotate(text, **place, ha=side, va='bottom', color=GRAY, annotation_clip=False)
+        if has_contrast and change is None:
+            _plot(axes[1], rows, 'train_ctc_loss', 'CTC term (nats)', color=VERMILION)
+        elif has_contrast:  # the two stages' terms are different sums, each with its line and scale
+            for stage, ax, options in (
+                ('instance', axes[1], {'color': VERMILION, 'marker': 'o'}),
+                ('temporal', _right(axes[1]), {'color': PURPLE, 'marker': 's', 'linestyle': '--'}),
+            ):
+                part = [row for row in rows if (float(row['epoch']) > (change or 0)) is (stage == 'temporal')]
+                _plot(ax, part, 'train_ctc_loss', f'{stage} term (nats)', **options, markersize=3)
+                ax.yaxis.label.set_color(options['color'])
+        metrics = [name for name in rows[0] if name.startswith('eval_') and name not in (*_MONITORED, 'eval_loss')]
+        ylabel = 'validation accuracy (%)' if 'eval_top1' in metrics else 'validation'
+        for i, column in enumerate(metrics):
+            _plot(axes[-2], rows, column, ylabel, label=literal(column.removeprefix('eval_')), **look(i))
+        axes[-2].legend(ncols=2, fontsize=8)
+        _plot(axes[-1], rows, 'lr', 'learning rate', color=GREEN, drawstyle='steps-mid')
+        axes[-1].set_yscale('log' if all(float(row.get('lr') or 1) > 0 for row in rows) else 'linear')
+    if all(column in rows[0] for column in _MONITORED):
+        pictures.append(run.plots / 'monitor.png')
+        with _panels(pictures[1], run, 3, change) as axes:
+            for ax, (column, ylabel) in zip(axes, _MONITORED.items()):
+                _plot(ax, rows, column, ylabel, color=VERMILION, marker='o', markersize=4)
+            source = _right(axes[0])
+            _plot(source, rows, 'eval_top1', 'source top-1 accuracy (%)', color=BLUE, linestyle='--')
+            source.yaxis.label.set_color(BLUE)
+            axes[0].yaxis.label.set_color(VERMILION)
     return pictures
 
 
@@ -68,80 +94,30 @@ def stage_change(run: Run) -> float | None:
     return min(temporal) - 0.5 if temporal and len(temporal) < len(stages) else None
 
 
-def _draw(run: Run, name: str, change: float | None, panels: Sequence[Callable[[Axes], None]]) -> Path:
+@contextmanager
+def _panels(picture: Path, run: Run, count: int, change: float | None) -> Iterator[Any]:
+    """Give panels over the epochs, one above the other, to draw in; then save them."""
     with drawing():
-        figure, axes = plt.subplots(len(panels), 1, figsize=(7, 2.55 * len(panels)), sharex=True)
-        for ax, draw in zip(axes, panels):
-            draw(ax)
+        figure, axes = plt.subplots(count, 1, figsize=(7, 2.55 * count), sharex=True)
+        yield axes
+        for ax in axes:
             mark_stage_change(ax, change)
         epoch_axis(axes[-1])
         figure.suptitle(literal(run.path.name), fontsize=11)
-        return save(figure, run.path / 'plots' / name)
+        save(figure, picture)
 
 
-def _task_loss(ax: Axes, rows: Rows, change: float | None) -> None:
-    training = 'train_task_loss' if 'train_task_loss' in rows[0] else 'train_loss'
-    ax.plot(*_series(rows, training), color=BLUE, label='training')
-    if 'eval_loss' in rows[0]:
-        ax.plot(*_series(rows, 'eval_loss'), color=BLUE, linestyle=':', label='validation')
-    ax.set_ylabel('task loss (nats)')
-    ax.legend(loc='upper right')
-    if change is not None:
-        for text, side in (('instance stage  ', 'right'), ('  temporal stage', 'left')):
-            place: dict[str, Any] = {'xy': (change, 1.0), 'xycoords': ('data', 'axes fraction')}
-            ax.annotate(text, **place, ha=side, va='bottom', color=GRAY, annotation_clip=False)
-
-
-def _contrast(ax: Axes, rows: Rows, change: float | None) -> None:
-    """Draw the two stages' terms, which are different sums, each with its line and scale."""
-    epochs, values = _series(rows, 'train_ctc_loss')
-    if change is None:
-        ax.plot(epochs, values, color=VERMILION)
-        ax.set_ylabel('CTC term (nats)')
-        return
-    before = sum(epoch < change for epoch in epochs)
-    styles: dict[str, dict[str, Any]] = {
-        'instance': {'color': VERMILION, 'marker': 'o', 'markersize': 3},
-        'temporal': {'color': PURPLE, 'linestyle': '--', 'marker': 's', 'markersize': 3},
-    }
-    for stage, part, side in (('instance', slice(before), ax), ('temporal', slice(before, None), second_axis(ax))):
-        side.plot(epochs[part], values[part], **styles[stage])
-        side.set_ylabel(f'{stage} term (nats)', color=styles[stage]['color'])
-
-
-def _accuracy(ax: Axes, rows: Rows) -> None:
-    if 'eval_top1' not in rows[0]:  # of another task than classification
-        columns = [name for name in rows[0] if name.startswith('eval_') and _series(rows, name)[0]]
-        for i, name in enumerate(columns):
-            ax.plot(*_series(rows, name), label=literal(name.removeprefix('eval_')), **look(i))
-        ax.set_ylabel('validation')
-        ax.legend(ncols=2, fontsize=8)
-        return
-    ax.plot(*_series(rows, 'eval_top1'), color=BLUE, marker='o', markersize=3, label='top-1')
-    ax.plot(*_series(rows, 'eval_top5'), color=ORANGE, linestyle='--', marker='s', markersize=3, label='top-5')
-    ax.set_ylabel('validation accuracy (%)')
-    ax.legend(loc='lower right')
-
-
-def _learning_rate(ax: Axes, rows: Rows) -> None:
-    epochs, rates = _series(rows, 'lr')
-    ax.plot(epochs, rates, color=GREEN, drawstyle='steps-mid')
-    ax.set_ylabel('learning rate')
-    ax.set_yscale('log' if all(rate > 0 for rate in rates) else 'linear')
-
-
-def _monitored(ax: Axes, rows: Rows, column: str) -> None:
-    """Draw a number of the target; beside its accuracy that of the source, on a scale of its own."""
-    ax.plot(*_series(rows, f'eval_{column}'), color=VERMILION, marker='o', markersize=4)
-    ax.set_ylabel(_MONITORED[column])
-    if column == 'monitor_ridge_top1':
-        ax.yaxis.label.set_color(VERMILION)
-        source = second_axis(ax)
-        source.plot(*_series(rows, 'eval_top1'), color=BLUE, linestyle='--')
-        source.set_ylabel('source top-1 accuracy (%)', color=BLUE)
-
-
-def _series(rows: Rows, column: str) -> tuple[list[int], list[float]]:
-    """Return epochs and values of a column, where it has a value."""
+def _plot(ax: Axes, rows: Rows, column: str, ylabel: str, **options: Any) -> None:
+    """Draw a column over the epochs, if and where it has a value."""
     points = [(int(row['epoch']), float(row[column])) for row in rows if row.get(column) not in (None, '')]
-    return [p[0] for p in points], [p[1] for p in points]
+    ax.set_ylabel(ylabel)
+    if points:
+        ax.plot(*zip(*points), **options)
+
+
+def _right(ax: Axes) -> Axes:
+    """Add an axis on the right."""
+    right = ax.twinx()
+    right.grid(False)
+    right.spines['right'].set_visible(True)
+    return right
