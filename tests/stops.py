@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ STEP = 4
 
 
 def stop_and_go_on(
-    script: Callable[..., Ended], name: str, words: list[str], folder: Path, module: ModuleType, loss: str
+    script: Callable[..., Ended], name: str, words: list[str], folder: Path, owner: Any, loss: str
 ) -> None:
     """Run a script whole, and another time with SIGTERM in a step; the second must end in the bits of the first.
 
@@ -27,12 +26,12 @@ def stop_and_go_on(
         name: Of the script.
         words: Its flags, but for those of its folder.
         folder: Where both runs go.
-        module: Holds the loss.
+        owner: Module or class that holds the loss.
         loss: Name of the function there that each step calls.
     """
     words = [*words, '--output', str(folder)]
     assert script(name, *words, '--experiment', 'whole').code == 0
-    calls, of_a_step = 0, getattr(module, loss)
+    calls, of_a_step = 0, getattr(owner, loss)
 
     def stopping(*args: Any) -> Any:
         nonlocal calls
@@ -43,7 +42,7 @@ def stop_and_go_on(
 
     forget_processes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, loss, stopping)
+        patch.setattr(owner, loss, stopping)
         ended = script(name, *words, '--experiment', 'cut')
     assert ended.code == 75 and f'stopped by SIGTERM after step {STEP}' in ended.err
     forget_processes()

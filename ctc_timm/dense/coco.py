@@ -1,11 +1,8 @@
 """COCO-format folders, read by torchvision and pycocotools, and COCO's metrics.
 
-annotations/instances_train.json   train/    or   annotations/instances_train2017.json   train2017/
-annotations/instances_val.json     val/      or   annotations/instances_val2017.json     val2017/
-
-Boxes are cut at the border of their image, and those without area left out, as torchvision's reference scripts do; both
-are counted. Images without annotations stay as negatives. Category ids may have gaps: classes count from 1, 0 is
-background. Crowds are not trained on, and are what COCO makes of them in evaluation.
+Boxes are cut at the border of their image, and those without area left out, as torchvision's reference scripts do.
+Images without annotations stay as negatives. Category ids may have gaps: classes count from 1, 0 is background. Crowds
+are not trained on, and are what COCO makes of them in evaluation.
 
 M: objects of an image. N: detections in it. H, W: its sides. S: side of the canvas.
 """
@@ -25,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.datasets import CocoDetection
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from ..utils.errors import UserError, nearest, one_line
@@ -35,19 +33,14 @@ KINDS = {'box': 'bbox', 'mask': 'segm'}
 
 
 class CocoSplit(CocoDetection):
-    """The 'train' or 'val' split of a folder.
+    """A split of a folder: annotations/instances_SPLIT.json and SPLIT/, or both with 2017 after SPLIT.
 
     An item is (image, target): the target has `boxes`, [M, 4] as corners in pixels, `labels`, [M] classes from 1,
-    `image_id`, `name`, and if they are wanted `masks`, [M, H, W]. Crowds are left out.
-
-    Attributes:
-        coco: pycocotools' index of the annotations, with boxes as described above.
-        names: Of the categories, by rising id.
-        counts: How many boxes were cut, ..., by what it was.
+    `image_id`, `name`, and if they are wanted `masks`, [M, H, W]. Crowds are left out. `counts` says how many boxes
+    were cut, and so on; `names` are the categories' by rising id.
 
     Raises:
-        UserError: No such files, broken JSON, ids that name nothing or stand twice, missing images, no object, a mask
-            that can't be read; pycocotools is not installed.
+        UserError: Anything in the files that can't be used; pycocotools is not installed.
     """
 
     def __init__(self, folder: str | Path, split: str, masks: bool = False) -> None:
@@ -78,8 +71,7 @@ class CocoSplit(CocoDetection):
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         number, classes = self.ids[index], list(self.names)
-        entry = self.coco.imgs[number]
-        size = (entry['height'], entry['width'])
+        size = self._size(number)
         objects = [row for row in self._load_target(number) if not row['iscrowd']]
         boxes = torch.tensor([row['bbox'] for row in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -87,7 +79,7 @@ class CocoSplit(CocoDetection):
             'boxes': BoundingBoxes(boxes, format='XYXY', canvas_size=size),
             'labels': torch.tensor([classes.index(row['category_id']) + 1 for row in objects], dtype=torch.int64),
             'image_id': number,
-            'name': entry['file_name'],
+            'name': self.coco.imgs[number]['file_name'],
         }
         if self.masks:
             masks = np.stack([self._mask(row) for row in objects]) if objects else np.zeros((0, *size), np.uint8)
@@ -95,21 +87,22 @@ class CocoSplit(CocoDetection):
         return self._load_image(number), target
 
     def _load_image(self, id: int) -> Image.Image:
-        entry = self.coco.imgs[id]
-        path = Path(self.root) / entry['file_name']
+        path, (height, width) = Path(self.root) / self.coco.imgs[id]['file_name'], self._size(id)
         image = open_image(path, 'RGB')
-        if image.size != (entry['width'], entry['height']):
-            sizes = f'is {image.width}x{image.height}, but image {id} of {self.file} is'
-            raise UserError(f'{path}: {sizes} {entry["width"]}x{entry["height"]}')
+        if image.size != (width, height):
+            sizes = f'is {image.width}x{image.height}, but image {id} of {self.file} is {width}x{height}'
+            raise UserError(f'{path}: {sizes}')
         return image
+
+    def _size(self, id: int) -> tuple[int, int]:
+        return self.coco.imgs[id]['height'], self.coco.imgs[id]['width']
 
     def _mask(self, row: dict[str, Any]) -> np.ndarray:
         """Decode an annotation's mask, [H, W], uint8 of 0 and 1."""
-        entry = self.coco.imgs[row['image_id']]
         try:
             mask = self.coco.annToMask(row)
-            if mask.shape != (entry['height'], entry['width']):
-                raise ValueError(f'is {mask.shape[1]}x{mask.shape[0]}, its image {entry["width"]}x{entry["height"]}')
+            if mask.shape != self._size(row['image_id']):
+                raise ValueError(f'is {mask.shape[1]}x{mask.shape[0]}, unlike its image')
         except Exception as error:  # of pycocotools, about any content
             raise UserError(f'{self.file}: the segmentation of annotation {row["id"]}: {one_line(error)}') from None
         return mask
@@ -158,11 +151,7 @@ class CocoSplit(CocoDetection):
 
 
 def open_coco(folder: str | Path, masks: bool = False) -> tuple[CocoSplit, CocoSplit]:
-    """Open the training and the validation split of a folder.
-
-    Raises:
-        UserError: See `CocoSplit`; a category in one of the splits only.
-    """
+    """Open the training and the validation split of a folder, which have the same categories."""
     train, val = CocoSplit(folder, 'train', masks), CocoSplit(folder, 'val', masks)
     for split, other in ((train, val), (val, train)):
         missing = other.names.keys() - split.names.keys()
@@ -191,22 +180,17 @@ def metric_names(masks: bool) -> tuple[str, ...]:
 
 
 def to_results(output: dict[str, Tensor], target: dict[str, Any], split: CocoSplit) -> list[dict[str, Any]]:
-    """Bring detections in an image to COCO's format of results, in the pixels of the image itself.
+    """Bring detections in an image to COCO's format of results, a row each, in the pixels of the image itself.
 
     Args:
         output: boxes [N, 4] as corners on the canvas, labels [N], scores [N], maybe masks [N, 1, S, S] in 0 to 1.
         target: Of the image, with `fitted` of `loading.FitCanvas`.
         split: Of the image.
-
-    Returns:
-        A row a detection: image_id, category_id, bbox, score, and segmentation in run-length code.
     """
     image, (high, wide), categories = split.coco.imgs[target['image_id']], target['fitted'], list(split.names)
     height, width = image['height'], image['width']
     boxes = output['boxes'].cpu().double() / torch.tensor([wide / width, high / height] * 2, dtype=torch.float64)
-    boxes[:, 0::2].clamp_(0, width)
-    boxes[:, 1::2].clamp_(0, height)
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes = box_convert(clip_boxes_to_image(boxes, (height, width)), 'xyxy', 'xywh')
     rows = [
         {'image_id': target['image_id'], 'category_id': categories[label - 1], 'bbox': box, 'score': score}
         for box, label, score in zip(boxes.tolist(), output['labels'].tolist(), output['scores'].tolist())
@@ -223,9 +207,8 @@ def to_results(output: dict[str, Tensor], target: dict[str, Any], split: CocoSpl
 def evaluate_results(split: CocoSplit, results: list[dict[str, Any]]) -> dict[str, float]:
     """Compute COCOeval's numbers, 0 to 1, from the results of all images of a split.
 
-    Returns:
-        Those of `metric_names` that exist: a size of which there is no object has none. `box_ap/NAME` and
-        `mask_ap/NAME` are of each category that has objects.
+    They are those of `metric_names` that exist, as a size of which there is no object has none, and `box_ap/NAME` and
+    `mask_ap/NAME` of each category that has objects.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

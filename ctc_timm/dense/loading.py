@@ -36,11 +36,7 @@ Transform = Callable[[Any, Any], tuple[Any, Any]]
 
 
 def open_image(path: Path, mode: str) -> PIL.Image.Image:
-    """Read an image as one of a PIL mode.
-
-    Raises:
-        UserError: It can't be read.
-    """
+    """Read an image as one of a PIL mode, or raise a `UserError` that names it."""
     try:
         return read_image(path.open('rb'), mode)
     except OSError as error:
@@ -55,15 +51,12 @@ def train_transform(canvas: CanvasSettings, mean: Sequence[float], *, boxes: boo
         mean: Of the channels, of 1; the border's color, so that it is zero when normalized.
         boxes: The target has boxes, with labels and maybe a mask each. They are cut to the canvas, those of less than a
             pixel dropped. Else it has a semantic mask, whose border is `IGNORE`.
-
-    Raises:
-        UserError: An empty range.
     """
     (low, high), size = canvas.scale, (canvas.img_size, canvas.img_size)
     if low > high:
         raise UserError(f'`scale` {low:g} {high:g}: the first must not be above the second')
     fill: dict[Any, Any] = {Image: [round(255 * value) for value in mean], Mask: 0 if boxes else IGNORE}
-    steps: list[Any] = [v2.ToImage(), v2.RandomHorizontalFlip(canvas.hflip), v2.ScaleJitter(size, (low, high))]
+    steps: list[Any] = [v2.ToImage(), v2.RandomHorizontalFlip(canvas.hflip), v2.ScaleJitter(size, canvas.scale)]
     steps += [v2.RandomCrop(size, pad_if_needed=True, fill=fill), *([v2.SanitizeBoundingBoxes()] if boxes else [])]
     return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
 
@@ -71,9 +64,7 @@ def train_transform(canvas: CanvasSettings, mean: Sequence[float], *, boxes: boo
 class FitCanvas:
     """The evaluation transform of (image, target), which adds `fitted` to the target: the image's (H, W) on the canvas.
 
-    Args:
-        img_size: S.
-        mean: Of the channels, of 1; the border's color.
+    The border has the color `mean`, of 1.
     """
 
     def __init__(self, img_size: int, mean: Sequence[float]) -> None:
@@ -81,13 +72,12 @@ class FitCanvas:
         self.mean = mean
 
     def __call__(self, image: Any, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        height, width = functional.get_size(image)
-        ratio = self.img_size / max(height, width)
-        fitted = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-        pixels = functional.resize(functional.to_image(image), list(fitted), antialias=True)
+        sides = functional.get_size(image)
+        high, wide = (max(1, round(side * (self.img_size / max(sides)))) for side in sides)
+        pixels = functional.resize(functional.to_image(image), [high, wide], antialias=True)
         canvas = torch.tensor(self.mean)[:, None, None].repeat(1, self.img_size, self.img_size)
-        canvas[:, : fitted[0], : fitted[1]] = functional.to_dtype(pixels, torch.float32, scale=True)
-        return canvas, {**target, 'fitted': fitted}
+        canvas[:, :high, :wide] = functional.to_dtype(pixels, torch.float32, scale=True)
+        return canvas, {**target, 'fitted': (high, wide)}
 
 
 class Transformed(Dataset):
@@ -97,9 +87,7 @@ class Transformed(Dataset):
     """
 
     def __init__(self, dataset: Any, transform: Transform, seed: int | None = None) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
+        self.dataset, self.transform, self.seed = dataset, transform, seed
 
     def __getitem__(self, key: Any) -> Any:
         if self.seed is None:
@@ -115,24 +103,18 @@ def collate(items: list[tuple[Tensor, dict[str, Any]]]) -> Batch:
     def plain(value: Any) -> Any:
         return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
-    targets = [{key: plain(value) for key, value in target.items()} for _, target in items]
-    return [plain(image) for image, _ in items], targets
+    return [plain(image) for image, _ in items], [{k: plain(v) for k, v in target.items()} for _, target in items]
 
 
-def create_loader(dataset: Dataset, loader: LoaderSettings, **options: Any) -> Any:
+def create_loader(dataset: Dataset, settings: LoaderSettings, **options: Any) -> Any:
     """Make PyTorch's loader of batches; `options` say which."""
-    return DataLoader(
-        dataset,
-        num_workers=worker_count(loader.workers),
-        collate_fn=collate,
-        pin_memory=loader.pin_mem,
-        generator=torch.Generator(),  # workers' seeds must not draw from the state that the model draws from
-        **options,
-    )
+    options |= {'num_workers': worker_count(settings.workers), 'pin_memory': settings.pin_mem, 'collate_fn': collate}
+    # Workers' seeds must not draw from the state that the model draws from.
+    return DataLoader(dataset, generator=torch.Generator(), **options)
 
 
 class TrainLoader:
-    """Training batches on the device, in an order that is a function of (seed, epoch).
+    """Training batches on the device, in an order that is a function of (seed, epoch), see `utils.tasks.Loader`.
 
     Raises:
         UserError: Fewer images than a batch has.
@@ -141,20 +123,18 @@ class TrainLoader:
     skipped = None  # an unreadable image ends the run
 
     def __init__(
-        self, dataset: Any, transform: Transform, loader: LoaderSettings, seed: int, accelerator: Accelerator
+        self, dataset: Any, transform: Transform, settings: LoaderSettings, seed: int, accelerator: Accelerator
     ) -> None:
-        count, size, world = len(dataset), loader.batch_size, accelerator.num_processes
+        count, size, world = len(dataset), settings.batch_size, accelerator.num_processes
         if count < size * world:
             raise UserError(
                 f'`batch_size` {size} times {world} process(es) is more than the {count} training images; use at most '
                 f'{max(1, count // world)}'
             )
-        self.device = accelerator.device
-        self.unreadable: list[str] = []
+        self.device, self.unreadable = accelerator.device, list[str]()
         self.batches = EpochBatches(count, size, seed, accelerator.process_index, world)
-        persistent = worker_count(loader.workers) > 0
-        images = Transformed(dataset, transform, seed)
-        self.loader = create_loader(images, loader, batch_sampler=self.batches, persistent_workers=persistent)
+        options = {'batch_sampler': self.batches, 'persistent_workers': worker_count(settings.workers) > 0}
+        self.loader = create_loader(Transformed(dataset, transform, seed), settings, **options)
 
     def __len__(self) -> int:
         return len(self.batches)

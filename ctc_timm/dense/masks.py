@@ -35,16 +35,10 @@ _DAMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 @dataclass
 class MaskSplit(Dataset):
-    """A split.
+    """A split: pairs of image and mask files, K names of classes, and how many images have no pixel that counts.
 
-    An item is (image, target): the target has `mask`, [H, W], uint8, `IGNORE` where a pixel doesn't count, and `name`.
-
-    Attributes:
-        pairs: Image and mask files.
-        settings: What the values of mask files mean.
-        names: Of the K classes.
-        unlabeled: How many images have no pixel that counts; they are kept.
-        mode: PIL mode of the images.
+    An item is (image, target): the image has the PIL mode `mode`, the target `mask`, [H, W], uint8, `IGNORE` where a
+    pixel doesn't count, and `name`.
     """
 
     pairs: list[tuple[Path, Path]]
@@ -68,11 +62,7 @@ class MaskSplit(Dataset):
 
 
 def read_classes(path: Path, settings: SegmenterSettings, num_classes: int = _MOST_CLASSES) -> np.ndarray:
-    """Read the classes in a mask's file, [H, W], int32, -1 for pixels that don't count.
-
-    Raises:
-        UserError: Not an image, one of colors, or a value without a class.
-    """
+    """Read the classes in a mask's file, [H, W], int32, -1 for pixels that don't count, or raise a `UserError`."""
     try:
         with Image.open(path) as opened:
             mode, values = opened.mode, np.asarray(opened).astype(np.int32)
@@ -97,13 +87,11 @@ def open_masks(
     """Open the training and the validation split of a folder, and read all of their masks once, within `progress`.
 
     Raises:
-        UserError: Nothing there, an image without a mask, a mask of another size or with a value without a class, a
-            file that can't be read.
+        UserError: Anything in the files that can't be used.
     """
-    root, num_classes = Path(folder), settings.num_classes
-    find = _voc_pairs if _layout(root, settings.layout) == 'voc' else _ade_pairs
-    splits = [find(root, name) for name in (settings.train_split, settings.val_split)]
-    file = root / 'classes.txt'
+    root, num_classes, file = Path(folder), settings.num_classes, Path(folder) / 'classes.txt'
+    layout = _layout(root, settings.layout)
+    splits = [_pairs(root, layout, name) for name in (settings.train_split, settings.val_split)]
     names = _read_lines(file) if file.is_file() else []
     if names and not (2 <= len(set(names)) == len(names) <= _MOST_CLASSES):
         raise UserError(f'{file}: must name 2 to {_MOST_CLASSES} classes, each once')
@@ -114,22 +102,23 @@ def open_masks(
         classes = read_classes(mask, settings, known or _MOST_CLASSES)
         try:
             with Image.open(image) as opened:
-                size = opened.size[::-1]
+                width, height = opened.size
         except _DAMAGE as error:
             raise UserError(f'{image}: not an image that can be read: {one_line(error)}') from None
-        if size != classes.shape:
-            sizes = [f'{shape[1]}x{shape[0]}' for shape in (classes.shape, size)]
-            raise UserError(f'{mask}: is {sizes[0]}, but its image {image} is {sizes[1]}')
+        if classes.shape != (height, width):
+            sides = f'{classes.shape[1]}x{classes.shape[0]}'
+            raise UserError(f'{mask}: is {sides}, but its image {image} is {width}x{height}')
         highest.append(int(classes.max()))
     names = names or [str(i) for i in range(known or max(highest) + 1)]
-    unlabeled = [part.count(-1) for part in (highest[: len(splits[0])], highest[len(splits[0]) :])]
-    for pairs, count in zip(splits, unlabeled):
-        if count == len(pairs):
-            raise UserError(f'{pairs[0][1].parent}: no mask of the split has a pixel that counts')
     if len(names) < 2:
         raise UserError(f'`data_dir` {folder}: the masks show {len(names)} class; segmentation needs two')
-    train, val = (MaskSplit(pairs, settings, names, count) for pairs, count in zip(splits, unlabeled))
-    return train, val
+    opened_splits = []
+    for pairs in splits:
+        unlabeled, highest = highest[: len(pairs)].count(-1), highest[len(pairs) :]
+        if unlabeled == len(pairs):
+            raise UserError(f'{pairs[0][1].parent}: no mask of the split has a pixel that counts')
+        opened_splits.append(MaskSplit(pairs, settings, names, unlabeled))
+    return opened_splits[0], opened_splits[1]
 
 
 def _layout(root: Path, wanted: str) -> str:
@@ -142,33 +131,25 @@ def _layout(root: Path, wanted: str) -> str:
     return wanted if wanted != 'auto' else 'voc' if voc else 'ade'
 
 
-def _voc_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    file, pairs = root / 'ImageSets' / 'Segmentation' / f'{split}.txt', []
-    if not file.is_file():
-        splits = ', '.join(sorted(path.stem for path in file.parent.glob('*.txt'))) or 'none'
-        raise UserError(f'{file}: no such file; splits there: {splits}')
-    for name in _read_lines(file):
-        files = [root / 'JPEGImages' / f'{name}{suffix}' for suffix in _SUFFIXES]
-        image = next((path for path in files if path.is_file()), None)
-        if image is None or '..' in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f'{file}: names {name}, but {files[0]} is not there')
-        pairs.append((image, root / 'SegmentationClass' / f'{name}.png'))
-    return _checked(pairs)
-
-
-def _ade_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
-    part = _ADE_SPLITS.get(split, split)
-    folder = root / 'images' / part
-    images = sorted(path for path in folder.glob('*') if path.suffix in _SUFFIXES)
-    if not images:
-        raise UserError(f'{folder}: ' + ('holds no image (.jpg or .png)' if folder.is_dir() else 'no such folder'))
-    return _checked([(image, root / 'annotations' / part / f'{image.stem}.png') for image in images])
-
-
-def _checked(pairs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
-    for image, mask in pairs:
-        if not mask.is_file():
-            raise UserError(f'{image}: has no mask, {mask} is not there')
+def _pairs(root: Path, layout: str, split: str) -> list[tuple[Path, Path]]:
+    """Image and mask files of a split."""
+    if layout == 'voc':
+        images, masks = root / 'JPEGImages', root / 'SegmentationClass'
+        names = _read_lines(root / 'ImageSets' / 'Segmentation' / f'{split}.txt')
+    else:
+        part = _ADE_SPLITS.get(split, split)
+        images, masks = root / 'images' / part, root / 'annotations' / part
+        names = sorted({path.stem for path in images.glob('*') if path.suffix in _SUFFIXES})
+        if not names:
+            raise UserError(f'{images}: ' + ('holds no image (.jpg or .png)' if images.is_dir() else 'no such folder'))
+    pairs = []
+    for name in names:
+        found = [images / f'{name}{suffix}' for suffix in _SUFFIXES if (images / f'{name}{suffix}').is_file()]
+        if not found or '..' in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f'{split}.txt of {root}: names {name}, but {images / name}.jpg is not there')
+        pairs.append((found[0], masks / f'{name}.png'))
+        if not pairs[-1][1].is_file():
+            raise UserError(f'{found[0]}: has no mask, {pairs[-1][1]} is not there')
     return pairs
 
 

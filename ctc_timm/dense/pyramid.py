@@ -1,8 +1,7 @@
-"""A feature pyramid over any timm model: what detectors and segmentation heads stand on.
+"""A feature pyramid over any timm model, as detectors and segmentation heads take it.
 
-timm's `FeatureGetterNet`, the wrapper behind `features_only=True, feature_cls='getter'`, goes around the loaded model
-itself, so that its weights keep their names and are those that were loaded. torchvision's `FeaturePyramidNetwork` goes
-on top.
+timm's `FeatureGetterNet` goes around the loaded model, so that its weights keep their names, and torchvision's
+`FeaturePyramidNetwork` on top.
 
 Of feature levels of equal stride the deepest is taken, and of the strides from 2 on the four largest. A model whose
 maps all have one stride, as a plain vision transformer's, gives four levels evenly spaced in depth, which are
@@ -44,18 +43,13 @@ FACTORS = (4, 2, 1, 0.5)  # of a level's sides over those of the only stride's m
 
 
 class Pyramid(nn.Module):
-    """A timm model's maps at several strides, brought to one number of channels, as torchvision's detectors take it.
+    """A timm model's maps at several strides, brought to one number of channels.
 
     Args:
-        loaded: The model, which is cut down to what the maps need.
+        loaded: The model, which is cut down to what the maps need; it becomes `body.model`, by torchvision's name.
         img_size: S.
         out_channels: Of every level.
         extra: One more level or two from the deepest.
-
-    Attributes:
-        body: timm's wrapper, by torchvision's name for it; the names of the weights of `body.model` are as they were.
-        strides: Of the levels, without the extra ones.
-        channels: D of the backbone's maps.
 
     Raises:
         UserError: The model gives no maps for such images.
@@ -86,10 +80,7 @@ class Pyramid(nn.Module):
         return list(self.body(images))
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """The levels for normalized images [B, C, S, S]: [B, out_channels, S / stride, S / stride] each.
-
-        They are named '0' for the finest, '1', ..., and the extra ones as torchvision names them.
-        """
+        """The levels for normalized images [B, C, S, S]: [B, out_channels, S / stride, S / stride] of '0', '1', ..."""
         maps = self.maps(images)
         if self.resample is not None:
             maps = [resize(level) for resize, level in zip(self.resample, maps * (LEVELS // len(maps)))]
@@ -102,21 +93,17 @@ class Pyramid(nn.Module):
         return self.fpn(levels)
 
     def normalization(self, canvas: CanvasSettings) -> tuple[list[float], list[float]]:
-        """Channel means and standard deviations: those that are set, or the model's.
-
-        Raises:
-            UserError: As many values as there are neither channels nor one.
-        """
+        """Channel means and standard deviations: those that are set, or the model's."""
         found: list[list[float]] = []
         for name, chosen in (('mean', canvas.mean), ('std', canvas.std)):
             values = [float(value) for value in chosen or self.pretrained_cfg[name]]
-            found.append(values * self.in_chans if len(values) == 1 else values)
-            if len(found[-1]) != self.in_chans:
+            if len(values) not in (1, self.in_chans):
                 raise UserError(f'`{name}`: {len(values)} values for {self.in_chans} channels; give {self.in_chans}')
+            found.append(values * (self.in_chans // len(values)))
         return found[0], found[1]
 
     def freeze(self, stages: int | None = None, norms: bool = False) -> None:
-        """Freeze parts of the backbone: no gradient, and batch norms keep their statistics.
+        """Freeze parts of the backbone: they take no gradient, and their batch norms keep their statistics.
 
         Args:
             stages: The first ones: 1 is the stem, 2 the first stage of blocks too, ...; None for the whole backbone.
@@ -125,17 +112,25 @@ class Pyramid(nn.Module):
         Raises:
             UserError: timm does not say what the stages are, or there are not so many.
         """
-        frozen = {name for name, module in self.body.named_modules() if norms and isinstance(module, _BatchNorm)}
-        if stages is None:
-            frozen.add('')
-        for module in (self.body.get_submodule(name) for name in frozen):
-            module.requires_grad_(False)
-        if stages:
-            tensors = self._stage_tensors(stages)
-            for name in tensors & dict(self.body.model.named_parameters()).keys():
-                self.body.model.get_parameter(name).requires_grad_(False)
-            frozen |= {f'model.{owner}' for owner in (name.rpartition('.')[0] for name in tensors) if owner}
-        self._frozen |= frozen
+        norms_of = {name for name, module in self.body.named_modules() if norms and isinstance(module, _BatchNorm)}
+        self._frozen |= norms_of | ({''} if stages is None else set())
+        for name in self._frozen:
+            self.body.get_submodule(name).requires_grad_(False)
+        model: Any = self.body.model
+        parameters = dict(model.named_parameters())
+        names = [*parameters, *dict(model.named_buffers())] if stages else []
+        try:
+            groups = group_with_matcher(((n, None) for n in names), model.group_matcher(coarse=True)) if stages else {}
+        except (AttributeError, AssertionError):
+            raise UserError(f'`freeze_stages` {stages}: timm does not say what the stages of {self.name} are') from None
+        staged = [group for group in groups.values() if not parameters.keys().isdisjoint(group)]
+        if stages and stages > len(staged):
+            raise UserError(f'`freeze_stages` {stages}: {self.name} has {len(staged)} stages, stem included')
+        for name in (name for group in staged[:stages] for name in group):
+            if name in parameters:
+                parameters[name].requires_grad_(False)
+            if '.' in name:
+                self._frozen.add(f'model.{name.rpartition(".")[0]}')
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Pyramid:
@@ -145,25 +140,10 @@ class Pyramid(nn.Module):
             self.body.get_submodule(name).eval()
         return self
 
-    def _stage_tensors(self, stages: int) -> set[str]:
-        """Names of parameters and buffers of the first stages."""
-        model: Any = self.body.model
-        parameters = {name for name, _ in model.named_parameters()}
-        names = [*model.named_parameters(), *model.named_buffers()]
-        try:
-            groups = group_with_matcher(((name, None) for name, _ in names), model.group_matcher(coarse=True))
-        except (AttributeError, AssertionError):
-            raise UserError(f'`freeze_stages` {stages}: timm does not say what the stages of {self.name} are') from None
-        staged = [group for group in groups.values() if not parameters.isdisjoint(group)]
-        if stages > len(staged):
-            raise UserError(f'`freeze_stages` {stages}: {self.name} has {len(staged)} stages, stem included')
-        return {name for group in staged[:stages] for name in group}
-
     def assign_layers(self, module: nn.Module) -> None:
         """Give a module that holds the pyramid the methods by which timm's optimizer factory groups layers.
 
-        The backbone's parameters are grouped as timm groups those of the plain model; all others, which are new, are
-        one group after them, with the full learning rate.
+        The backbone's are grouped as in the plain model; all others are one group with the full learning rate.
         """
         model: Any = self.body.model
         prefix = next(name for name, part in module.named_modules() if part is model) + '.'
@@ -208,14 +188,9 @@ def open_pyramid(
     extra: ExtraFPNBlock | None = None,
     **options: Any,
 ) -> Pyramid:
-    """The pyramid over a model from wherever its weights are, frozen as the settings say.
+    """Make the pyramid over a model from wherever its weights are, frozen as the settings say.
 
-    Args:
-        source: A run's folder, a weights file, any timm name, `hf-hub:REPO` or `local-dir:FOLDER`.
-        backbone: Random weights, channels of the levels, and what is frozen.
-        img_size: S.
-        extra: See `Pyramid`.
-        **options: For `timm.create_model`.
+    See `Pyramid` for `extra`; `options` are for `timm.create_model`.
 
     Raises:
         UserError: No model, or one without a pyramid or without such stages.

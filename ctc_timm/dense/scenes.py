@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from ..data.digits import NUM_CLASSES, DigitsReader
 from ..utils.errors import UserError
@@ -28,11 +29,9 @@ from .settings import ScenesSettings
 
 VERSION = 1  # of what a seed gives; the default folder is named after it
 SPLITS = {'train': 'train', 'val': 'validation'}  # names of COCO and VOC, and of the digits
-COUNTS = (2, 6)  # of digits in a scene
-SIDES = (0.2, 0.5)  # of a digit, as parts of S
 CLASSES = ('background', *(str(digit) for digit in range(NUM_CLASSES)))
 _INK = 110  # of 255; from here on a pixel is of the digit
-_TRIES = 30
+_TRIES = 30  # to place a digit
 
 
 class Scene(NamedTuple):
@@ -43,28 +42,29 @@ class Scene(NamedTuple):
     digits: tuple[int, ...]
 
     def classes(self) -> np.ndarray:
-        """The scene's semantic mask, [S, S], uint8: 0 is background, d + 1 the digit d."""
+        """The semantic mask, [S, S], uint8: 0 is background, d + 1 the digit d."""
         labels = np.asarray(self.digits, dtype=np.uint8)[:, None, None] + 1
         return (self.masks * labels).max(axis=0, initial=0).astype(np.uint8)
 
 
 def compose(split: str, index: int, size: int, seed: int = 0) -> Scene:
-    """Make a scene.
-
-    Args:
-        split: 'train' or 'val'.
-        index: Which scene of the split; one more scene leaves those before it as they are.
-        size: S.
-        seed: Of everything random.
-    """
+    """Make one scene of side `size`; one more scene of a split leaves those before it as they are."""
     rng = np.random.default_rng([seed, list(SPLITS).index(split), index])
-    reader = _digits(split)
-    canvas = _background(rng, split, size)
+    reader, photographs = _sources(split)
+    photograph = photographs[int(rng.integers(len(photographs)))]
+    side = int(rng.integers(64, min(photograph.size) + 1))
+    left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
+    crop = photograph.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+    canvas = np.asarray(crop, dtype=float) * rng.uniform(0.25, 0.47)
     taken = np.zeros((size, size), dtype=bool)
     masks, digits = [], []
-    for _ in range(int(rng.integers(COUNTS[0], COUNTS[1] + 1))):
+    for _ in range(int(rng.integers(2, 7))):
         which = int(rng.integers(len(reader)))
-        ink = _enlarged(rng, reader.images[which], size)
+        height = rng.uniform(0.2, 0.5) * size
+        sides = max(8, round(height * rng.uniform(0.85, 1.15))), max(8, round(height))
+        ink = np.asarray(Image.fromarray(reader.images[which]).resize(sides, Image.Resampling.BICUBIC))
+        left, top, wide, high = _box(ink >= _INK)
+        ink = ink[top : top + high, left : left + wide]
         place = _free_place(rng, taken, ink.shape)
         if place is None:
             continue
@@ -80,37 +80,11 @@ def compose(split: str, index: int, size: int, seed: int = 0) -> Scene:
 
 
 @lru_cache
-def _digits(split: str) -> DigitsReader:
-    return DigitsReader(SPLITS[split])
-
-
-@lru_cache
-def _photographs(split: str) -> list[Image.Image]:
-    """The split's part of each photograph."""
-    from sklearn.datasets import load_sample_images
-
+def _sources(split: str) -> tuple[DigitsReader, list[Image.Image]]:
+    """The digits and the parts of the photographs of a split."""
     cuts = [(pixels, round(0.7 * pixels.shape[1])) for pixels in load_sample_images().images]
-    return [Image.fromarray(pixels[:, :cut] if split == 'train' else pixels[:, cut:]) for pixels, cut in cuts]
-
-
-def _background(rng: np.random.Generator, split: str, size: int) -> np.ndarray:
-    """A crop of a photograph, darkened, [S, S, 3] in 0 to 120."""
-    photographs = _photographs(split)
-    photograph = photographs[int(rng.integers(len(photographs)))]
-    side = int(rng.integers(64, min(photograph.size) + 1))
-    left, top = (int(rng.integers(length - side + 1)) for length in photograph.size)
-    crop = photograph.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-    return np.asarray(crop, dtype=float) * rng.uniform(0.25, 0.47)
-
-
-def _enlarged(rng: np.random.Generator, digit: np.ndarray, size: int) -> np.ndarray:
-    """A digit's ink at a random size, cut to the box of its mask, uint8."""
-    height = rng.uniform(*SIDES) * size
-    width = height * rng.uniform(0.85, 1.15)
-    sides = max(8, round(width)), max(8, round(height))
-    ink = np.asarray(Image.fromarray(digit).resize(sides, Image.Resampling.BICUBIC))
-    left, top, wide, high = _box(ink >= _INK)
-    return ink[top : top + high, left : left + wide]
+    parts = [pixels[:, :cut] if split == 'train' else pixels[:, cut:] for pixels, cut in cuts]
+    return DigitsReader(SPLITS[split]), [Image.fromarray(part) for part in parts]
 
 
 def _free_place(rng: np.random.Generator, taken: np.ndarray, shape: tuple[int, ...]) -> tuple[slice, slice] | None:
@@ -126,8 +100,7 @@ def _free_place(rng: np.random.Generator, taken: np.ndarray, shape: tuple[int, .
 def write_scenes(settings: ScenesSettings) -> Path:
     """Write scenes as a folder that appears complete or not at all; the same seed gives the same bytes.
 
-    COCO and VOC can share the folder with ADE. In ADE's layout the background is class 1 and nothing is unlabeled.
-    `classes.txt` names the classes of the semantic masks.
+    Layouts share the folder. In that of ADE background is class 1. `classes.txt` names the classes of semantic masks.
 
     Raises:
         UserError: The folder holds something.
@@ -172,16 +145,9 @@ def _write_coco(folder: Path, split: str, scenes: list[Scene]) -> None:
         images.append({'id': number, 'file_name': f'{number:04d}.png', 'width': width, 'height': height})
         _write(folder / split / images[-1]['file_name'], scene.image)
         for mask, digit in zip(scene.masks, scene.digits):
-            annotation = {
-                'id': len(annotations) + 1,
-                'image_id': number,
-                'category_id': digit + 1,
-                'bbox': _box(mask),
-                'area': int(mask.sum()),
-                'iscrowd': 0,
-                'segmentation': _run_lengths(mask),
-            }
-            annotations.append(annotation)
+            row = {'id': len(annotations) + 1, 'image_id': number, 'category_id': digit + 1, 'bbox': _box(mask)}
+            row |= {'area': int(mask.sum()), 'iscrowd': 0, 'segmentation': _run_lengths(mask)}
+            annotations.append(row)
     categories = [{'id': i, 'name': name, 'supercategory': 'digit'} for i, name in enumerate(CLASSES) if i]
     info = {'description': "Scenes of scikit-learn's handwritten digits", 'version': str(VERSION)}
     content = {'info': info, 'images': images, 'annotations': annotations, 'categories': categories}
@@ -204,19 +170,18 @@ def _box(mask: np.ndarray) -> list[int]:
 
 
 def _write_voc(folder: Path, split: str, scenes: list[Scene]) -> None:
-    names = [f'{split}_{number:04d}' for number in range(1, len(scenes) + 1)]
-    for name, scene in zip(names, scenes):
-        _write(folder / 'JPEGImages' / f'{name}.jpg', scene.image)
-        _write(folder / 'SegmentationClass' / f'{name}.png', scene.classes(), voc_palette())
-    _write(folder / 'ImageSets' / 'Segmentation' / f'{split}.txt', ''.join(f'{name}\n' for name in names))
+    for number, scene in enumerate(scenes, 1):
+        _write(folder / 'JPEGImages' / f'{split}_{number:04d}.jpg', scene.image)
+        _write(folder / 'SegmentationClass' / f'{split}_{number:04d}.png', scene.classes(), voc_palette())
+    names = ''.join(f'{split}_{number:04d}\n' for number in range(1, len(scenes) + 1))
+    _write(folder / 'ImageSets' / 'Segmentation' / f'{split}.txt', names)
 
 
 def _write_ade(folder: Path, split: str, scenes: list[Scene]) -> None:
     part = {'train': 'training', 'val': 'validation'}[split]
     for number, scene in enumerate(scenes, 1):
-        name = f'ADE_{split}_{number:08d}'
-        _write(folder / 'images' / part / f'{name}.jpg', scene.image)
-        _write(folder / 'annotations' / part / f'{name}.png', scene.classes() + 1)
+        _write(folder / 'images' / part / f'ADE_{split}_{number:08d}.jpg', scene.image)
+        _write(folder / 'annotations' / part / f'ADE_{split}_{number:08d}.png', scene.classes() + 1)
 
 
 def _write(file: Path, content: str | np.ndarray, palette: np.ndarray | None = None) -> None:

@@ -18,10 +18,8 @@ class BackboneSettings:
 
     from_scratch: bool = setting(False, 'random weights for the timm name of the model')
     fpn_channels: int = setting(256, 'of the pyramid', low=1, high=4096, metavar='N')
-    freeze_stages: int = setting(
-        0, 'keep the first N stages of the backbone as they are; 1 is the stem', low=0, metavar='N'
-    )
-    freeze_bn: bool = setting(False, "keep the backbone's batch norms as they are")
+    freeze_stages: int = setting(0, 'freeze the first N stages of the backbone; 1 is the stem', low=0, metavar='N')
+    freeze_bn: bool = setting(False, "freeze the backbone's batch norms")
     grad_checkpointing: bool = setting(False, 'trade time for memory')
 
 
@@ -34,25 +32,19 @@ class CanvasSettings:
     mean: tuple[float, ...] | None = setting(None, 'channel means, of 1', low=-1e6, high=1e6, metavar='M')
     std: tuple[float, ...] | None = setting(None, 'channel standard deviations', low=1e-6, high=1e6, metavar='S')
     hflip: float = setting(0.5, 'probability of a horizontal flip', low=0, high=1, metavar='P')
-    scale: tuple[float, float] = setting(
-        (0.5, 1.5), 'random size, over that which fits the canvas', above=0, metavar='F'
-    )
+    scale: tuple[float, float] = setting((0.5, 1.5), 'random size, over that which fits', above=0, metavar='F')
 
 
 @dataclass(frozen=True)
 class DetectorSettings:
     """torchvision's detectors."""
 
-    detector: Literal['fasterrcnn', 'maskrcnn', 'retinanet'] = setting(
-        'fasterrcnn', "torchvision's; maskrcnn measures masks too"
-    )
+    detector: Literal['fasterrcnn', 'maskrcnn', 'retinanet'] = setting('fasterrcnn', 'maskrcnn measures masks too')
     anchor_scale: float | None = setting(
         None, "anchors' size over their level's stride; 8, of retinanet 4, when not given", above=0, metavar='X'
     )
     head_channels: int = setting(1024, "of R-CNN's box head", low=1, high=65536, metavar='N')
-    detector_kwargs: dict[str, Any] = setting(
-        {}, "more for torchvision's class, such as box_batch_size_per_image=128", metavar='KEY=VALUE'
-    )
+    detector_kwargs: dict[str, Any] = setting({}, "more for torchvision's class", metavar='KEY=VALUE')
     drawn_images: int = setting(6, 'in the picture of detections', low=1, metavar='N')
 
 
@@ -67,9 +59,7 @@ class SegmenterSettings:
     layout: Literal['auto', 'voc', 'ade'] = setting('auto', 'of the folder')
     train_split: str = setting('train', "'train' is ADE's 'training'", metavar='NAME')
     val_split: str = setting('val', "'val' is ADE's 'validation'", metavar='NAME')
-    num_classes: int | None = setting(
-        None, 'as classes.txt names, or as the masks show, when not given', low=2, high=255, metavar='K'
-    )
+    num_classes: int | None = setting(None, 'by classes.txt or the masks when not given', low=2, high=255, metavar='K')
     ignore_index: int = setting(255, 'value of pixels that do not count', low=0, metavar='V')
     reduce_zero_label: bool = setting(False, '0 does not count either, and 1 is the first class (ADE20K)')
 
@@ -116,7 +106,7 @@ class ScenesSettings:
 
     output: str = setting('', 'folder to write, which must not exist or be empty', positional='', metavar='OUT')
     train_images: int = setting(600, 'training scenes', low=1, metavar='N')
-    val_images: int = setting(150, 'validation scenes', low=1, metavar='M')
+    val_images: int = setting(150, 'validation scenes', low=1, metavar='N')
     img_size: int = setting(96, 'sides in pixels', low=32, high=2048, metavar='S')
-    seed: int = setting(0, 'of everything random', low=0, metavar='K')
+    seed: int = setting(0, 'of everything random', low=0, metavar='S')
     layouts: tuple[Literal['coco', 'voc', 'ade'], ...] = setting(('coco', 'voc'), 'what to write', metavar='LAYOUT')

@@ -1,16 +1,16 @@
 """What detection and segmentation share: task, evaluator, and the run around the trainer.
 
-A run has the folder of any training run with results.json and a picture of predictions more, and no config.json, as its
+A run has the folder of any training run, with results.json and a picture of predictions. It has no config.json, as its
 weights are a whole detector's or segmenter's.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -19,16 +19,13 @@ from torch.utils.data import Subset
 
 from ..data.decoding import translate_errors
 from ..data.settings import LoaderSettings
-from ..measure.plots import plot_run
+from ..measure.plots.style import Figure, plt
 from ..measure.results import write_json
 from ..models.creation import checkpoint_gradients, prepare_model
 from ..models.settings import ExecutionSettings
 from ..runs import Run
-from ..training.build import open_accelerator
-from ..training.checkpoints import locate_run, values_of
-from ..training.optimization import create_optimizer, resolve_lr
-from ..training.schedules import TwoStageSchedule
-from ..training.trainer import Trainer
+from ..training.build import assemble_trainer, open_accelerator
+from ..training.checkpoints import locate_run
 from ..utils.progress import clock, progress_bar
 from ..utils.settings import replace
 from ..utils.tasks import TrainerTask
@@ -42,28 +39,24 @@ S = TypeVar('S', bound=DenseSettings)
 
 
 class DenseTask(TrainerTask):
-    """A model on its way to a loss; subclasses give `run_batch`."""
+    """A model on its way to a loss; subclasses give `run_batch`, and whether targets have boxes."""
+
+    boxes: bool
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(device=device, verbose=False)
-        self.trainable_module = self.eval_model = model  # evaluated without the wrapper of several processes
+        self.trainable_module = self.eval_model = model.to(device)  # evaluated without the wrapper of several processes
 
 
 class DenseEvaluator:
-    """Metrics of a model on a split, whose images the processes share; subclasses give them, see `Evaluator`."""
+    """Evaluates a model on a split, whose images the processes share.
 
-    columns: tuple[str, ...]
-    best_metric: str
+    Subclasses give what `utils.tasks.Evaluator` has; `draw`, which draws images with predictions in the run's plots/;
+    and `summarize`, which makes a table of the metrics.
+    """
 
     def __init__(self, split: Any, transform: FitCanvas, loader: LoaderSettings, accelerator: Accelerator) -> None:
-        self.split = split
-        self.transform = transform
-        self.loader = loader
-        self.accelerator = accelerator
-
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        """The metrics, the same in all processes."""
-        raise NotImplementedError
+        self.split, self.transform, self.loader, self.accelerator = split, transform, loader, accelerator
 
     @torch.no_grad()
     def outputs(self, model: nn.Module, indices: range | None = None) -> Iterator[tuple[Any, dict[str, Any]]]:
@@ -72,27 +65,36 @@ class DenseEvaluator:
             indices = range(len(self.split))[self.accelerator.process_index :: self.accelerator.num_processes]
         images = Subset(Transformed(self.split, self.transform), indices)
         size = self.loader.validation_batch_size or self.loader.batch_size
-        loader = create_loader(images, self.loader, batch_size=size)
         model.eval()
         with translate_errors():
-            for batch, targets in progress_bar(loader, 'validation', self.accelerator):
+            batches = progress_bar(create_loader(images, self.loader, batch_size=size), 'validation', self.accelerator)
+            for batch, targets in batches:
                 with self.accelerator.autocast():
                     outputs = model([image.to(self.accelerator.device) for image in batch])
                 yield from zip(outputs, targets)
 
 
+def draw_panels(columns: list[dict[str, np.ndarray]]) -> tuple[Figure, Any]:
+    """Show a column of titled images for each of several, within `drawing`; the figure and its axes, row by row."""
+    rows = len(columns[0])
+    figure, axes = plt.subplots(rows, len(columns), figsize=(2.2 * len(columns), 2.4 * rows), squeeze=False)
+    for column, panels in zip(axes.T, columns):
+        for ax, (title, pixels) in zip(column, panels.items()):
+            ax.imshow(pixels, cmap='gray', interpolation='nearest')
+            ax.set_axis_off()
+            ax.autoscale(False)  # a box that reaches beyond the image doesn't shrink it
+            if ax in axes[:, 0]:
+                ax.set_title(title, fontsize=10, loc='left', pad=12)
+    return figure, axes
+
+
 def open_data(
     settings: S, open_splits: Callable[[str, Accelerator], tuple[Any, Any]]
 ) -> tuple[S, Accelerator, tuple[Any, Any]]:
-    """Set up the processes, open the splits of the data folder (scenes of digits where none is named), and seed.
-
-    Returns:
-        The settings with the data folder, the accelerator, training and validation split.
-    """
+    """Set up the processes, open both splits of the data folder (scenes of digits where none is named), and seed."""
     accelerator = open_accelerator(settings.precision, settings.run.log_with, settings.folder.output, True)
     with accelerator.main_process_first():
-        if not settings.canvas.data_dir:
-            settings = replace(settings, data_dir=default_scenes())
+        settings = replace(settings, data_dir=settings.canvas.data_dir or default_scenes())
         splits = open_splits(str(settings.canvas.data_dir), accelerator)
     torch.manual_seed(settings.run.seed)
     return settings, accelerator, splits
@@ -103,13 +105,11 @@ def train_dense(
     task: DenseTask,
     pyramid: Pyramid,
     train: Any,
-    evaluator: DenseEvaluator,
+    evaluator: Any,
     *,
-    boxes: bool,
     facts: Mapping[str, Any],
     results: Mapping[str, Any],
-    draw: Callable[[Run], object],
-    summarize: Callable[[dict[str, float]], str],
+    drawn_images: int,
 ) -> Run:
     """Train a task, or what is left of its run, and write results.json and pictures.
 
@@ -118,69 +118,44 @@ def train_dense(
         task: With a new model.
         pyramid: Within that model.
         train: Training split.
-        evaluator: On the validation split.
-        boxes: See `loading.train_transform`.
+        evaluator: A `DenseEvaluator` on the validation split.
         facts: What a state must agree on with the run that continues it.
         results: More for results.json.
-        draw: Draws predictions.
-        summarize: Makes a table of the metrics.
+        drawn_images: Of the validation split.
 
     Raises:
         UserError: Settings that cannot work; nothing has been written then.
     """
-    accelerator, seed, model = evaluator.accelerator, settings.run.seed, task.trainable_module
+    accelerator, val, model = evaluator.accelerator, evaluator.split, task.eval_model
     run, point = locate_run(settings)
     if settings.backbone.grad_checkpointing:
         checkpoint_gradients(pyramid.body.model, pyramid.name)
     if settings.optimizer.layer_decay is not None:
         pyramid.assign_layers(model)
-    world = accelerator.num_processes
-    prepare_model(model, ExecutionSettings(), settings.batch_norm, accelerator.device, world)
-    transform = train_transform(settings.canvas, evaluator.transform.mean, boxes=boxes)
-    loader = TrainLoader(train, transform, settings.loader, seed, accelerator)
-    stepping = replace(settings.optimizer, lr=resolve_lr(settings.optimizer, settings.loader.batch_size, world))
-    optimizer = create_optimizer(stepping, model)
-    steps = math.ceil(len(loader) / stepping.grad_accum_steps)
-    trainer = Trainer(
-        task,
-        loader,
-        evaluator,
-        optimizer,
-        TwoStageSchedule(optimizer, settings.schedule, None, steps, seed),
-        run,
-        accelerator,
-        settings.run,
-        stepping,
-        batch_size=settings.loader.batch_size,
-        facts={'mode': settings.mode, 'body': pyramid.name, 'img_size': settings.canvas.img_size, **facts},
-        dist_bn=settings.batch_norm.dist_bn,
-        plot=plot_run,
-    )
-    trainer.open_run(point, {**values_of(settings), 'lr': stepping.lr})
+    prepare_model(model, ExecutionSettings(), settings.batch_norm, accelerator.device, accelerator.num_processes)
+    transform = train_transform(settings.canvas, evaluator.transform.mean, boxes=task.boxes)
+    loader = TrainLoader(train, transform, settings.loader, settings.run.seed, accelerator)
+    facts = {'mode': settings.mode, 'body': pyramid.name, 'img_size': settings.canvas.img_size, **facts}
+    trainer = assemble_trainer(settings, task, loader, evaluator, accelerator, run, point, facts=facts)
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    logger.info(f'training: {train}\nvalidation: {evaluator.split}')
     logger.info(
-        f'{settings.mode}: {pyramid.name} ({pyramid.weights}; {size:.2f}M parameters with heads), '
-        f'{settings.canvas.img_size} pixels, {settings.schedule.epochs} epochs, to {run}'
+        f'training: {train}\nvalidation: {val}\n{settings.mode}: {pyramid.name} with heads ({pyramid.weights}; '
+        f'{size:.2f}M parameters), {settings.canvas.img_size} pixels, {settings.schedule.epochs} epochs, to {run}'
     )
     began = time.monotonic()
-    metrics = trainer.fit() or evaluator(model)
-    best = trainer.state.best
+    metrics, state = trainer.fit() or evaluator(model), trainer.state
     if accelerator.is_main_process:
-        content = {
-            'backbone': pyramid.name,
-            'weights': pyramid.weights,
-            'data': settings.canvas.data_dir,
-            **results,
-            'epoch': trainer.state.epoch - 1,
-            'best': best,
-            'metrics': metrics,
-        }
-        write_json(run.path / 'results.json', content)
-        draw(run)
-    reached = f'best {evaluator.best_metric} {best[0]:.4f} at epoch {best[1]}' if best else 'not evaluated'
-    logger.info(f'done in {clock(time.monotonic() - began)}: {reached}')
-    logger.info(f'{len(evaluator.split):,} validation images, epoch {trainer.state.epoch - 1}\n{summarize(metrics)}')
-    logger.info(f'written to {run.path / "results.json"} and {run.plots}')
+        about = {'backbone': pyramid.name, 'weights': pyramid.weights, 'data': settings.canvas.data_dir}
+        images = {'train': len(train), 'val': len(val)}
+        end = {'epoch': state.epoch - 1, 'best': state.best, 'metrics': metrics}
+        write_json(run.path / 'results.json', {**about, 'images': images, **results, **end})
+        evaluator.draw(model, run, range(min(drawn_images, len(val))))
+    best = (
+        f'best {evaluator.best_metric} {state.best[0]:.4f} at epoch {state.best[1]}' if state.best else 'not evaluated'
+    )
+    logger.info(
+        f'done in {clock(time.monotonic() - began)}: {best}\n{len(val):,} validation images, epoch {state.epoch - 1}\n'
+        f'{evaluator.summarize(metrics)}\nwritten to {run.path / "results.json"} and {run.plots}'
+    )
     accelerator.wait_for_everyone()
     return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ from ..utils.errors import UserError
 from ..utils.precision import PrecisionSettings
 from ..utils.progress import clock
 from ..utils.settings import replace
+from ..utils.tasks import Evaluator, Loader, TrainerTask
 from . import report
-from .checkpoints import locate_run, values_of
+from .checkpoints import ResumePoint, locate_run, values_of
 from .monitor import Monitor, check_monitored, monitor_interval
 from .optimization import create_optimizer, resolve_lr
 from .schedules import TwoStageSchedule, temporal_start
-from .settings import TrainSettings
+from .settings import StageSettings, TrainSettings
 from .tasks import PrepareBatch, create_task
 from .trainer import Trainer
 
@@ -150,36 +151,66 @@ def build_trainer(
     if average.model_ema:
         place = torch.device('cpu') if average.model_ema_force_cpu else None
         task.setup_ema(decay=average.model_ema_decay, use_warmup=average.model_ema_warmup, device=place)
-    stepping = replace(settings.optimizer, lr=resolve_lr(settings.optimizer, loading.batch_size, world_size))
-    module = task.get_trainable_module()
-    assert module is not None
-    optimizer = create_optimizer(stepping, module)
-    updates = math.ceil(len(loader) / stepping.grad_accum_steps)  # a last, smaller group of batches is a step too
     stages = settings.stages if two_stages else None
-    trainer = Trainer(
+    start = temporal_start(stages, settings.schedule.epochs) if stages else settings.stages.temporal_start_epoch
+    return assemble_trainer(
+        replace(settings, temporal_start_epoch=start),
         task,
         loader,
         evaluator,
-        optimizer,
-        TwoStageSchedule(optimizer, settings.schedule, stages, updates, seed),
-        run,
         accelerator,
-        settings.run,
-        stepping,
-        batch_size=loading.batch_size,
+        run,
+        point,
+        lambda: run.write_config(model, config),
+        stages,
         facts=facts,
         mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
         monitor=monitor,
         training_images=lambda: RefreshLoader(
             open_split(data, data.train_split), loading, config, device, world_size > 1
         ),
+    )
+
+
+def assemble_trainer(
+    settings: Any,
+    task: TrainerTask,
+    loader: Loader,
+    evaluator: Evaluator,
+    accelerator: Accelerator,
+    run: Run,
+    point: ResumePoint,
+    write_config: Callable[[], object] | None = None,
+    stages: StageSettings | None = None,
+    **options: Any,
+) -> Trainer:
+    """Add optimizer and schedule to the parts of any command that trains, and continue its run or create the folder.
+
+    See `Trainer` and its `open_run` for the arguments.
+    """
+    batch_size, module = settings.loader.batch_size, task.get_trainable_module()
+    assert module is not None
+    lr = resolve_lr(settings.optimizer, batch_size, accelerator.num_processes)
+    stepping = replace(settings.optimizer, lr=lr)
+    optimizer = create_optimizer(stepping, module)
+    updates = math.ceil(len(loader) / stepping.grad_accum_steps)  # a last, smaller group of batches is a step too
+    trainer = Trainer(
+        task,
+        loader,
+        evaluator,
+        optimizer,
+        TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed),
+        run,
+        accelerator,
+        settings.run,
+        stepping,
+        batch_size=batch_size,
         dist_bn=settings.batch_norm.dist_bn,
         plot=plot_run,
+        **options,
     )
     # Values that were computed are kept with the run, so that a resume for more epochs does not move them.
-    start = temporal_start(stages, settings.schedule.epochs) if stages else settings.stages.temporal_start_epoch
-    resolved = replace(settings, lr=stepping.lr, temporal_start_epoch=start)
-    trainer.open_run(point, values_of(resolved), lambda: run.write_config(model, config))
+    trainer.open_run(point, values_of(replace(settings, lr=lr)), write_config)
     return trainer
 
 

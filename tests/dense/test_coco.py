@@ -1,8 +1,7 @@
-"""Reading COCO-format folders: what is put in order and counted, and what is refused in one line."""
+"""COCO-format folders and COCO's numbers, against pycocotools itself, closed forms and a brute-force loop."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,12 @@ import pytest
 import torch
 from coco_folders import content, write_coco
 from PIL import Image
+from pycocotools import mask as coding
 from pycocotools.coco import COCO
-from torchvision.tv_tensors import BoundingBoxes, Mask
 
-from ctc_timm.dense.augment import FitCanvas, collate, train_transform
-from ctc_timm.dense.coco import CocoDataset, open_coco
+from ctc_timm.dense.coco import CocoSplit, evaluate_results, metric_names, to_results
 from ctc_timm.dense.scenes import write_scenes
+from ctc_timm.dense.settings import ScenesSettings
 from ctc_timm.utils.errors import UserError
 
 Content = dict[str, Any]
@@ -26,164 +25,208 @@ Content = dict[str, Any]
 
 @pytest.mark.parametrize('suffix', ['', '2017'])
 def test_boxes_and_classes(tmp_path: Path, suffix: str) -> None:
-    """Corners in pixels; classes count from 1 over the gap in the ids; masks as pycocotools itself makes them."""
-    told = content()
-    split = open_coco(write_coco(tmp_path, {'train': told}, suffix), 'train')
-    assert split.class_of == {3: 1, 11: 2} and split.class_names == ['square', 'bar']
-    image, target = CocoDataset(split, masks=True)[1]
-    assert image.size == (32, 32) and target['image_id'] == 11
+    """Corners in pixels; classes count from 1 over the gap in the ids; masks as pycocotools makes them."""
+    split = CocoSplit(write_coco(tmp_path, {'train': content()}, suffix), 'train', masks=True)
+    assert split.names == {3: 'square', 11: 'bar'} and str(split) == '8 objects in 4 images'
+    image, target = split[1]
+    assert image.size == (32, 32) and target['image_id'] == 11 and target['name'] == '1.png'
     assert target['boxes'].tolist() == [[3, 4, 13, 14], [18, 3, 24, 23]] and target['labels'].tolist() == [1, 2]
-    tool = COCO(str(split.file))
-    expected = [tool.annToMask(annotation) for annotation in tool.loadAnns(tool.getAnnIds(imgIds=[11]))]
+    plain = COCO(str(split.file))
+    expected = [plain.annToMask(annotation) for annotation in plain.loadAnns(plain.getAnnIds(imgIds=[11]))]
     assert np.array_equal(target['masks'].numpy(), np.stack(expected)) and target['masks'].sum() == 100 + 120
 
 
 def test_scenes_are_read_with_their_exact_masks(tmp_path: Path) -> None:
     """Uncompressed run-length codes of the digits' scenes: each mask's own box is the box."""
-    split = open_coco(write_scenes(tmp_path / 's', 3, 1, 64, layouts=['coco']), 'train')
+    split = CocoSplit(write_scenes(ScenesSettings(str(tmp_path / 's'), 3, 1, 64, layouts=('coco',))), 'train', True)
     for i in range(3):
-        _, target = CocoDataset(split, masks=True)[i]
-        for box, mask in zip(target['boxes'].tolist(), target['masks'].numpy()):
+        for box, mask in zip(split[i][1]['boxes'].tolist(), split[i][1]['masks'].numpy()):
             rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
             assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
-def test_what_is_put_in_order_is_counted(tmp_path: Path) -> None:
+def test_cut_boxes_are_counted(tmp_path: Path) -> None:
     """A box over the border, one beside the image, one without area, a crowd, an image without annotations."""
-    told = content(3)
-    notes = told['annotations']
+    annotated = content(3)
+    notes = annotated['annotations'] = annotated['annotations'][:4]
     notes[0]['bbox'] = [-4, 20, 10, 30]
     notes[1]['bbox'] = [40, 2, 6, 20]
     notes[2]['bbox'] = [5, 5, 0, 8]
     notes[3].update(iscrowd=1)
-    told['annotations'] = notes[:4]
-    split = open_coco(write_coco(tmp_path, {'train': told}), 'train')
-    assert split.counts == {
-        'boxes cut at the border': 1,
-        'boxes without area left out': 2,
-        'crowds': 1,
-        'images without annotations': 1,
-    }
-    dataset = CocoDataset(split)
-    assert dataset[0][1]['boxes'].tolist() == [[0, 20, 6, 32]]
-    assert dataset[1][1]['boxes'].shape == (0, 4) and dataset[2][1]['labels'].shape == (0,)
-    assert '2 objects in 3 images, 1 boxes cut at the border, 2 boxes without area left out' in split.told()
+    split = CocoSplit(write_coco(tmp_path, {'train': annotated}), 'train')
+    assert list(split.counts.values()) == [1, 2, 1, 1]
+    assert split[0][1]['boxes'].tolist() == [[0, 20, 6, 32]]
+    assert split[1][1]['boxes'].shape == (0, 4) and split[2][1]['labels'].shape == (0,)
+    assert str(split) == (
+        '2 objects in 3 images, 1 boxes cut at the border, 2 boxes without area left out, 1 crowds, '
+        '1 images without annotations'
+    )
 
 
-def broken(change: Callable[[Content], Any]) -> Content:
-    told = copy.deepcopy(content())
-    change(told)
-    return told
+def segmented(segmentation: Any) -> Callable[[Content], Any]:
+    return lambda c: c['annotations'][0].update(segmentation=segmentation)
 
 
-MISTAKES = [
-    (lambda c: c['annotations'][2].update(image_id=99), 'annotation 3 names image 99, which is not there'),
-    (lambda c: c['annotations'][2].update(category_id=4), 'annotation 3 names category 4, which is not there'),
+MISTAKES: list[tuple[Callable[[Content], Any], str]] = [
+    (lambda c: c['annotations'][2].update(image_id=99), 'annotation 3 has image_id 99, which is not in images'),
+    (lambda c: c['annotations'][2].update(category_id=4), 'annotation 3 has category_id 4, which is not in categories'),
     (lambda c: c['annotations'][1].update(bbox=[1, 2, 3]), 'annotation 2 has no bbox of 4 numbers'),
     (lambda c: c['annotations'][1].update(bbox=[1, 2, 3, 1e999]), 'annotation 2 has no bbox of 4 numbers'),
-    (lambda c: c['annotations'][1].pop('image_id'), 'annotations id 2 has no image_id'),
+    (lambda c: c['annotations'][1].pop('image_id'), 'not annotations in the format of COCO .KeyError'),
     (lambda c: c['annotations'][1].update(id=1), 'annotations with id 1 stand twice'),
     (lambda c: c['images'][3].update(id=10), 'images with id 10 stand twice'),
-    (lambda c: c['images'][3].update(id='13'), 'images\\[3\\] has no whole number as its id'),
-    (lambda c: c['images'][3].update(width=0), 'image 13 has no pixels'),
-    (lambda c: c['images'][3].update(file_name='../../secret.png'), 'outside of'),
-    (lambda c: c['images'][3].update(file_name='/etc/passwd'), 'outside of'),
-    (lambda c: c.update(categories=[]), 'holds no category'),
-    (lambda c: c.pop('annotations'), 'has no list of annotations'),
+    (lambda c: c['images'][3].update(file_name='../../secret.png'), 'image 13 is not in .*train: ../../secret.png'),
+    (lambda c: c['images'][3].update(file_name='/etc/passwd'), 'image 13 is not in .*train: /etc/passwd'),
+    (lambda c: c['images'][3].update(file_name='9.png'), 'image 13 is not in .*train: 9.png'),
+    (lambda c: c.update(categories=[]), 'holds no categories'),
+    (lambda c: c.update(annotations=[]), 'holds no annotations'),
+    (lambda c: c.pop('annotations'), 'not annotations in the format of COCO'),
+    (lambda c: [note.update(iscrowd=1) for note in c['annotations']], 'holds no object to find'),
+    (segmented(None), 'the segmentation of annotation 1: '),
+    (segmented([]), 'the segmentation of annotation 1: '),
+    (segmented({'size': [8, 8], 'counts': [64]}), 'the segmentation of annotation 1: is 8x8, unlike its image'),
+    (segmented({'size': [32, 32], 'counts': [5, 2000]}), 'the segmentation of annotation 1: '),
+    (segmented([['a', 'b', 'c', 'd', 'e', 'f']]), 'the segmentation of annotation 1: .*could not convert'),
 ]
 
 
-@pytest.mark.parametrize('change,message', MISTAKES, ids=[message for _, message in MISTAKES])
-def test_broken_annotations_are_told(tmp_path: Path, change: Callable[[Content], Any], message: str) -> None:
+@pytest.mark.parametrize('change,message', MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
+def test_broken_annotations_are_named(tmp_path: Path, change: Callable[[Content], Any], message: str) -> None:
     """With the file's name, and the id."""
-    folder = write_coco(tmp_path, {'train': content()})
-    (folder / 'annotations' / 'instances_train.json').write_text(json.dumps(broken(change)))
+    broken, folder = content(), write_coco(tmp_path, {'train': content()})
+    change(broken)
+    (folder / 'annotations' / 'instances_train.json').write_text(json.dumps(broken))
     with pytest.raises(UserError, match=f'instances_train.json: .*{message}'):
-        open_coco(folder, 'train')
+        CocoSplit(folder, 'train', masks=True)
 
 
-def test_files_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     folder = write_coco(tmp_path, {'train': content()})
     with pytest.raises(UserError, match='no annotations/instances_val.json'):
-        open_coco(folder, 'val')
-    with pytest.raises(UserError, match='--data-dir .*nowhere: no such folder'):
-        open_coco(tmp_path / 'nowhere', 'train')
-    dataset = CocoDataset(open_coco(folder, 'train'))
+        CocoSplit(folder, 'val')
+    with pytest.raises(UserError, match='nowhere: no such folder'):
+        CocoSplit(tmp_path / 'nowhere', 'train')
+    split = CocoSplit(folder, 'train')
     (folder / 'train' / '2.png').write_bytes(b'\x89PNG no more')
     with pytest.raises(UserError, match=r'2\.png: not an image'):
-        dataset[2]
+        split[2]
     Image.new('RGB', (30, 32)).save(folder / 'train' / '1.png')
     with pytest.raises(UserError, match=r'1\.png: is 30x32, but image 11 .* is 32x32'):
-        dataset[1]
-    (folder / 'train' / '3.png').unlink()
-    with pytest.raises(UserError, match=r'image 13 is not there: .*3\.png'):
-        open_coco(folder, 'train')
+        split[1]
     (folder / 'annotations' / 'instances_train.json').write_text('{"images": [')
-    with pytest.raises(UserError, match=r'instances_train\.json: no JSON'):
-        open_coco(folder, 'train')
+    with pytest.raises(UserError, match=r'instances_train\.json: not annotations in the format of COCO .JSONDecode'):
+        CocoSplit(folder, 'train')
 
 
-@pytest.mark.parametrize(
-    'segmentation,message',
-    [
-        (None, 'is not there'),
-        ([[1, 2, 3, 4]], 'not of three points'),
-        ({'size': [8, 8], 'counts': [64]}, 'is of size'),
-        ({'size': [32, 32], 'counts': [5, 5]}, 'has runs of 10 pixels, not 1024'),
-        ([['a', 'b', 'c', 'd', 'e', 'f']], 'could not convert string to float'),
-    ],
-)
-def test_broken_segmentations_are_told(tmp_path: Path, segmentation: Any, message: str) -> None:
-    told = content(1)
-    told['annotations'][0]['segmentation'] = segmentation
-    dataset = CocoDataset(open_coco(write_coco(tmp_path, {'train': told}), 'train'), masks=True)
-    with pytest.raises(UserError, match=f'instances_train.json: the segmentation of annotation 1: .*{message}'):
-        dataset[0]
+@pytest.fixture
+def split(tmp_path: Path) -> CocoSplit:
+    """Four images of a square (100 pixels) and a bar (120 pixels)."""
+    return CocoSplit(write_coco(tmp_path, {'val': content()}), 'val')
 
 
-def test_flip_by_hand(tmp_path: Path) -> None:
-    """A flipped box begins where its right side was, counted from the other border; the pixels go along."""
-    dataset = CocoDataset(open_coco(write_coco(tmp_path, {'train': content()}), 'train'), masks=True)
-    image, target = dataset[0]
-    plain, flipped = (train_transform(32, p, (1.0, 1.0), (0, 0, 0))(*copy.deepcopy((image, target))) for p in (0, 1))
-    assert plain[1]['boxes'].tolist() == [[2, 4, 12, 14], [18, 2, 24, 22]]
-    assert flipped[1]['boxes'].tolist() == [[32 - 12, 4, 32 - 2, 14], [32 - 24, 2, 32 - 18, 22]]
-    assert torch.equal(flipped[0], plain[0].flip(-1)) and torch.equal(flipped[1]['masks'], plain[1]['masks'].flip(-1))
+def perfect(split: CocoSplit, score: float = 0.9) -> list[dict[str, Any]]:
+    """Every object as a detection."""
+    rows = []
+    for annotation in split.coco.anns.values():
+        code = coding.encode(np.asfortranarray(split.coco.annToMask(annotation)))
+        row = {key: annotation[key] for key in ('image_id', 'category_id', 'bbox')}
+        rows.append({**row, 'score': score, 'segmentation': code})
+    return rows
 
 
-def test_scale_jitter_keeps_boxes_on_their_objects(tmp_path: Path) -> None:
-    """After any draw the red pixels of the square are those within its box; labels go with the boxes that are left."""
-    dataset = CocoDataset(open_coco(write_coco(tmp_path, {'train': content()}), 'train'))
-    transform = train_transform(48, 0.5, (0.6, 2.0), (0.0, 0.0, 0.0))
-    seen = set()
-    for seed in range(12):
-        torch.manual_seed(seed)
-        image, target = transform(*dataset[seed % 4])
-        assert image.shape == (3, 48, 48) and len(target['boxes']) == len(target['labels'])
-        seen.add(len(target['boxes']))
-        for box, label in zip(target['boxes'].tolist(), target['labels'].tolist()):
-            rows, columns = (image[label - 1] > 0.5).nonzero().T
-            edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-            assert box == pytest.approx([float(edge) for edge in edges], abs=1.5)
-    assert 2 in seen
+def test_perfect_and_nothing(split: CocoSplit) -> None:
+    """1 for every object found exactly, 0 for none; sizes that do not occur have no number."""
+    split.masks = True
+    names = {'ap', 'ap50', 'ap75', 'ap_small', 'ap/square', 'ap/bar'}
+    expected = {f'{kind}_{name}' for kind in ('box', 'mask') for name in names}
+    assert evaluate_results(split, perfect(split)) == pytest.approx(dict.fromkeys(expected, 1.0))
+    assert evaluate_results(split, []) == pytest.approx(dict.fromkeys(expected, 0.0))
+    assert {name for name in expected if '/' not in name} < set(metric_names(True))
 
 
-def test_fit_canvas_by_hand() -> None:
-    """A 40x20 image on 32 pixels: 32x16 at the upper left, the mean below; factors that lead back."""
-    image = Image.new('RGB', (40, 20), (255, 0, 0))
-    canvas, target = FitCanvas(32, (0.5, 0.25, 0.75))(image, {'image_id': 1})
-    assert target == {'image_id': 1, 'scale': (0.8, 0.8), 'fitted': (16, 32)}
-    assert canvas.shape == (3, 32, 32)
-    assert torch.equal(canvas[:, :16], torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 16, 32))
-    assert torch.equal(canvas[:, 16:], torch.tensor([0.5, 0.25, 0.75])[:, None, None].expand(3, 16, 32))
+def test_half_found_is_51_of_101_points(split: CocoSplit) -> None:
+    """Two of four objects of each class, nothing false: precision is 1 up to recall 0.5, at 51 of 101 points."""
+    rows = [row for row in perfect(split) if row['image_id'] < 12]
+    assert evaluate_results(split, rows)['box_ap'] == pytest.approx(51 / 101)
 
 
-def test_batches_hold_plain_tensors(tmp_path: Path) -> None:
-    """Subclasses would make every operation of the detector slow."""
-    dataset = CocoDataset(
-        open_coco(write_coco(tmp_path, {'train': content()}), 'train'), train_transform(32, 0, (1, 1), (0, 0, 0)), True
-    )
-    assert isinstance(dataset[0][1]['boxes'], BoundingBoxes) and isinstance(dataset[0][1]['masks'], Mask)
-    images, targets = collate([dataset[0], dataset[1]])
-    assert {type(image) for image in images} == {torch.Tensor}
-    assert {type(t[key]) for t in targets for key in ('boxes', 'labels', 'masks')} == {torch.Tensor}
+def test_a_shifted_box_counts_up_to_its_overlap(split: CocoSplit) -> None:
+    """Squares shifted by 2 of 10 pixels have IoU 80/120, enough for thresholds 0.5 to 0.65: 4 of 10."""
+    rows = perfect(split)
+    for row in rows:
+        if row['category_id'] == 3:
+            row['bbox'] = [row['bbox'][0] + 2, *row['bbox'][1:]]
+    metrics = evaluate_results(split, rows)
+    assert metrics['box_ap/square'] == pytest.approx(0.4) and metrics['box_ap/bar'] == pytest.approx(1.0)
+    assert (metrics['box_ap50'], metrics['box_ap75']) == pytest.approx((1.0, 0.5))
+
+
+def brute_force_ap50(split: CocoSplit, rows: list[dict[str, Any]], category: int) -> float:
+    """Average precision at IoU 0.5, written out: match greedily by score, then 101 points of the upper envelope."""
+    objects = [(o['image_id'], o['bbox']) for o in split.coco.anns.values() if o['category_id'] == category]
+    taken: set[int] = set()
+    hits = []
+    for row in sorted((r for r in rows if r['category_id'] == category), key=lambda r: -r['score']):
+        best, chosen = 0.5, -1
+        for n, (image, (x, y, w, h)) in enumerate(objects):
+            if image != row['image_id'] or n in taken:
+                continue
+            a, b, c, d = row['bbox']
+            inner = max(0, min(x + w, a + c) - max(x, a)) * max(0, min(y + h, b + d) - max(y, b))
+            iou = inner / (w * h + c * d - inner)
+            if iou >= best:
+                best, chosen = iou, n
+        hits.append(chosen >= 0)
+        taken.add(chosen)
+    precision = [sum(hits[:n]) / n for n in range(1, len(hits) + 1)]
+    recall = [sum(hits[:n]) / len(objects) for n in range(1, len(hits) + 1)]
+    points = [max((p for p, r in zip(precision, recall) if r >= i / 100 - 1e-9), default=0) for i in range(101)]
+    return sum(points) / 101
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_brute_force(split: CocoSplit, seed: int) -> None:
+    """Shaken boxes, false ones and doubles, with scores that all differ."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for row in perfect(split) * 2:
+        box = (np.asarray(row['bbox']) + rng.normal(0, 2.5, 4)).clip(1).tolist()
+        category = int(rng.choice([3, 11])) if rng.random() < 0.2 else row['category_id']
+        rows.append({**row, 'bbox': box, 'category_id': category, 'score': float(rng.random())})
+    expected = [brute_force_ap50(split, rows, category) for category in (3, 11)]
+    assert 0 < expected[0] < 1
+    assert evaluate_results(split, rows)['box_ap50'] == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+def test_crowds_are_neither_missed_nor_false(tmp_path: Path) -> None:
+    """A crowd that is not found costs nothing, and detections within it neither."""
+    crowded = content()
+    crowd = dict(iscrowd=1, segmentation={'size': [32, 32], 'counts': [0, 1024]}, bbox=[0, 0, 32, 32])
+    crowded['annotations'][0].update(crowd)
+    split = CocoSplit(write_coco(tmp_path, {'val': crowded}), 'val')
+    rows = [row for row in perfect(split) if row['bbox'] != [0, 0, 32, 32]]
+    assert evaluate_results(split, rows)['box_ap'] == pytest.approx(1.0)
+    within = {'image_id': 10, 'category_id': 3, 'bbox': [20, 20, 5, 5], 'score': 0.99}
+    assert evaluate_results(split, [*rows, within])['box_ap'] == pytest.approx(1.0)
+    assert evaluate_results(split, [*rows, {**within, 'image_id': 11}])['box_ap'] < 0.95
+
+
+def test_the_way_back_from_the_canvas(tmp_path: Path) -> None:
+    """An image of 40x20 shown as 32x16: boxes divided by 0.8, cut at the image, labels back over the gap."""
+    annotated = content(1)
+    annotated['images'][0].update(width=40, height=20)
+    split = CocoSplit(write_coco(tmp_path, {'val': annotated}), 'val')
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[0, :, 4:12, 8:16] = 1.0
+    output = {
+        'boxes': torch.tensor([[8.0, 4.0, 16.0, 12.0], [24.0, 8.0, 32.0, 24.0]]),
+        'labels': torch.tensor([2, 1]),
+        'scores': torch.tensor([0.5, 0.25]),
+        'masks': masks,
+    }
+    first, second = to_results(output, {'image_id': 10, 'fitted': (16, 32)}, split)
+    assert first['bbox'] == pytest.approx([10, 5, 10, 10]) and second['bbox'] == pytest.approx([30, 10, 10, 10])
+    assert (first['image_id'], first['category_id'], second['category_id']) == (10, 11, 3)
+    expected = np.zeros((20, 40), dtype=np.uint8)
+    expected[5:15, 10:20] = 1
+    assert np.array_equal(coding.decode(first['segmentation']), expected)

@@ -1,7 +1,8 @@
-"""Folders of masks as they are read, and transforms that keep image and mask together."""
+"""Folders of masks as they are read; metrics against loops over pixels, scikit-learn and closed forms."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,90 +12,56 @@ import pytest
 import torch
 from mask_folders import blocks, write_ade, write_voc
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
 
-from ctc_timm.dense.augment import FitCanvas
-from ctc_timm.dense.masks import IGNORE, Coding, MaskDataset, mask_transform, open_masks
+from ctc_timm.dense.loading import IGNORE
+from ctc_timm.dense.masks import confusion, open_masks, read_classes, scores, voc_palette
+from ctc_timm.dense.settings import SegmenterSettings
 from ctc_timm.utils.errors import UserError
+
+PLAIN = SegmenterSettings()
+ADE20K = SegmenterSettings(reduce_zero_label=True)
 
 
 def test_voc(tmp_path: Path) -> None:
     """Values are classes whatever the palette says, 255 doesn't count, classes.txt names them."""
     folder = write_voc(tmp_path / 'voc')
-    with Image.open(folder / 'SegmentationClass' / 'train1.png') as opened:
+    file = folder / 'SegmentationClass' / 'train1.png'
+    with Image.open(file) as opened:
         indexed = opened.copy()
     indexed.putpalette(list(range(255, -1, -1)) * 3)
-    indexed.save(folder / 'SegmentationClass' / 'train1.png')
-    train, val = open_masks(str(folder), ('train', 'val'))
-    assert (len(train.pairs), len(val.pairs), train.names, train.unlabeled) == (6, 3, ['0', '1', '2'], 0)
-    for (image, target), (pixels, mask) in zip((MaskDataset(train)[i] for i in range(6)), blocks(6)):
+    indexed.save(file)
+    train, val = open_masks(str(folder), PLAIN)
+    assert (len(train), len(val), train.names, train.unlabeled) == (6, 3, ['0', '1', '2'], 0)
+    for (image, target), (pixels, mask) in zip((train[i] for i in range(6)), blocks(6)):
         mask[0, 0] = IGNORE
         assert np.array_equal(target['mask'].numpy(), mask)
         assert np.abs(np.asarray(image).astype(int) - pixels).mean() < 12
     (folder / 'classes.txt').write_text('ground\nred\ngreen\nblue\n')
-    (train,) = open_masks(str(folder), ('train',))
-    assert train.names == ['ground', 'red', 'green', 'blue'] and train.told() == '6 images, 4 classes'
+    train, _ = open_masks(str(folder), PLAIN)
+    assert train.names == ['ground', 'red', 'green', 'blue'] and str(train) == '6 images, 4 classes'
 
 
 def test_ade(tmp_path: Path) -> None:
     """With 0 left out classes begin at 1; an image without a label is kept and counted."""
     folder = write_ade(tmp_path / 'ade')
-    blank = folder / 'annotations' / 'training' / '2.png'
-    Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(blank)
-    train, val = open_masks(str(folder), ('train', 'val'), coding=Coding(reduce_zero=True))
-    assert (len(train.pairs), len(val.pairs), len(train.names), train.unlabeled) == (4, 2, 3, 1)
-    assert train.told() == '4 images, 3 classes, 1 without a pixel that counts'
+    Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(folder / 'annotations' / 'training' / '2.png')
+    train, val = open_masks(str(folder), ADE20K)
+    assert (len(val), train.names) == (2, ['0', '1', '2'])
+    assert str(train) == '4 images, 3 classes, 1 without a pixel that counts'
     for i, (_, mask) in enumerate(blocks(4)):
         mask[0, 0] = IGNORE
-        truth = np.full_like(mask, IGNORE) if i == 2 else mask
-        assert np.array_equal(MaskDataset(train)[i][1]['mask'].numpy(), truth)
-    (plain,) = open_masks(str(folder), ('train',))
-    assert len(plain.names) == 4 and plain.unlabeled == 0
+        assert np.array_equal(train[i][1]['mask'].numpy(), np.full_like(mask, IGNORE) if i == 2 else mask)
+    train, _ = open_masks(str(folder), PLAIN)
+    assert len(train.names) == 4 and train.unlabeled == 0
 
 
 def test_values_of_sixteen_bits_and_another_ignored_value(tmp_path: Path) -> None:
-    """--ignore-index is of the file; what datasets give is 255 for it."""
-    values = np.array([[0, 1], [300, 2]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / 'mask.png')
-    assert Coding(ignore_index=300).read(tmp_path / 'mask.png').tolist() == [[0, 1], [-1, 2]]
-    assert Coding(ignore_index=300, reduce_zero=True).read(tmp_path / 'mask.png').tolist() == [[-1, 0], [-1, 1]]
-
-
-@pytest.mark.parametrize('seed', range(8))
-def test_image_and_mask_stay_together(seed: int) -> None:
-    """A mask that is painted into the image is still there after flip, scale, crop and border."""
-    _, mask = blocks(1, 40)[0]
-    colors = np.array([0, 100, 200], dtype=np.uint8)[mask]
-    image = Image.fromarray(np.stack([colors] * 3, -1))
-    from torchvision.tv_tensors import Mask
-
-    torch.manual_seed(seed)
-    transform = mask_transform(48, 0.5, (0.6, 1.6), [1.0, 1.0, 1.0])
-    pixels, target = transform(image, {'mask': Mask(torch.from_numpy(mask))})
-    assert pixels.shape == (3, 48, 48) and target['mask'].shape == (48, 48) and target['mask'].dtype == torch.uint8
-    border = target['mask'] == IGNORE
-    assert torch.all(pixels[:, border] == 1)
-    wanted = torch.tensor([0, 100, 200])[target['mask'].long().clamp(max=2)] / 255
-    far = (pixels[0] - wanted).abs()[~border] > 0.1
-    assert far.float().mean() < 0.12  # only where interpolation mixes both sides of an edge
-
-
-def test_a_flip_flips_both() -> None:
-    """Without scale it is numpy's."""
-    pixels, mask = blocks(1)[0]
-    from torchvision.tv_tensors import Mask
-
-    image, target = mask_transform(32, 1.0, (1.0, 1.0), [0.5] * 3)(
-        Image.fromarray(pixels), {'mask': Mask(torch.from_numpy(mask))}
-    )
-    assert np.array_equal(target['mask'].numpy(), mask[:, ::-1])
-    assert np.allclose(image.numpy(), pixels[:, ::-1].transpose(2, 0, 1) / 255)
-
-
-def test_measuring_keeps_the_mask_as_it_is(tmp_path: Path) -> None:
-    """Only the image goes onto the canvas."""
-    (split,) = open_masks(str(write_voc(tmp_path / 'voc')), ('val',))
-    image, target = MaskDataset(split, FitCanvas(64, [0.5]), 'L')[0]
-    assert image.shape == (1, 64, 64) and target['mask'].shape == (32, 32) and target['fitted'] == (64, 64)
+    """`ignore_index` is of the file; what datasets give is 255 for it."""
+    file = tmp_path / 'mask.png'
+    Image.fromarray(np.array([[0, 1], [300, 2]], dtype=np.uint16)).save(file)
+    assert read_classes(file, SegmenterSettings(ignore_index=300)).tolist() == [[0, 1], [-1, 2]]
+    assert read_classes(file, dataclasses.replace(ADE20K, ignore_index=300)).tolist() == [[-1, 0], [-1, 1]]
 
 
 def broken(path: Path) -> None:
@@ -103,62 +70,106 @@ def broken(path: Path) -> None:
 
 def resized(path: Path) -> None:
     with Image.open(path) as opened:
-        small = opened.resize((16, 20))
+        small = opened.resize((16, 20), Image.Resampling.NEAREST)
     small.save(path)
 
 
-def value(number: int) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        mask = np.zeros((32, 32), dtype=np.uint8)
-        mask[3, 3] = number
-        Image.fromarray(mask).save(path)
-
-    return write
+def with_a_seven(path: Path) -> None:
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[3, 3] = 7
+    Image.fromarray(mask).save(path)
 
 
 def colored(path: Path) -> None:
     Image.new('RGB', (32, 32)).save(path)
 
 
-CASES: list[tuple[str, Callable[[Path], None], str]] = [
+CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ('SegmentationClass/val1.png', resized, 'val1.png: is 16x20, but its image {}/JPEGImages/val1.jpg is 32x32'),
-    ('SegmentationClass/train2.png', value(7), 'train2.png: holds the value 7, which is no class; classes are 0 to 2'),
+    ('SegmentationClass/train2.png', with_a_seven, 'holds the value 7, which is no class; classes are 0 to 2'),
     ('SegmentationClass/train2.png', colored, 'train2.png: has colors (RGB), not a class for each pixel'),
     ('SegmentationClass/train2.png', broken, 'train2.png: not a mask that can be read'),
     ('SegmentationClass/train0.png', Path.unlink, 'train0.jpg: has no mask, {}/SegmentationClass/train0.png is not'),
     ('JPEGImages/train0.jpg', Path.unlink, 'names train0, but {}/JPEGImages/train0.jpg is not there'),
     ('JPEGImages/train0.jpg', lambda path: path.write_text('x'), 'train0.jpg: not an image that can be read'),
-    ('ImageSets/Segmentation/val.txt', Path.unlink, 'val.txt: no such file; splits there: train'),
-    ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('\n'), 'val.txt: names no image'),
-    ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('../x\n'), 'names ../x, which lies outside'),
-    ('ImageSets/Segmentation', shutil.rmtree, 'neither ImageSets/Segmentation/ (VOC) nor images/training/ (ADE)'),
-    ('classes.txt', lambda path: path.write_text('a\nb\na\n'), 'classes.txt: names a twice'),
-    ('images', Path.mkdir, 'holds the layouts of VOC and of ADE; say which by --layout'),
+    ('ImageSets/Segmentation/val.txt', Path.unlink, 'val.txt: not a list of names'),
+    ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('\n'), 'val.txt: names nothing'),
+    ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('../JPEGImages/val0\n'), 'is not there'),
+    ('ImageSets/Segmentation', shutil.rmtree, 'neither ImageSets/Segmentation/ nor images/training/'),
+    ('classes.txt', lambda path: path.write_text('a\nb\na\n'), 'classes.txt: must name 2 to 255 classes, each once'),
+    ('images', Path.mkdir, "holds the layouts of both of VOC and ADE; see `layout='voc'`"),
 ]
 
 
 @pytest.mark.parametrize('file,damage,message', CASES, ids=[f'{i}-{case[0]}' for i, case in enumerate(CASES)])
-def test_what_is_wrong_is_named(tmp_path: Path, file: str, damage: Callable[[Path], None], message: str) -> None:
+def test_what_is_wrong_is_named(tmp_path: Path, file: str, damage: Callable[[Path], object], message: str) -> None:
     """Before anything is trained."""
     folder = write_voc(tmp_path / 'voc')
     (folder / 'classes.txt').write_text('a\nb\nc\n')
     damage(folder / file)
     with pytest.raises(UserError) as raised:
-        open_masks(str(folder), ('train', 'val'))
+        open_masks(str(folder), PLAIN)
     assert message.format(folder) in str(raised.value)
 
 
 def test_what_is_wrong_in_ade(tmp_path: Path) -> None:
-    """Classes that begin at 1 without the flag, a missing folder, a mask that is not there, nothing labeled."""
+    """Classes that begin at 1 without the setting, a missing folder, a mask that is not there, nothing labeled."""
     folder = write_ade(tmp_path / 'ade')
-    with pytest.raises(UserError, match="value 3, which is no class; .* --reduce-zero-label is for ADE20K's"):
-        open_masks(str(folder), ('train',), num_classes=3)
+    with pytest.raises(UserError, match="value 3, which is no class; .* `reduce_zero_label` is for ADE20K's"):
+        open_masks(str(folder), SegmenterSettings(num_classes=3))
     with pytest.raises(UserError, match='images/nowhere: no such folder'):
-        open_masks(str(folder), ('train', 'nowhere'))
-    (folder / 'annotations' / 'validation' / '1.png').unlink()
-    with pytest.raises(UserError, match='images/validation/1.jpg: has no mask'):
-        open_masks(str(folder), ('train', 'val'))
+        open_masks(str(folder), SegmenterSettings(val_split='nowhere'))
     for mask in (folder / 'annotations' / 'training').iterdir():
         Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(mask)
     with pytest.raises(UserError, match='annotations/training: no mask of the split has a pixel that counts'):
-        open_masks(str(folder), ('train',), coding=Coding(reduce_zero=True))
+        open_masks(str(folder), ADE20K)
+    (folder / 'annotations' / 'validation' / '1.png').unlink()
+    with pytest.raises(UserError, match='images/validation/1.jpg: has no mask'):
+        open_masks(str(folder), PLAIN)
+
+
+def test_voc_colors() -> None:
+    """The first ones are those of the VOC development kit."""
+    known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)]
+    known += [(128, 128, 128), (64, 0, 0), (192, 0, 0), (64, 128, 0)]
+    assert [tuple(row) for row in voc_palette()[:11].tolist()] == known
+    assert tuple(voc_palette()[255]) == (224, 224, 192)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_a_loop_over_pixels_and_scikit_learn_agree(seed: int) -> None:
+    """With ignored pixels, and images added up before anything is divided."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(5, (3, 9, 7), generator=generator, dtype=torch.uint8)
+    predicted = torch.randint(5, (3, 9, 7), generator=generator)
+    truth[torch.rand(truth.shape, generator=generator) < 0.2] = IGNORE
+    matrix = sum((confusion(p, t, 5) for p, t in zip(predicted, truth)), torch.zeros(5, 5, dtype=torch.int64))
+    pairs = [(p, t) for p, t in zip(predicted.flatten().tolist(), truth.flatten().tolist()) if t != IGNORE]
+    inter = [sum(p == k and t == k for p, t in pairs) for k in range(5)]
+    union = [sum(p == k or t == k for p, t in pairs) for k in range(5)]
+    metrics = scores(matrix, 'abcde')
+    assert metrics['pixel_accuracy'] == pytest.approx(sum(inter) / len(pairs), abs=1e-12)
+    assert [metrics[f'iou/{k}'] for k in 'abcde'] == pytest.approx([i / u for i, u in zip(inter, union)], abs=1e-12)
+    p, t = zip(*pairs)
+    assert np.array_equal(matrix.numpy(), confusion_matrix(t, p))
+    assert metrics['miou'] == pytest.approx(jaccard_score(t, p, average='macro'))
+    assert metrics['mean_accuracy'] == pytest.approx(balanced_accuracy_score(t, p))
+
+
+def test_closed_forms() -> None:
+    """Two squares of side n that overlap by half: a third; a perfect mask: one; swapped classes: zero."""
+    truth, predicted = torch.zeros(20, 20, dtype=torch.uint8), torch.zeros(20, 20, dtype=torch.uint8)
+    truth[4:14, 0:10], predicted[4:14, 5:15] = 1, 1
+    metrics = scores(confusion(predicted, truth, 2), ['ground', 'square'])
+    assert metrics['iou/square'] == pytest.approx(50 / 150) and metrics['iou/ground'] == pytest.approx(250 / 350)
+    assert metrics['pixel_accuracy'] == pytest.approx(300 / 400)
+    assert scores(confusion(truth, truth, 2), []) == {'miou': 1, 'pixel_accuracy': 1, 'mean_accuracy': 1}
+    assert scores(confusion(1 - truth, truth, 2), []) == {'miou': 0, 'pixel_accuracy': 0, 'mean_accuracy': 0}
+
+
+def test_absent_classes() -> None:
+    """A class that is nowhere has no part in the mean; one that is only predicted counts as 0 in it."""
+    truth, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2])
+    metrics = scores(confusion(predicted, truth, 4), ['a', 'b', 'c', 'd'])
+    assert metrics['miou'] == pytest.approx((1 + 0.5 + 0) / 3) and 'iou/d' not in metrics
+    assert metrics['mean_accuracy'] == pytest.approx((1 + 0.5) / 2)

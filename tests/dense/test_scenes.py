@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +14,20 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import VOCSegmentation
 
 from ctc_timm.dense import scenes
+from ctc_timm.dense.settings import ScenesSettings
+from ctc_timm.utils.errors import UserError
 
-Script = Callable[..., Any]
-TRAIN, VAL = 12, 6
+TRAIN, VAL, SIZE = 12, 6, 96
+
+
+def write(folder: Path, *counts: int, layouts: tuple[str, ...] = ('coco', 'voc')) -> Path:
+    return scenes.write_scenes(ScenesSettings(str(folder), *counts, layouts=layouts))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training and six validation scenes in all layouts."""
-    return scenes.write_scenes(tmp_path_factory.mktemp('scenes') / 'all', TRAIN, VAL, layouts=scenes.LAYOUTS)
+    return write(tmp_path_factory.mktemp('scenes') / 'all', TRAIN, VAL, layouts=('coco', 'voc', 'ade'))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -37,21 +40,17 @@ def test_coco_reads_exactly_the_masks(folder: Path, split: str, count: int) -> N
     coco = COCO(str(folder / 'annotations' / f'instances_{split}.json'))
     assert len(coco.imgs) == count and [c['name'] for c in coco.cats.values()] == [str(i) for i in range(10)]
     for number, image_id in enumerate(sorted(coco.imgs)):
-        scene = scenes.compose(split, number)
-        told = coco.loadImgs(image_id)[0]
-        pixels = np.asarray(Image.open(folder / split / told['file_name']))
-        assert pixels.shape == (told['height'], told['width'], 3) and np.array_equal(pixels, scene.image)
+        scene = scenes.compose(split, number, SIZE)
+        pixels = np.asarray(Image.open(folder / split / coco.imgs[image_id]['file_name']))
+        assert pixels.shape == (SIZE, SIZE, 3) and np.array_equal(pixels, scene.image)
         annotations = coco.loadAnns(coco.getAnnIds(image_id))
         assert [a['category_id'] - 1 for a in annotations] == list(scene.digits)
-        covered = np.zeros(pixels.shape[:2], dtype=int)
+        assert np.sum(scene.masks, axis=0).max() == 1
         for annotation, mask in zip(annotations, scene.masks):
-            decoded = coco.annToMask(annotation)
-            assert np.array_equal(decoded, mask)
-            y, x = np.nonzero(decoded)
+            assert np.array_equal(coco.annToMask(annotation), mask)
+            y, x = np.nonzero(mask)
             assert annotation['bbox'] == [x.min(), y.min(), x.max() - x.min() + 1, y.max() - y.min() + 1]
             assert annotation['area'] == len(x) > 0
-            covered += decoded
-        assert covered.max() == 1
 
 
 def test_semantic_masks_are_the_instances(folder: Path) -> None:
@@ -78,79 +77,64 @@ def test_no_validation_digit_in_training_scenes() -> None:
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     parts = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-    images_of, labels_of = {'train': parts[0], 'val': parts[1]}, {'train': parts[2], 'val': parts[3]}
 
-    def shapes(split: str, digit: int, mask: np.ndarray) -> bool:
-        """Whether some digit of the split gives this mask at some size."""
-        for pixels in images_of[split][labels_of[split] == digit]:
-            rough = (pixels >= 110).any(1).sum(), (pixels >= 110).any(0).sum()
-            for high in range(max(8, round(mask.shape[0] * 8 / (rough[0] + 1))), 50):
-                if high * (rough[0] - 1) / 8 > mask.shape[0] + 1:
+    def gives(part: int, digit: int, mask: np.ndarray) -> bool:
+        """Whether some digit of the part gives this mask at some size."""
+        for pixels in parts[part][parts[part + 2] == digit]:
+            rough = (pixels >= 110).any(1).sum()
+            for high in range(max(8, round(mask.shape[0] * 8 / (rough + 1))), 50):
+                if high * (rough - 1) / 8 > mask.shape[0] + 1:
                     break
                 for wide in range(max(8, round(0.8 * high)), round(1.2 * high) + 1):
                     ink = np.asarray(Image.fromarray(pixels).resize((wide, high), Image.Resampling.BICUBIC)) >= 110
-                    y, x = np.nonzero(ink)
-                    cut = ink[y.min() : y.max() + 1, x.min() : x.max() + 1]
-                    if cut.shape == mask.shape and np.array_equal(cut, mask):
+                    if np.array_equal(cut(ink), mask):
                         return True
         return False
 
-    for split, other in (('train', 'val'), ('val', 'train')):
-        scene = scenes.compose(split, 3)
-        for mask, digit in list(zip(scene.masks, scene.digits))[:1]:
-            y, x = np.nonzero(mask)
-            cut = mask[y.min() : y.max() + 1, x.min() : x.max() + 1]
-            assert shapes(split, digit, cut) and not shapes(other, digit, cut)
+    def cut(mask: np.ndarray) -> np.ndarray:
+        y, x = np.nonzero(mask)
+        return mask[y.min() : y.max() + 1, x.min() : x.max() + 1]
+
+    for part, split in enumerate(('train', 'val')):
+        scene = scenes.compose(split, 3, SIZE)
+        mask, digit = cut(scene.masks[0]), scene.digits[0]
+        assert gives(part, digit, mask) and not gives(1 - part, digit, mask)
 
 
-def test_a_seed_gives_the_same_bytes(folder: Path, tmp_path: Path, script: Script) -> None:
+def test_a_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     """More scenes leave the first ones as they are; another seed does not."""
-    words = ['--train-images', str(TRAIN), '--val-images', str(VAL), '--layouts', *scenes.LAYOUTS]
-    ended = script('transfer/digit_scenes.py', str(tmp_path / 'again'), *words)
-    assert ended.code == 0 and f'{TRAIN} training and {VAL} validation scenes' in ended.out
-    assert contents(tmp_path / 'again') == contents(folder)
+    assert contents(write(tmp_path / 'again', TRAIN, VAL, layouts=('coco', 'voc', 'ade'))) == contents(folder)
     assert [path.name for path in tmp_path.iterdir()] == ['again']
-    more = contents(scenes.write_scenes(tmp_path / 'more', TRAIN + 1, VAL))
+    more = contents(write(tmp_path / 'more', TRAIN + 1, VAL))
     assert all(more[name] == data for name, data in contents(folder).items() if name.startswith('JPEGImages'))
-    assert not np.array_equal(scenes.compose('train', 0, seed=1).image, scenes.compose('train', 0).image)
+    first, other = (scenes.compose('train', 0, SIZE, seed).image for seed in (0, 1))
+    assert not np.array_equal(first, other)
     small = scenes.compose('val', 0, size=32)
     assert small.image.shape == (32, 32, 3) and all(mask.any() for mask in small.masks)
 
 
-def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure leaves no folder, and what is there is not written over."""
     with monkeypatch.context() as patch:
         patch.setattr(json, 'dumps', lambda content: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            scenes.write_scenes(tmp_path / 'out', 1, 1)
+            write(tmp_path / 'out', 1, 1)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / 'out').mkdir()
-    assert scenes.write_scenes(tmp_path / 'out', 1, 1).is_dir()
+    assert write(tmp_path / 'out', 1, 1).is_dir()
     before = contents(tmp_path)
-    ended = script('transfer/digit_scenes.py', str(tmp_path / 'out'))
-    assert ended.code == 2 and ended.err == f'digit_scenes.py: error: {tmp_path}/out: exists already; name a new ' + (
-        'folder for the scenes\n'
-    )
+    with pytest.raises(UserError, match='out: exists already; name a new folder for the scenes'):
+        write(tmp_path / 'out', 1, 1)
     assert contents(tmp_path) == before
 
 
 def test_the_default_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the user's cache, named by version."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(scenes.write_scenes, '__defaults__', (2, 1, *scenes.write_scenes.__defaults__[2:]))
-    folder = scenes.default_scenes()
+    monkeypatch.setattr(scenes, 'ScenesSettings', lambda output: ScenesSettings(output, 2, 1))
+    folder = Path(scenes.default_scenes())
     assert folder == tmp_path / 'ctc_timm' / f'digit-scenes-{scenes.VERSION}'
     marked = {file: file.stat().st_mtime_ns for file in folder.rglob('*')}
     assert len(list((folder / 'train').iterdir())) == 2
-    assert scenes.default_scenes() == folder
+    assert scenes.default_scenes() == str(folder)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob('*')} == marked
-
-
-def test_voc_colors() -> None:
-    """The first ones are those of the VOC development kit."""
-    known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)]
-    known += [(128, 128, 128), (64, 0, 0), (192, 0, 0), (64, 128, 0)]
-    from ctc_timm.dense.masks import voc_palette
-
-    assert [tuple(row) for row in voc_palette()[:11].tolist()] == known
-    assert tuple(voc_palette()[255]) == (224, 224, 192)
