@@ -41,7 +41,6 @@ from .utils.text import file_name
 from .utils.yaml_files import read_mapping
 
 HASH = 'tensors_sha256'  # in a weights file's metadata
-_EPOCH = re.compile(r'epoch-(\d+)(?:-step-(\d+))?')
 _LARGEST_EPOCH = 10**9
 _SHOWN = {
     'loss': 'val loss {:.4f}',
@@ -90,18 +89,21 @@ class Run:
 
     def kept_weights(self) -> dict[int, Path]:
         """Weights files that were kept, by epoch."""
-        files = sorted(self.weights_folder.glob('epoch-*.safetensors'))
-        return {int(file.stem[6:]): file for file in files if file.stem[6:].isdigit()}
+        files = sorted(self.weights_folder.glob('epoch-[0-9]*.safetensors'))
+        return {_numbers(file)[0]: file for file in files}
 
     def states(self) -> list[Path]:
         """States for a resume, the oldest first."""
-        found = [folder for folder in self.state_folder.glob('epoch-*') if _EPOCH.fullmatch(folder.name)]
-        return sorted(found, key=lambda folder: _place(folder.name))
+
+        def place(state: Path) -> list[int]:  # the epoch to go on with, and the step
+            epoch, *step = _numbers(state)
+            return [epoch, *step] if step else [epoch + 1, 0]
+
+        return sorted(self.state_folder.glob('epoch-[0-9]*'), key=place)
 
     def state(self, epoch: int, batch: int, updates: int) -> Path:
         """The folder of the state that goes on with a batch of an epoch."""
-        name = f'epoch-{epoch:04d}-step-{updates:06d}' if batch else f'epoch-{epoch - 1:04d}'
-        return self.state_folder / name
+        return self.state_folder / (f'epoch-{epoch:04d}-step-{updates:06d}' if batch else f'epoch-{epoch - 1:04d}')
 
     def unfinished(self) -> list[Path]:
         """Files and folders that an interruption left half-written."""
@@ -218,11 +220,8 @@ def _evaluation(row: Mapping[str, str]) -> dict[str, float]:
     return {key.removeprefix('eval_'): float(row[key]) for key in row if key.startswith('eval_') and row[key]}
 
 
-def _place(name: str) -> tuple[int, int]:
-    """The order of states by name: the epoch to go on with and the step; of weights, the epoch."""
-    match = _EPOCH.match(name)
-    epoch, step = (int(match[1]), match[2]) if match else (-1, None)
-    return (epoch, int(step)) if step else (epoch + 1, 0)
+def _numbers(path: Path) -> list[int]:
+    return [int(digits) for digits in re.findall(r'\d+', path.name)]
 
 
 def run_of_state(state: Path) -> Run:

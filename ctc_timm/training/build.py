@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ..utils.settings import replace
 from ..utils.tasks import Evaluator, Loader, TrainerTask
 from . import report
 from .checkpoints import ResumePoint, locate_run, values_of
-from .monitor import Monitor, check_monitored, monitor_interval
+from .monitor import create_monitor
 from .optimization import create_optimizer, resolve_lr
 from .schedules import TwoStageSchedule, temporal_start
 from .settings import StageSettings, TrainSettings
@@ -117,34 +118,18 @@ def build_trainer(
         'num_instances': 0 if labels_N is None else len(labels_N),
         'mode': settings.ctc.mode,
     }
-    task = create_task(
-        settings.ctc,
-        settings.loss,
-        model,
-        labels_N,
-        device,
-        soft_targets=settings.mixup.active,
-        seed=seed,
-        rank=rank,
-        frozen=frozen,
-    )
-    monitor = None
-    if settings.monitor.monitor_target:
-        if point.state is not None:
-            check_monitored(settings.monitor, run)
-        every = monitor_interval(settings.monitor, settings.schedule.epochs, facts['num_instances'])
-        monitor = Monitor(settings.monitor, data, loading, config, accelerator, every)
+    task = create_task(settings, model, labels_N, device, rank, frozen)
+    monitor = create_monitor(settings, config, accelerator, facts['num_instances'], run if point.state else None)
     mixup = create_mixup(settings.mixup, model.num_classes, settings.loss.smoothing)
     if mixup is not None and loading.batch_size % 2:
         raise UserError(f'`batch_size` {loading.batch_size}: must be even with `mixup` or `cutmix`')
-    loader: StreamLoader | TrainLoader
-    if labels_N is None:
-        loader = StreamLoader(training.dataset, loading, settings.augmentation, config, device)
-    else:
-        loader = TrainLoader(training.dataset, loading, settings.augmentation, config, device, seed, rank, world_size)
-    evaluator = SplitEvaluator(validation, settings, config, model.num_classes, accelerator)
-
+    options = training.dataset, loading, settings.augmentation, config, device
+    loader = StreamLoader(*options) if labels_N is None else TrainLoader(*options, seed, rank, world_size)
     execution, average = settings.execution, settings.ema
+    eval_loader = create_eval_loader(
+        validation.dataset, loading, config, device, world_size > 1, keep=loading.cache_dataset
+    )
+    evaluator = SplitEvaluator(eval_loader, accelerator, model.num_classes, execution.channels_last)
     if execution.torchcompile:
         check_compiler(execution.torchcompile)
         task.compile(backend=execution.torchcompile, mode=execution.torchcompile_mode)
@@ -194,21 +179,10 @@ def assemble_trainer(
     stepping = replace(settings.optimizer, lr=lr)
     optimizer = create_optimizer(stepping, module)
     updates = math.ceil(len(loader) / stepping.grad_accum_steps)  # a last, smaller group of batches is a step too
-    trainer = Trainer(
-        task,
-        loader,
-        evaluator,
-        optimizer,
-        TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed),
-        run,
-        accelerator,
-        settings.run,
-        stepping,
-        batch_size=batch_size,
-        dist_bn=settings.batch_norm.dist_bn,
-        plot=plot_run,
-        **options,
-    )
+    schedule = TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed)
+    parts = (task, loader, evaluator, optimizer, schedule, run, accelerator, settings.run, stepping)
+    dist_bn = settings.batch_norm.dist_bn
+    trainer = Trainer(*parts, batch_size=batch_size, dist_bn=dist_bn, plot=plot_run, **options)
     # Values that were computed are kept with the run, so that a resume for more epochs does not move them.
     trainer.open_run(point, values_of(replace(settings, lr=lr)), write_config)
     return trainer
@@ -239,33 +213,17 @@ def _open_splits(data: DataSettings, batch_size: int) -> tuple[DatasetSplit, Dat
     return training, validation
 
 
+@dataclass
 class SplitEvaluator:
-    """Loss and accuracies on a split, in percent."""
+    """Measures loss and accuracies on a split, in percent; the model is left in evaluation mode."""
 
+    loader: Any
+    accelerator: Accelerator
+    num_classes: int
+    channels_last: bool
     columns: tuple[str, ...] = ('loss', 'top1', 'top5')
-    best_metric = 'top1'
-
-    def __init__(
-        self,
-        split: DatasetSplit,
-        settings: TrainSettings,
-        config: dict[str, Any],
-        num_classes: int,
-        accelerator: Accelerator,
-    ) -> None:
-        self.loader = create_eval_loader(
-            split.dataset,
-            settings.loader,
-            config,
-            accelerator.device,
-            distributed=accelerator.num_processes > 1,
-            keep=settings.loader.cache_dataset,
-        )
-        self.accelerator = accelerator
-        self.num_classes = num_classes
-        self.channels_last = settings.execution.channels_last
+    best_metric: str = 'top1'
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Measure a model, which is left in evaluation mode."""
         metrics = evaluate(model, self.loader, self.accelerator, self.num_classes, self.channels_last)
         return {name: metrics[name] for name in self.columns}

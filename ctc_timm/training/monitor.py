@@ -16,14 +16,14 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from ..data.settings import DataSettings, LoaderSettings
+from ..data.settings import DataSettings
 from ..measure.features import compute_features
 from ..measure.geometry import class_spread, effective_rank
 from ..measure.probes import ridge_scores
 from ..measure.transfer_sets import TransferSet
 from ..runs import Run
 from ..utils.errors import UserError
-from .settings import MonitorSettings
+from .settings import MonitorSettings, TrainSettings
 
 FITTED = 2 / 3  # of the images; the rest is measured
 COST = 0.02  # of the training time, that the default interval aims at
@@ -34,12 +34,7 @@ def monitor_interval(monitor: MonitorSettings, epochs: int, num_instances: int) 
     """Epochs between measurements.
 
     Without `monitor_every`, such that a training image's forward and backward taken as three forward passes,
-    measuring costs at most 2%.
-
-    Args:
-        monitor: Settings.
-        epochs: Length of the run.
-        num_instances: Training images; 0 when that is not known.
+    measuring costs at most 2%. The number of training images is 0 when it is not known.
     """
     if monitor.monitor_every is not None:
         return monitor.monitor_every
@@ -48,15 +43,7 @@ def monitor_interval(monitor: MonitorSettings, epochs: int, num_instances: int) 
 
 
 class Monitor:
-    """Watches one target.
-
-    Args:
-        monitor: Settings.
-        data: Of the run.
-        loader: Of the run.
-        config: The model's image transform.
-        accelerator: Device, precision and processes.
-        every: Epochs between measurements.
+    """Watches one target, seen through the model's image transform, `config`.
 
     Attributes:
         columns: Names of the numbers: percent, a number of dimensions, a ratio.
@@ -69,36 +56,17 @@ class Monitor:
     columns: tuple[str, ...] = COLUMNS
 
     def __init__(
-        self,
-        monitor: MonitorSettings,
-        data: DataSettings,
-        loader: LoaderSettings,
-        config: dict[str, Any],
-        accelerator: Accelerator,
-        every: int,
+        self, settings: TrainSettings, config: dict[str, Any], accelerator: Accelerator, num_instances: int
     ) -> None:
-        default = DataSettings()
-        data = dataclasses.replace(
-            data,
-            train_split=default.train_split,
-            val_split=default.val_split,
-            class_map=default.class_map,
-            input_key=default.input_key,
-            target_key=default.target_key,
-        )
+        monitor, default = settings.monitor, DataSettings()
+        names = ('train_split', 'val_split', 'class_map', 'input_key', 'target_key')  # the run's are of its own data
+        data = dataclasses.replace(settings.data, **{name: getattr(default, name) for name in names})
         fitted = max(1, round(monitor.monitor_images * FITTED))
-        self.target = TransferSet(
-            monitor.monitor_target,
-            data,
-            loader,
-            config['input_size'][0],
-            accelerator,
-            most=(fitted, max(1, monitor.monitor_images - fitted)),
-            setting='monitor_target',
-        )
-        self._splits = self.target.images(config)
-        self._accelerator = accelerator
-        self._every = every
+        most = (fitted, max(1, monitor.monitor_images - fitted))
+        name, channels = monitor.monitor_target, config['input_size'][0]
+        self.target = TransferSet(name, data, settings.loader, channels, accelerator, most, 'monitor_target')
+        self._splits, self._accelerator = self.target.images(config), accelerator
+        self._every = monitor_interval(monitor, settings.schedule.epochs, num_instances)
         self.seconds = 0.0
 
     def due(self, epoch: int, last: bool) -> bool:
@@ -106,13 +74,7 @@ class Monitor:
         return last or (epoch + 1) % self._every == 0
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Measure the model's features of the target.
-
-        Args:
-            model: Left in evaluation mode.
-
-        Returns:
-            The values of `columns`.
+        """Measure the model's features of the target: the values of `columns`. It is left in evaluation mode.
 
         Raises:
             UserError: Features that are not finite.
@@ -120,23 +82,27 @@ class Monitor:
         started = time.monotonic()
         train, test = (compute_features(model, images, self._accelerator) for images in self._splits)
         self.target.check(train, test)
-        values = (
-            ridge_scores(train, test, self.target.num_classes)['top1'],
-            effective_rank(test.features_ND),
-            class_spread(test.features_ND, test.labels_N).spread,
-        )
+        top1 = ridge_scores(train, test, self.target.num_classes)['top1']
+        spread = class_spread(test.features_ND, test.labels_N).spread
+        values = top1, effective_rank(test.features_ND), spread
         self.seconds += time.monotonic() - started
         return dict(zip(COLUMNS, values))
 
 
-def check_monitored(monitor: MonitorSettings, resumed: Run) -> None:
-    """Refuse to add the monitor's columns to a run that was started without them.
+def create_monitor(
+    settings: TrainSettings, config: dict[str, Any], accelerator: Accelerator, num_instances: int, resumed: Run | None
+) -> Monitor | None:
+    """Create the monitor that the settings ask for, if any.
 
     Raises:
-        UserError: Its summary.csv has no columns for it.
+        UserError: See `Monitor`; the resumed run was started without it, so that its summary.csv has no columns for it.
     """
-    if monitor.monitor_target and not all(f'eval_{column}' in row for row in resumed.rows() for column in COLUMNS):
+    target = settings.monitor.monitor_target
+    if not target:
+        return None
+    if resumed and not all(f'eval_{column}' in row for row in resumed.rows() for column in COLUMNS):
         raise UserError(
-            f'`monitor_target` {monitor.monitor_target}: {resumed} was started without it, and its summary.csv has '
-            f'no columns for it; leave it out to go on'
+            f'`monitor_target` {target}: {resumed} was started without it, and its summary.csv has no columns for it; '
+            f'leave it out to go on'
         )
+    return Monitor(settings, config, accelerator, num_instances)

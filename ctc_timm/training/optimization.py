@@ -19,13 +19,7 @@ from .settings import OptimizerSettings
 
 
 def resolve_lr(optimizer: OptimizerSettings, batch_size: int, world_size: int) -> float:
-    """`lr`, or `lr_base` scaled by the images in a step, as timm does.
-
-    Args:
-        optimizer: Settings.
-        batch_size: Images of a batch of each process.
-        world_size: Processes.
-    """
+    """`lr`, or `lr_base` scaled by the images in a step over all processes, as timm does."""
     if optimizer.lr is not None:
         return optimizer.lr
     adaptive = any(word in optimizer.opt.lower() for word in ('ada', 'lamb'))
@@ -35,11 +29,7 @@ def resolve_lr(optimizer: OptimizerSettings, batch_size: int, world_size: int) -
 
 
 def create_optimizer(optimizer: OptimizerSettings, module: nn.Module) -> torch.optim.Optimizer:
-    """Create timm's optimizer over all parameters that need a gradient.
-
-    Args:
-        optimizer: Settings; `lr` is set, see `resolve_lr`.
-        module: What is trained.
+    """Create timm's optimizer over all parameters that need a gradient; `lr` is set, see `resolve_lr`.
 
     Raises:
         UserError: An unknown optimizer, or settings that it refuses.
@@ -52,10 +42,8 @@ def create_optimizer(optimizer: OptimizerSettings, module: nn.Module) -> torch.o
     try:
         return create_optimizer_v2(module, **options, filter_bias_and_bn=optimizer.filter_bias_and_bn)
     except (TypeError, ValueError, IndexError, AssertionError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f'`opt` {optimizer.opt} with `opt_betas` {optimizer.opt_betas} and `opt_kwargs` {optimizer.opt_kwargs}: '
-            f'{one_line(error)}'
-        ) from None
+        what = f'`opt` {optimizer.opt} with `opt_betas` {optimizer.opt_betas} and `opt_kwargs` {optimizer.opt_kwargs}'
+        raise UserError(f'{what}: {one_line(error)}') from None
 
 
 def clip_gradients(accelerator: Accelerator, task: TrainingTask, optimizer: OptimizerSettings) -> None:

@@ -32,11 +32,9 @@ class CosineOpenLRScheduler(CosineLRScheduler):
 
 
 class TwoStageSchedule:
-    """Sets each parameter group's learning rate and weight decay.
+    """Sets each parameter group's learning rate and weight decay; the values it was made with are the base.
 
     Args:
-        optimizer: Whose groups are set; the values it was made with are the base.
-        settings: Of each stage's schedule.
         stages: Where the temporal stage starts and how its schedule differs; None for one schedule over the whole run.
         updates_per_epoch: Optimizer steps in an epoch.
         seed: Of the schedule's noise.

@@ -29,19 +29,13 @@ class CTCSettings:
     instance_momentum: float = setting(0.9, "of the instance stage's bank", low=0, below=1, metavar='M')
     temporal_momentum: float = setting(0.9, "of the temporal stage's banks", low=0, below=1, metavar='M')
     num_negatives: int = setting(16384, 'negatives an image', low=1, high=10**7, metavar='K')
-    negatives: Literal['sampled', 'shared', 'all'] = setting(
-        'sampled', 'K rows of each image, one draw for the batch, or all rows'
-    )
+    negatives: Literal['sampled', 'shared', 'all'] = setting('sampled', 'K rows an image, K a batch, or all')
     positives: Literal['exact', 'relaxed'] = setting('exact', 'the image itself, or a random one of its class')
-    past_features: Literal['model', 'bank'] = setting(
-        'model', 'pass each batch through the information bank, as published, or use its stored rows'
-    )
+    past_features: Literal['model', 'bank'] = setting('model', 'run the information bank on batches, or use its rows')
     embed_dim: int = setting(128, 'embedding size', low=1, high=65536, metavar='E')
     train_projector: bool = setting(False, "train the instance stage's projector too")
     bank_dtype: Literal['float32', 'bfloat16'] = setting('float32', "precision of the banks' rows")
-    split_banks: bool = setting(
-        False, 'each process holds its share of the banks, not a copy of them', aliases=('--shard-banks',)
-    )
+    split_banks: bool = setting(False, 'each process holds a share of the banks', aliases=('--shard-banks',))
 
 
 @dataclass(frozen=True)
@@ -49,18 +43,10 @@ class StageSettings:
     """Where the temporal stage starts, and how the two stages' schedules differ."""
 
     temporal_start_epoch: int | None = setting(
-        None,
-        'epoch, counted from 0, at which the temporal stage starts; two thirds of the run when not given, and never '
-        'when as large as the epochs',
-        low=0,
-        metavar='N',
+        None, 'first epoch of the temporal stage, from 0; 2/3 of the run when not given', low=0, metavar='N'
     )
-    temporal_lr_scale: float = setting(
-        0.1, "temporal stage's learning rate over the instance stage's", above=0, metavar='X'
-    )
-    instance_weight_decay_scale: float = setting(
-        1.0, "instance stage's weight decay over the weight decay", low=0, metavar='X'
-    )
+    temporal_lr_scale: float = setting(0.1, "temporal stage's learning rate over the instance's", above=0, metavar='X')
+    instance_weight_decay_scale: float = setting(1.0, "instance stage's over weight_decay", low=0, metavar='X')
 
 
 @dataclass(frozen=True)
@@ -89,12 +75,8 @@ class ScheduleSettings:
     cooldown_epochs: int = setting(0, 'epochs at the lower bound, on top', low=0, metavar='N')
     decay_epochs: float | None = setting(None, 'interval (step) or length (wsd, rsqrt) of decay', above=0, metavar='N')
     decay_milestones: tuple[int, ...] = setting((90, 180, 270), 'for multistep', low=1, metavar='N')
-    decay_rate: float = setting(
-        0.1, 'of step, multistep and poly', low=1e-6, high=10, aliases=('--dr',), metavar='RATE'
-    )
-    lr_noise: tuple[float, ...] | None = setting(
-        None, 'noise on and off, fractions of the run', low=0, high=1, metavar='PCT'
-    )
+    decay_rate: float = setting(0.1, 'of step, multistep, poly', low=1e-6, high=10, aliases=('--dr',), metavar='RATE')
+    lr_noise: tuple[float, ...] | None = setting(None, 'noise on and off, of the run', low=0, high=1, metavar='PCT')
     lr_noise_pct: float = setting(0.67, 'limit of the noise', low=0.01, high=1, metavar='PCT')
     lr_noise_std: float = setting(1.0, 'standard deviation of the noise', low=0, high=10, metavar='STD')
     lr_cycle_mul: float = setting(1.0, 'cycle length multiplier', low=0.1, high=10, metavar='MULT')
@@ -108,14 +90,10 @@ class OptimizerSettings:
     """timm's optimizers, gradient accumulation and clipping."""
 
     opt: str = setting('sgd', "timm's optimizer; sgd is Nesterov's, momentum is plain", metavar='NAME')
-    lr: float | None = setting(
-        None, 'learning rate; lr_base scaled by the global batch size when not given', above=0, metavar='LR'
-    )
+    lr: float | None = setting(None, 'learning rate; lr_base by the global batch when not given', above=0, metavar='LR')
     lr_base: float = setting(0.1, 'learning rate at lr_base_size images a step', above=0, metavar='LR')
     lr_base_size: float = setting(256, 'images a step that lr_base is for', above=0, metavar='N')
-    lr_base_scale: Literal['linear', 'sqrt'] | None = setting(
-        None, 'how it scales; sqrt for adaptive optimizers, else linear'
-    )
+    lr_base_scale: Literal['linear', 'sqrt'] | None = setting(None, 'how it scales; sqrt for adaptive optimizers')
     momentum: float = setting(0.9, 'momentum', low=0, below=1, metavar='M')
     weight_decay: float = setting(2e-5, 'weight decay', low=0, metavar='WD')
     filter_bias_and_bn: bool = setting(True, 'leave biases and norms without weight decay')
@@ -144,9 +122,7 @@ class FolderSettings:
 
     output: str = setting('runs', 'where runs go', metavar='DIR')
     experiment: str = setting('', "the run's folder there; made of time, model and data when not given", metavar='NAME')
-    resume: str = setting(
-        '', 'continue a run: its folder, one of its states, or the newest one that fits', metavar='auto|PATH'
-    )
+    resume: str = setting('', 'continue a run: its folder, a state of it, or the newest that fits', metavar='auto|PATH')
 
 
 @dataclass(frozen=True)
@@ -155,23 +131,15 @@ class RunSettings:
 
     seed: int = setting(42, 'of everything random', low=0, metavar='S')
     checkpoint_hist: int = setting(2, 'states kept for a resume', low=1, metavar='N')
-    checkpoint_steps: int = setting(
-        0, 'save the state every N optimizer steps, not only after each epoch', low=0, metavar='N'
-    )
+    checkpoint_steps: int = setting(0, 'save the state every N steps, not only after each epoch', low=0, metavar='N')
     keep_every: int | None = setting(
-        None,
-        'keep the weights of every N-th epoch, 0: none; about 20 over the run when not given',
-        low=0,
-        metavar='N',
+        None, 'keep the weights of every N-th epoch, 0: none; about 20 over the run when not given', low=0, metavar='N'
     )
     log_interval: int = setting(50, 'batches between log lines', low=1, metavar='N')
     log_with: str | None = setting(None, "Accelerate's trackers: tensorboard, wandb, ...", metavar='TRACKER')
     eval_interval: int = setting(1, 'epochs between evaluations', low=1, metavar='N')
     max_bad_steps: int = setting(
-        10,
-        'stop after this many steps in a row whose loss or gradient is not finite, which are left out; 0: no check',
-        low=0,
-        metavar='N',
+        10, 'stop after N steps in a row whose loss or gradient is not finite; 0: no check', low=0, metavar='N'
     )
 
 
@@ -181,10 +149,7 @@ class MonitorSettings:
 
     monitor_target: str = setting('', 'watch transfer to this data set or folder', metavar='DATASET')
     monitor_every: int | None = setting(
-        None,
-        'epochs between measurements; about 20 over the run, or fewer to stay cheap, when not given',
-        low=1,
-        metavar='N',
+        None, 'epochs between measurements; about 20 over the run, or fewer, when not given', low=1, metavar='N'
     )
     monitor_images: int = setting(1500, 'images, two thirds to fit the probe', low=1, metavar='N')
 
@@ -231,10 +196,7 @@ class PlanSettings:
     )
     seeds: int = setting(3, 'runs of each, from seed on', low=1, metavar='N')
     min_updates: int = setting(
-        500,
-        'a fraction gets as many updates as all images would, up to this, by several passes an epoch',
-        low=0,
-        metavar='N',
+        500, 'a fraction gets as many updates as all images would, up to this, by several passes', low=0, metavar='N'
     )
     output: str = setting('', "where the runs go; the run's finetune/ or results/NAME", metavar='DIR')
 

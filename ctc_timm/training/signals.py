@@ -12,44 +12,36 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _GRACE = 60  # seconds that a loader process outlives its signal
 
 
 class Interrupted(BaseException):
-    """A signal came while nothing was going on that has to end first."""
+    """A run is to stop where it is: nothing goes on that has to end first."""
 
 
 class StopSignal:
-    """Notes that a signal asked this process to stop.
-
-    Attributes:
-        received: Name of the signal, or None.
-    """
+    """Records a signal that asks this process to stop, by name in `received`."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._at_once = False
-        self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
     @contextmanager
     def heeded(self) -> Iterator[None]:
         """Handle the signals within; outside the main thread, where Python has none, this does nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:
-            for number, handler in self._before.items():
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self, allowed: bool = True) -> Iterator[None]:
+    def at_once(self, allowed: bool) -> Iterator[None]:
         """Raise `Interrupted` within as soon as a signal comes, or has come: nothing there is lost by it."""
         self._at_once = allowed
         try:

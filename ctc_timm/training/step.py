@@ -29,15 +29,12 @@ class Step(NamedTuple):
 
 
 class Steps:
-    """Takes optimizer steps.
+    """Takes optimizer steps with a prepared task and optimizer.
 
     Args:
-        accelerator: Of the run.
-        task: With its trained module prepared.
-        optimizer: Prepared.
         settings: Of gradient clipping.
         check: Whether steps with numbers that are not finite are discarded; one wait for the device a step.
-        mixup: mixup(batch of the loader, epoch) gives the batch that the task takes; None leaves it as it is.
+        mixup: See `Trainer`.
     """
 
     def __init__(
@@ -98,17 +95,14 @@ class Steps:
             return False, stop and alone  # one of several ranks must not stop before the others
         bad = ~loss.isfinite() if checked else torch.zeros_like(loss, dtype=torch.bool)
         if checked and self.accelerator.scaler is None:
-            bad = bad | ~self._gradient_norm().isfinite()
+            module: Any = self.task.get_trainable_module()
+            norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+            bad = bad | ~norm.isfinite()
         if alone:
             return bool(bad), stop
         flags = torch.stack([bad.float(), torch.full_like(loss, stop, dtype=torch.float32)])
-        counts = self.accelerator.reduce(flags, 'sum').tolist()
-        return counts[0] > 0, counts[1] > 0
-
-    def _gradient_norm(self) -> Tensor:
-        module = self.task.get_trainable_module()
-        assert module is not None
-        return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        any_bad, any_stop = (self.accelerator.reduce(flags, 'sum') > 0).tolist()
+        return any_bad, any_stop
 
 
 class _Statistics:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..contrast.task import CTCTask
 from ..data.mixup import InstanceMixup
 from ..utils.tasks import TrainerTask
-from .settings import CTCSettings, LossSettings
+from .settings import TrainSettings
+
+Names = Collection[str]
 
 
 class SupervisedTask(TrainerTask, ClassificationTask):
@@ -26,7 +28,7 @@ class SupervisedTask(TrainerTask, ClassificationTask):
         **options: For timm's `ClassificationTask`.
     """
 
-    def __init__(self, model: nn.Module, frozen: Collection[str] = (), **options: Any) -> None:
+    def __init__(self, model: nn.Module, frozen: Names = (), **options: Any) -> None:
         super().__init__(model, **options)
         self.frozen = tuple(frozen)
 
@@ -49,9 +51,7 @@ class PrepareBatch:
     """
 
     def __init__(self, mixup: InstanceMixup | None, off_epoch: int, channels_last: bool) -> None:
-        self.mixup = mixup
-        self.off_epoch = off_epoch
-        self.channels_last = channels_last
+        self.mixup, self.off_epoch, self.channels_last = mixup, off_epoch, channels_last
 
     def __call__(self, batch: tuple[Any, ...], epoch: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Mix images [B, C, H, W] and classes [B] into soft targets [B, K]; lam [B] is None where nothing is mixed."""
@@ -68,44 +68,30 @@ class PrepareBatch:
 
 
 def create_task(
-    ctc: CTCSettings,
-    loss: LossSettings,
-    model: nn.Module,
-    labels_N: Tensor | None,
-    device: torch.device,
-    *,
-    soft_targets: bool = False,
-    seed: int = 42,
-    rank: int = 0,
-    frozen: Collection[str] = (),
+    settings: TrainSettings, model: nn.Module, labels_N: Tensor | None, device: torch.device, rank: int, frozen: Names
 ) -> TrainerTask:
-    """Create the task that the settings describe.
+    """Create the task that the settings describe; those of CTC are, beside `mode`, arguments of `CTCTask`.
 
     Args:
-        ctc: The method's settings; its fields but `mode` are arguments of `CTCTask`.
-        loss: Of the classification loss.
         model: With a head.
         labels_N: Class of each training image, [N]; None for streams, which need mode 'vanilla'.
-        device: Where to train.
-        soft_targets: Whether batches are mixed.
-        seed: Of banks and negatives.
-        rank: This process.
         frozen: See `SupervisedTask`.
 
     Raises:
-        UserError: What CTC refuses: a stream, one class, a temperature too low.
+        UserError: What CTC refuses, such as a temperature too low.
     """
+    loss = settings.loss
     criterion = {
         'loss_type': 'bce' if loss.bce_loss else None,
         'smoothing': loss.smoothing,
-        'soft_targets': soft_targets,
+        'soft_targets': settings.mixup.active,
         'bce_target_thresh': loss.bce_target_thresh if loss.bce_loss else None,
         'bce_sum': loss.bce_sum,
     }
     common: dict[str, Any] = {'criterion_kwargs': criterion, 'device': device, 'verbose': False}
-    if ctc.mode == 'vanilla':
+    if settings.ctc.mode == 'vanilla':
         return SupervisedTask(model, frozen, **common)
     assert labels_N is not None
-    options = {**dataclasses.asdict(ctc), 'bank_dtype': getattr(torch, ctc.bank_dtype)}
+    options = {**dataclasses.asdict(settings.ctc), 'bank_dtype': getattr(torch, settings.ctc.bank_dtype)}
     del options['mode']
-    return CTCTask(model, labels_N, **options, seed=seed, rank=rank, **common)
+    return CTCTask(model, labels_N, **options, seed=settings.run.seed, rank=rank, **common)

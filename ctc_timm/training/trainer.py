@@ -36,13 +36,8 @@ class Trainer:
         trainer.fit()
 
     Args:
-        task: With its module on the device.
-        loader: Training batches.
-        evaluator: Measures the task's evaluation model.
-        optimizer: Over the task's trainable module.
-        schedule: Of that optimizer.
+        task: With its module on the device; module and optimizer are prepared here.
         run: The run's folder, the same on all ranks.
-        accelerator: Device, precision, processes; module and optimizer are prepared here.
         settings: What the run saves, logs and tolerates.
         stepping: Gradient accumulation and clipping.
         batch_size: Images of a batch of each process.
