@@ -42,12 +42,7 @@ from .utils.yaml_files import read_mapping
 
 HASH = 'tensors_sha256'  # in a weights file's metadata
 _LARGEST_EPOCH = 10**9
-_SHOWN = {
-    'loss': 'val loss {:.4f}',
-    'top1': 'top-1 {:.2f}%',
-    'top5': 'top-5 {:.2f}%',
-    'monitor_ridge_top1': 'target {:.2f}%',
-}
+_SHOWN = dict(loss='val loss {:.4f}', top1='top-1 {:.2f}%', top5='top-5 {:.2f}%', monitor_ridge_top1='target {:.2f}%')
 T = TypeVar('T')
 
 
@@ -145,12 +140,36 @@ class Run:
         update_summary(epoch, train, evaluation, filename=str(self.summary_file), lr=lr)
 
     def rows(self) -> list[dict[str, str]]:
-        """Rows of summary.csv, none before the first epoch."""
-        return read_summary(self.summary_file)
+        """Rows of summary.csv: one an epoch, of numbers and empty cells, none before the first epoch.
+
+        Raises:
+            UserError: A line is damaged.
+        """
+        columns: list[str] = []
+
+        def parse(line: bytes) -> dict[str, str] | None:
+            (cells,) = csv.reader([line.decode('utf-8')], strict=True)
+            if not columns:
+                columns.extend(cells)
+                return {} if 'epoch' in cells and len(set(cells)) == len(cells) else None
+            row = dict(zip(columns, cells, strict=True))
+            numbers = [float(cell or 0) for cell in cells]
+            return row if numbers and _is_count(int(row['epoch'])) else None
+
+        return _parse(self.summary_file, parse)[1:]
 
     def log_rows(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl, none before the first."""
-        return read_metrics(self.metrics_file)
+        """Rows of metrics.jsonl: mappings with an 'epoch', and with a 'batch' within it.
+
+        Raises:
+            UserError: A line is damaged.
+        """
+
+        def parse(line: bytes) -> dict[str, Any] | None:
+            row = json.loads(line)
+            return row if _is_count(row['epoch']) and _is_count(row.get('batch', 0)) else None
+
+        return _parse(self.metrics_file, parse)
 
     def clean_up(self, epoch: int, batch: int = 0) -> None:
         """Remove half-written files, and log rows after the resume point: an epoch, from 0, and its batches so far."""
@@ -183,7 +202,6 @@ class Run:
             best_epoch=best_epoch if evaluations.get(best_epoch) else None,
             best=evaluations.get(best_epoch, {}),
             last=evaluations.get(len(evaluations) - 1, {}),
-            weights=[file for file in (self.path / 'best.safetensors', self.last_weights) if file.is_file()],
             pictures=sorted(self.plots.glob('*.png')),
         )
 
@@ -199,14 +217,11 @@ class RunSummary:
     best_epoch: int | None  # from 0; None before the first evaluation
     best: dict[str, float]  # metrics of that epoch, by name; accuracies in percent
     last: dict[str, float]  # of the last epoch; empty where it was not evaluated
-    weights: list[Path]  # files of the best and the last epoch
     pictures: list[Path]
 
     def __str__(self) -> str:
         best = f'{format_metrics(self.best)} at epoch {self.best_epoch}' if self.best else 'not evaluated'
-        lines = {'best': best, 'last': format_metrics(self.last)}
-        for name, files in (('weights', self.weights), ('pictures', self.pictures)):
-            lines[name] = ', '.join(map(str, files))
+        lines = {'best': best, 'last': format_metrics(self.last), 'pictures': ', '.join(map(str, self.pictures))}
         head = f'{self.path}: {self.model}, {self.mode}, {self.epochs} epochs'
         return '\n'.join([head, *(f'  {name:<9} {text}' for name, text in lines.items() if text)])
 
@@ -270,33 +285,6 @@ def _parse(file: Path, parse: Callable[[bytes], T | None]) -> list[T]:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_EPOCH
-
-
-def read_summary(file: Path) -> list[dict[str, str]]:
-    """Read a summary.csv: a row an epoch, of numbers and empty cells, under a header with 'epoch'."""
-    columns: list[str] = []
-
-    def parse(line: bytes) -> dict[str, str] | None:
-        (cells,) = csv.reader([line.decode('utf-8')], strict=True)
-        if not columns:
-            columns.extend(cells)
-            return {} if 'epoch' in cells and len(set(cells)) == len(cells) else None
-        for cell in cells:
-            float(cell or 0)
-        row = dict(zip(columns, cells, strict=True))
-        return row if _is_count(int(row['epoch'])) else None
-
-    return _parse(file, parse)[1:]
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read a metrics.jsonl: mappings with an 'epoch', and with a 'batch' within it."""
-
-    def parse(line: bytes) -> dict[str, Any] | None:
-        row = json.loads(line)
-        return row if _is_count(row['epoch']) and _is_count(row.get('batch', 0)) else None
-
-    return _parse(file, parse)
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from timm.utils import random_seed
 from torch import nn
@@ -28,12 +29,11 @@ from ..models.backbones import architecture, check_input
 from ..models.creation import check_compiler, create_model, prepare_model
 from ..runs import Run
 from ..utils.distributed import create_accelerator
-from ..utils.errors import UserError
+from ..utils.errors import UserError, nearest
 from ..utils.precision import PrecisionSettings
 from ..utils.progress import clock
 from ..utils.settings import replace
 from ..utils.tasks import Evaluator, Loader, TrainerTask
-from . import report
 from .checkpoints import ResumePoint, locate_run, values_of
 from .monitor import create_monitor
 from .optimization import create_optimizer, resolve_lr
@@ -196,8 +196,10 @@ def open_accelerator(
     Raises:
         UserError: No such tracker or precision here.
     """
-    if log_with:
-        report.check_tracker(log_with)
+    installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())] if log_with else []
+    if log_with and log_with not in installed:
+        near, known = nearest(log_with, installed), ', '.join(installed)
+        raise UserError(f'`log_with` {log_with}: no tracker of Accelerate that is installed{near}; use one of {known}')
     return create_accelerator(
         precision,
         log_with=log_with,

@@ -1,39 +1,15 @@
-"""Lines about a run: one an epoch, and how it ended early; and Accelerate's trackers."""
+"""Lines about a run: one an epoch, and how it ended early."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
-
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
 
 from ..runs import Run, format_metrics
-from ..utils.errors import RunError, Stopped, UserError, nearest
+from ..utils.errors import RunError, Stopped
 from .checkpoints import TrainState, describe
 from .signals import Interrupted, StopSignal
-
-
-def check_tracker(name: str) -> None:
-    """Refuse a tracker that Accelerate does not have, or whose package is not installed.
-
-    Raises:
-        UserError: With the trackers that there are.
-    """
-    installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())]
-    if name not in installed:
-        near, known = nearest(name, installed), ', '.join(installed)
-        raise UserError(f'`log_with` {name}: no tracker of Accelerate that is installed{near}; use one of {known}')
-
-
-def start_trackers(accelerator: Accelerator, run: Run, values: Mapping[str, Any]) -> None:
-    """Have Accelerate's trackers begin a run with these settings, in its folder."""
-    accelerator.project_configuration = ProjectConfiguration(project_dir=str(run), logging_dir=str(run))
-    plain = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
-    accelerator.init_trackers('ctc-timm', plain)
 
 
 def epoch_line(

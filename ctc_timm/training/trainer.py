@@ -105,8 +105,10 @@ class Trainer:
                     self.run.create(values)
                     if write_config is not None:
                         write_config()
-        if self.accelerator.log_with:
-            report.start_trackers(self.accelerator, self.run, values)
+        if self.accelerator.log_with:  # trackers write into the run's folder
+            self.accelerator.project_configuration.logging_dir = str(self.run)
+            plain = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
+            self.accelerator.init_trackers('ctc-timm', plain)
 
     def _resume(self, point: ResumePoint) -> None:
         assert point.state is not None
