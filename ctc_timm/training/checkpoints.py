@@ -92,12 +92,21 @@ class TrainState:
 
 
 def save_state(
-    accelerator: Accelerator, task: TrainerTask, run: Run, progress: dict[str, Any], rank_state: dict[str, Tensor]
-) -> Path:
+    accelerator: Accelerator,
+    task: TrainerTask,
+    run: Run,
+    progress: dict[str, Any],
+    rank_state: dict[str, Tensor],
+    keep: int,
+) -> None:
     """Save all that a resume needs; the folder gets its name when it is complete and on the disk.
 
-    Every rank writes into the folder, so that all machines must see it. `progress` and `rank_state` are those of
-    `TrainState`, the former with what else a resume checks.
+    Every rank writes into the folder, so that all machines must see it.
+
+    Args:
+        progress: Of `TrainState`, with what else a resume checks.
+        rank_state: Of `TrainState`.
+        keep: How many of the latest states stay.
 
     Raises:
         RunError: It could not be written; nothing of it is left, and older states are as they were.
@@ -126,7 +135,7 @@ def save_state(
         if main:
             write_manifest(temporary)
             atomic_rename(temporary, final)
-    return final
+            prune_states(run, final, keep)
 
 
 def prune_states(run: Run, newest: Path, keep: int) -> None:
@@ -160,7 +169,7 @@ def raise_on_all_ranks(accelerator: Accelerator, what: str, leftover: Path | Non
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reasons = [describe(error)]
+        reasons = [one_line(error)]
     if accelerator.num_processes > 1:
         reasons = gather_object(reasons)
     failed = [reason for reason in reasons if reason]
@@ -168,13 +177,6 @@ def raise_on_all_ranks(accelerator: Accelerator, what: str, leftover: Path | Non
         if leftover is not None and accelerator.is_main_process:
             shutil.rmtree(leftover, ignore_errors=True)
         raise RunError(f"{what}: {failed[0]}; make room or repair it, then continue with `resume='auto'`")
-
-
-def describe(error: Exception) -> str:
-    """Say why a file could not be written, with its name where it is known."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f' ({error.filename})' if error.filename else '')
-    return one_line(error)
 
 
 def load_state(

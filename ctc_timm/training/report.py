@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from ..runs import Run, format_metrics
-from ..utils.errors import RunError, Stopped
-from .checkpoints import TrainState, describe
+from ..utils.errors import RunError, Stopped, one_line
+from .checkpoints import TrainState
 from .signals import Interrupted, StopSignal
 
 
@@ -47,7 +47,7 @@ def early_end(run: Run, stop: StopSignal, state: TrainState, save: Callable[[], 
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        what = f'{run}: {describe(error)}; {newest_state(run)}'
+        what = f'{run}: {one_line(error)}; {newest_state(run)}'
         raise RunError(f"{what}; make room, then continue with `resume='auto'`") from None
 
 

@@ -55,31 +55,23 @@ class TwoStageSchedule:
         updates_per_epoch: int,
         seed: int = 42,
     ) -> None:
-        self.optimizer, self.updates_per_epoch, self.on_updates = (
-            optimizer,
-            updates_per_epoch,
-            settings.sched_on_updates,
-        )
-        self.two_stages = stages is not None
-        self.temporal_lr_scale = stages.temporal_lr_scale if stages else 1.0
-        self.weight_decay_scale = stages.instance_weight_decay_scale if stages else 1.0
-        self._name, self._rate = settings.sched, settings.decay_rate
+        self.optimizer, self.settings, self.updates_per_epoch = optimizer, settings, updates_per_epoch
+        self.two_stages, self.on_updates = stages is not None, settings.sched_on_updates
+        self._lr_scale = stages.temporal_lr_scale if stages else 1.0
+        self._decay_scale = stages.instance_weight_decay_scale if stages else 1.0
         self._base = [(g['lr'] * g.get('lr_scale', 1.0), g['weight_decay']) for g in optimizer.param_groups]
         start = settings.epochs if stages is None else temporal_start(stages, settings.epochs)
-        options = scheduler_kwargs(SimpleNamespace(**dataclasses.asdict(settings), seed=seed))
-        if start == settings.epochs:
-            self._first, self.num_epochs = self._create(options, start)
-            self._second, self.temporal_start = None, self.num_epochs
-            return
-        self._first, self.temporal_start = (
-            self._create({**options, 'cooldown_epochs': 0}, start) if start else (None, 0)
-        )
-        self._second, length = self._create({**options, 'warmup_epochs': 0}, settings.epochs - start)
+        rest = settings.epochs - start
+        self._first, self.temporal_start = self._create(start, seed, **{'cooldown_epochs': 0} if rest else {})
+        self._second, length = self._create(rest, seed, warmup_epochs=0)
         self.num_epochs = self.temporal_start + length
 
-    def _create(self, options: dict[str, Any], epochs: int) -> tuple[Scheduler | None, int]:
+    def _create(self, epochs: int, seed: int, **changes: Any) -> tuple[Scheduler | None, int]:
         """A schedule, and how many epochs it takes with warm-up prefix, cycles and cool-down."""
-        options = {**options, 'num_epochs': epochs}
+        if not epochs:
+            return None, 0
+        options = scheduler_kwargs(SimpleNamespace(**dataclasses.asdict(self.settings), seed=seed))
+        options |= {'num_epochs': epochs, **changes}
         try:
             if options['sched'] != 'cosine_open':
                 return create_scheduler_v2(self.optimizer, **options, updates_per_epoch=self.updates_per_epoch)
@@ -93,7 +85,7 @@ class TwoStageSchedule:
                 t_in_epochs=options['step_on_epochs'],
             )
         except (AssertionError, ValueError, OverflowError) as error:
-            raise UserError(f'`sched` {self._name}: {error or "the schedule refuses its settings"}') from None
+            raise UserError(f'`sched` {options["sched"]}: {error or "refuses its settings"}') from None
         return scheduler, epochs + options['cooldown_epochs']
 
     def stage(self, epoch: int) -> str:
@@ -115,14 +107,14 @@ class TwoStageSchedule:
             elif scheduler is not None:
                 scheduler.step(local_epoch)
         except OverflowError:
-            what = f'`sched` {self._name} with `decay_rate` {self._rate:g}'
+            what = f'`sched` {self.settings.sched} with `decay_rate` {self.settings.decay_rate:g}'
             raise UserError(f'{what}: the learning rate overflows at epoch {epoch}') from None
         for group, (lr, decay) in zip(self.optimizer.param_groups, self._base):
             if scheduler is None:
                 group['lr'] = lr
             if temporal:
-                group['lr'] *= self.temporal_lr_scale
-            group['weight_decay'] = decay if temporal else decay * self.weight_decay_scale
+                group['lr'] *= self._lr_scale
+            group['weight_decay'] = decay if temporal else decay * self._decay_scale
 
 
 def temporal_start(stages: StageSettings, epochs: int) -> int:

@@ -19,7 +19,7 @@ from ..utils.errors import RunError, UserError
 from ..utils.progress import clock, progress_bar
 from ..utils.tasks import Batch, Evaluator, Loader, TrainerTask, Watcher
 from . import report
-from .checkpoints import ResumePoint, TrainState, load_state, prune_states, raise_on_all_ranks, save_state
+from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state
 from .schedules import TwoStageSchedule
 from .settings import OptimizerSettings, RunSettings
 from .signals import Interrupted, StopSignal
@@ -168,7 +168,7 @@ class Trainer:
         alone = self.accelerator.num_processes == 1  # several ranks would not all be at one place at a signal
         with self.stop.at_once(alone and stage != self.task.stage), self.accelerator.autocast():
             if self.task.prepare_epoch(stage, self._training_images):
-                logger.info(f'{stage} stage: the model is frozen as the information bank, which fills the banks')
+                logger.info(f'the {stage} stage starts at epoch {epoch}')
         began, done = time.monotonic(), self.state.batch
         train = self._train_epoch(epoch)
         rate = (self.state.batch - done) * self.global_batch / (time.monotonic() - began)
@@ -181,11 +181,12 @@ class Trainer:
             if self.monitor is not None and self.monitor.due(epoch, last):
                 watched = self.monitor.measure(self._eval_model())
         self._finish_epoch(epoch, train, {**metrics, **watched})
-        shown = {name: metrics[name] for name in self.evaluator.columns[:4] if name in metrics}
-        return metrics, report.epoch_line(epoch, stage, train, shown | dict([*watched.items()][:1]), self._lr(), rate)
+        columns = [name for name in self.evaluator.columns[:4] if name in metrics] + list(watched)[:1]
+        shown = {name: {**metrics, **watched}[name] for name in columns}
+        return metrics, report.epoch_line(epoch, stage, train, shown, self._lr(), rate)
 
     def _training_images(self) -> Iterable[Any]:
-        return progress_bar(self.training_images(), 'fill the banks', self.accelerator)
+        return progress_bar(self.training_images(), 'pass over the training images', self.accelerator)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training set, or what is left of it; mean losses over the epoch."""
@@ -320,7 +321,5 @@ class Trainer:
             self._count_skipped()
         step_size = {'step_size': [self.global_batch, self.accumulation_steps]}
         progress = {**self.facts, **self.state.progress(), **step_size, 'stage': self.task.stage}
-        state = save_state(self.accelerator, self.task, self.run, progress, self.state.rank_state())
-        with raise_on_all_ranks(self.accelerator, f'{state} could not be checked'):
-            if self.accelerator.is_main_process:
-                prune_states(self.run, state, self.settings.checkpoint_hist)
+        keep = self.settings.checkpoint_hist
+        save_state(self.accelerator, self.task, self.run, progress, self.state.rank_state(), keep)
