@@ -80,6 +80,7 @@ class _EvalBatches:
 
     def __iter__(self) -> Iterator[Any]:
         if self._kept is not None:
+            torch.empty((), dtype=torch.int64).random_()  # as the loader does, so that a resume changes nothing
             yield from self._kept
             return
         batches = []

@@ -103,11 +103,13 @@ def test_what_a_run_leaves(whole: Trainer) -> None:
     assert Path(run) == run.path and load_model(run).model.num_classes == 10
 
 
-@pytest.mark.parametrize('epochs', [1, 2, 3])
-def test_a_resume_changes_nothing(flags: Flags, tiny: list[str], whole: Trainer, cut: Callable, epochs: int) -> None:
+@pytest.mark.parametrize('epochs, more', [(1, ''), (2, ''), (3, ''), (1, '--cache-dataset')])
+def test_a_resume_changes_nothing(
+    flags: Flags, tiny: list[str], whole: Trainer, cut: Callable, epochs: int, more: str
+) -> None:
     """Cut in the instance stage, between the stages and in the temporal one: the same bits as never cut."""
     run = cut(epochs)
-    trainer = build_trainer(flags(*tiny, WORDS, '--resume', str(run)))
+    trainer = build_trainer(flags(*tiny, WORDS, '--resume', str(run), more))
     assert (trainer.state.epoch, trainer.run.path) == (epochs, run.resolve())
     trainer.fit()
     for name in ('last', 'best', 'weights/epoch-0003'):
