@@ -42,7 +42,6 @@ def squared_distances(features):
 @pytest.fixture(params=[1, 7, 8192], ids=lambda rows: f'blocks of {rows}')
 def blocks(request, monkeypatch):
     monkeypatch.setattr(sets, 'BLOCK_ROWS', request.param)
-    monkeypatch.setattr(geometry, 'BLOCK_ROWS', request.param)
     monkeypatch.setattr(geometry, '_BLOCK_PAIRS', request.param * 61)
 
 
@@ -52,13 +51,6 @@ def test_effective_rank_against_singular_values(count, size, blocks):
     values = np.linalg.svd(features.numpy() - features.numpy().mean(axis=0), compute_uv=False)
     share = values[values > 1e-10] / values.sum()
     assert effective_rank(features) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
-
-
-def test_effective_rank_of_known_shapes():
-    cross = torch.cat([torch.eye(6), -torch.eye(6)])  # the same spread along six axes
-    assert effective_rank(cross) == pytest.approx(6, rel=1e-9)
-    line = torch.linspace(-1, 1, 20)[:, None] * torch.ones(1, 8)
-    assert effective_rank(line) == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize('count, size', [(60, 12), (20, 40), (60, 3)])
@@ -108,20 +100,15 @@ def test_full_collapse_and_no_structure():
     assert found['spread'] > 300
 
 
-def test_scale_matters_to_variances_alone():
+def test_scale_matters_to_variances_alone_and_the_origin_to_none_of_them():
     features, labels = cloud()
     plain, scaled = measure_geometry(features, labels), measure_geometry(features * 1e3, labels)
     assert list(plain) == NAMES
     for name in NAMES:
         factor = 1e6 if name in ('within', 'between') else 1
         assert scaled[name] == pytest.approx(plain[name] * factor, rel=1e-9), name
-
-
-def test_the_origin_does_not_matter_to_variances():
-    features, labels = cloud()
-    near, far = class_spread(features, labels), class_spread(features + 1e5, labels)
-    assert far == pytest.approx(near, rel=1e-7)
-    assert effective_rank(features + 1e5) == pytest.approx(effective_rank(features), rel=1e-7)
+    assert class_spread(features + 1e5, labels) == pytest.approx(class_spread(features, labels), rel=1e-7)
+    assert effective_rank(features + 1e5) == pytest.approx(plain['effective_rank'], rel=1e-7)
 
 
 def test_dead_features_and_zero_vectors():
@@ -147,9 +134,8 @@ def test_dead_features_and_zero_vectors():
 def test_what_cannot_be_measured():
     features, labels = cloud()
     features[3, 0], features[9, 2] = torch.nan, -torch.inf
-    with pytest.raises(UserError, match='^epoch 3: .* 2 of 60 images .*') as caught:
-        measure_geometry(features, labels, 'epoch 3: the features')
-    assert '\n' not in str(caught.value)
+    with pytest.raises(UserError, match='features of 2 of 60 images are NaN or infinite'):
+        measure_geometry(features, labels)
     features, labels = cloud()
     with pytest.raises(UserError, match='one class'):
         measure_geometry(features, torch.zeros_like(labels))

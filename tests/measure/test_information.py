@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from ctc_timm.measure import bounds
-from ctc_timm.measure.estimates import batch_means_error, labels_of, numbers_of, paired, standardized
 from ctc_timm.measure.information import ESTIMATORS, MINE_PRESETS, create_estimator
-from ctc_timm.measure.neural import ContrastObjective, PairObjective, SmileObjective, Training, read_halves
+from ctc_timm.measure.neural import (
+    InfoNCE,
+    Mine,
+    Smile,
+    batch_means_error,
+    donsker_varadhan,
+    labels_of,
+    numbers_of,
+    paired,
+    read_halves,
+)
 from ctc_timm.utils.errors import UserError
 
 NEURAL = ('mine', 'infonce', 'smile')
@@ -19,117 +27,55 @@ SHORT = {'hidden': 64, 'steps': 250, 'batch_size': 192, 'learning_rate': 5e-3, '
 def gaussian_pair(nats, images, dimensions=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     noise = math.exp(-nats / dimensions)
-    x, own = torch.randn(2, images, dimensions, generator=generator)
-    return x, math.sqrt(1 - noise**2) * x + noise * own
+    x, other = torch.randn(2, images, dimensions, generator=generator)
+    return x, math.sqrt(1 - noise**2) * x + noise * other
+
+
+def options_of(name, **options):
+    """A short training; `renyi` has none."""
+    return {} if name == 'renyi' else {**SHORT, **options}
 
 
 # Bounds on given scores
 
 
-@pytest.fixture
-def scores():
-    return torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
-
-
-def pairs(scores):
-    """Joint and marginal scores, by a loop."""
-    B = len(scores)
-    return (
-        [float(scores[i, i]) for i in range(B)],
-        [float(scores[i, j]) for i in range(B) for j in range(B) if i != j],
-    )
-
-
-def test_off_diagonal_scores(scores):
-    assert bounds.off_diagonal(scores).tolist() == pairs(scores)[1]
-
-
-def test_donsker_varadhan_against_its_formula(scores):
-    joint, marginal = pairs(scores)
+def test_bounds_against_their_formulas():
+    scores = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
+    joint = [float(scores[i, i]) for i in range(6)]
+    marginal = [float(scores[i, j]) for i in range(6) for j in range(6) if i != j]
     expected = np.mean(joint) - math.log(np.mean(np.exp(marginal)))
-    value = bounds.donsker_varadhan(scores.diagonal(), bounds.off_diagonal(scores))
-    assert float(value) == pytest.approx(expected, rel=1e-12)
-
-
-def test_smile_against_its_formula(scores):
-    joint, marginal = pairs(scores)
+    assert float(donsker_varadhan(torch.tensor(joint), torch.tensor(marginal))) == pytest.approx(expected, rel=1e-6)
     clipped = [min(max(math.exp(s), math.exp(-1.5)), math.exp(1.5)) for s in marginal]
-    value = bounds.smile_bound(scores.diagonal(), bounds.off_diagonal(scores), clip=1.5)
-    assert float(value) == pytest.approx(np.mean(joint) - math.log(np.mean(clipped)), rel=1e-12)
-
-
-def test_infonce_against_its_formula(scores):
-    rows = [math.log(math.exp(scores[i, i]) / np.mean([math.exp(s) for s in scores[i]])) for i in range(len(scores))]
-    assert float(bounds.infonce_bound(scores)) == pytest.approx(np.mean(rows), rel=1e-12)
-
-
-def test_jensen_shannon_against_its_formula(scores):
-    joint, marginal = pairs(scores)
-    expected = np.mean([math.log(1 / (1 + math.exp(-s))) for s in joint])
-    expected += np.mean([math.log(1 - 1 / (1 + math.exp(-s))) for s in marginal])
-    value = bounds.jensen_shannon(scores.diagonal(), bounds.off_diagonal(scores))
-    assert float(value) == pytest.approx(expected, rel=1e-12)
-
-
-def test_the_true_density_ratio_gives_the_true_information():
-    # With log p(x, t) / (p(x) p(t)) as the critic Donsker and Varadhan's bound is tight.
-    rho, images = 0.8, 200_000
-    nats = -0.5 * math.log(1 - rho**2)
-    x, t = (v[:, 0].double() for v in gaussian_pair(nats, images))
-
-    def ratio(x, t):
-        return nats + t**2 / 2 - (t - rho * x) ** 2 / (2 * (1 - rho**2))
-
-    value = bounds.donsker_varadhan(ratio(x, t), ratio(x, t.roll(1)))
-    assert float(value) == pytest.approx(nats, abs=0.01)
+    expected = np.mean(joint) - math.log(np.mean(clipped))
+    assert float(Smile(clip=1.5).bound(scores)) == pytest.approx(expected, rel=1e-12)
+    loss = -np.mean([math.log(1 / (1 + math.exp(-s))) for s in joint])
+    loss -= np.mean([math.log(1 - 1 / (1 + math.exp(-s))) for s in marginal])
+    assert float(Smile().loss(None, scores)) == pytest.approx(loss, rel=1e-12)
+    rows = [math.log(math.exp(scores[i, i]) / np.mean([math.exp(s) for s in scores[i]])) for i in range(6)]
+    assert float(InfoNCE().bound(scores)) == pytest.approx(np.mean(rows), rel=1e-12)
 
 
 def test_large_scores_do_not_overflow():
     joint, marginal = torch.full((4,), 1000.0), torch.tensor([1000.0, -1000.0, 0.0, 990.0])
-    assert float(bounds.donsker_varadhan(joint, marginal)) == pytest.approx(math.log(4) - math.exp(-10), abs=1e-3)
-    marginal.requires_grad_()
-    bounds.mine_loss(joint, marginal, bounds.MovingAverage(0.01)).backward()
-    assert marginal.grad.isfinite().all()
+    assert float(donsker_varadhan(joint, marginal)) == pytest.approx(math.log(4) - math.exp(-10), abs=1e-3)
+    scores = torch.stack([joint, marginal]).requires_grad_()
+    mine = Mine()
+    mine.loss(mine.critic(1, 1), scores).backward()
+    assert scores.grad.isfinite().all()
 
 
 def test_gradient_with_moving_average_against_its_closed_form():
     # d loss / d joint = -1 / B; d loss / d marginal_m = exp(s_m) / (M * average), the average taken over the steps.
     generator = torch.Generator().manual_seed(2)
-    average, rate, expected = bounds.MovingAverage(0.3), 0.3, None
+    mine, expected = Mine(average_rate=0.3), None
+    critic = mine.critic(1, 1)
     for _ in range(4):
-        joint = torch.randn(5, dtype=torch.float64, generator=generator, requires_grad=True)
-        marginal = torch.randn(7, dtype=torch.float64, generator=generator, requires_grad=True)
-        bounds.mine_loss(joint, marginal, average).backward()
-        now = np.mean(np.exp(marginal.detach().numpy()))
-        expected = now if expected is None else (1 - rate) * expected + rate * now
-        np.testing.assert_allclose(joint.grad, -np.ones(5) / 5, rtol=1e-12)
-        np.testing.assert_allclose(marginal.grad, np.exp(marginal.detach().numpy()) / (7 * expected), rtol=1e-12)
-
-
-# Critics
-
-
-def test_pair_critic_is_a_perceptron_on_both_side_by_side():
-    torch.manual_seed(3)
-    objective = PairObjective(5, 3, Training(hidden=8, layers=4)).double()
-    linear = [m for m in objective.critic if isinstance(m, torch.nn.Linear)]
-    assert [tuple(m.weight.shape) for m in linear] == [(8, 8), (8, 8), (8, 8), (1, 8)]
-    x, t, other = torch.randn(4, 5).double(), torch.randn(4, 3).double(), torch.randn(4, 3).double()
-    values = objective.scores(x, t, other)
-    for row, second in enumerate((t, other)):
-        torch.testing.assert_close(values[row], objective.critic(torch.cat([x, second], dim=1))[:, 0])
-
-
-@pytest.mark.parametrize('objective', [ContrastObjective, SmileObjective])
-def test_separable_critic_scores_every_pair(objective):
-    torch.manual_seed(4)
-    objective = objective(5, 3, Training(hidden=8, embed=4)).double()
-    x, t = torch.randn(6, 5).double(), torch.randn(6, 3).double()
-    values = objective.scores(x, t, t)
-    for i in range(6):
-        for j in range(6):
-            expected = objective.of_x(x[i]) @ objective.of_t(t[j]) / 2
-            torch.testing.assert_close(values[i, j], expected)
+        scores = torch.randn(2, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+        mine.loss(critic, scores).backward()
+        marginal = np.exp(scores[1].detach().numpy())
+        expected = marginal.mean() if expected is None else 0.7 * expected + 0.3 * marginal.mean()
+        np.testing.assert_allclose(scores.grad[0], -np.ones(5) / 5, rtol=1e-12)
+        np.testing.assert_allclose(scores.grad[1], marginal / (5 * expected), rtol=1e-12)
 
 
 # Error bars, inputs
@@ -140,37 +86,15 @@ def test_batch_means_against_a_loop():
     means = [np.mean(values[3 + 10 * k : 13 + 10 * k]) for k in range(10)]
     deviation = math.sqrt(sum((m - np.mean(means)) ** 2 for m in means) / 9)
     assert batch_means_error(values, batches=10) == pytest.approx(deviation / math.sqrt(10), rel=1e-12)
-    assert batch_means_error([1.0, 2.0, 3.0]) == math.inf
+    assert batch_means_error(np.arange(3.0)) == math.inf
 
 
-def test_batch_means_know_autocorrelation():
-    # A first-order series with coefficient 0.8 has an error three times that of independent values.
-    rng = np.random.default_rng(1)
-    errors = []
-    for _ in range(50):
-        noise, series = rng.normal(size=2000), [0.0]
-        for value in noise:
-            series.append(0.8 * series[-1] + value)
-        errors.append(batch_means_error(series[1:]))
-    assert np.mean(errors) == pytest.approx(1 / (1 - 0.8) / math.sqrt(2000), rel=0.1)
-
-
-def test_standardized_coordinates():
-    values = torch.tensor([[1.0, 7.0, 1e6], [3.0, 7.0, 1e6], [5.0, 7.0, 1e6 + 0.06]])
-    result = standardized(values)
-    torch.testing.assert_close(result[:, 0], torch.tensor([-1.0, 0.0, 1.0]) * math.sqrt(1.5))
-    assert not result[:, 1:].any()
-
-
-def test_labels_and_one_hot_rows_are_told_from_numbers():
+def test_how_inputs_are_read():
     labels = torch.tensor([7, 2, 7, 9])
     one_hot = torch.nn.functional.one_hot(labels, 10)
     assert labels_of(labels).tolist() == labels_of(one_hot).tolist() == [1, 0, 1, 2]
     assert labels_of(torch.eye(3) * 2) is None and labels_of(torch.ones(4, 1)) is None
     assert numbers_of(labels).tolist() == [[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
-
-
-def test_inputs_are_flattened_and_may_come_from_numpy():
     x, t = paired(np.ones((40, 3, 2, 2), dtype=np.uint8), np.arange(40.0))
     assert x.shape == (40, 12) and x.dtype == torch.float32
     assert t.shape == (40, 1) and t.dtype == torch.float64
@@ -182,7 +106,7 @@ def with_value(value):
     return t
 
 
-@pytest.mark.parametrize('name', ESTIMATORS)
+@pytest.mark.parametrize('name', ['mine', 'renyi'])
 @pytest.mark.parametrize(
     'x, t, words',
     [
@@ -190,8 +114,7 @@ def with_value(value):
         (torch.zeros(31, 2), torch.zeros(31, 2), '31 images: at least 32'),
         (torch.zeros(40, 2), with_value(math.nan), 't has NaN or infinity in 1 of 40 rows'),
         (with_value(-math.inf), torch.zeros(40, 2), 'x has NaN or infinity'),
-        (torch.zeros(40, 0), torch.zeros(40, 2), 'x has no coordinates'),
-        (torch.tensor(3.0), torch.zeros(40, 2), 'x must be real numbers'),
+        (torch.zeros(40, 0), torch.zeros(40, 2), 'x must be real numbers'),
     ],
 )
 def test_inputs_that_cannot_work(name, x, t, words):
@@ -207,32 +130,18 @@ def test_inputs_that_cannot_work(name, x, t, words):
         ('mine', {'preset': 'publised_xt'}, 'nearest: published_xt'),
         ('mine', {'learning_rat': 1}, "'learning_rat'; nearest: learning_rate"),
         ('renyi', {'alpa': 1}, "'alpa'; nearest: alpha"),
-        ('renyi', {'alpha': 0}, 'alpha.*got 0'),
-        ('renyi', {'width': 'wide'}, "neighbors, median.*'wide'"),
-        ('renyi', {'max_images': 3}, 'max_images.*got 3'),
-        ('renyi', {'groups': 1}, 'groups.*got 1'),
-        ('mine', {'steps': 3}, 'steps must be at least 20'),
-        ('mine', {'steps': 50, 'window': 51}, 'window must be at most the 50 steps'),
-        ('infonce', {'learning_rate': -1.0}, 'learning_rate'),
-        ('mine', {'average_rate': 0}, 'average_rate'),
-        ('smile', {'held_out': 1.0}, 'held_out'),
-        ('mine', {'marginals': 'all'}, "'draw' or 'shift'"),
     ],
 )
-def test_settings_that_cannot_work(name, options, words):
+def test_names_that_do_not_exist(name, options, words):
     with pytest.raises(UserError, match=words):
         create_estimator(name, **options)
 
 
-def test_too_few_images_to_hold_out():
+def test_trainings_that_cannot_work():
     with pytest.raises(UserError, match='leaves 4 to read the bound on and 36'):
         create_estimator('mine', held_out=0.1).estimate(*gaussian_pair(1, 40))
-
-
-def test_a_training_that_diverges_says_so():
-    options = {**SHORT, 'learning_rate': 1e30, 'steps': 20, 'window': 20}
-    with pytest.raises(UserError, match='mine diverged: lower learning_rate'):
-        create_estimator('mine', **options).estimate(*gaussian_pair(1, 200))
+    with pytest.raises(UserError, match='Mine diverged: lower learning_rate'):
+        create_estimator('mine', **{**SHORT, 'learning_rate': 1e30, 'steps': 20}).estimate(*gaussian_pair(1, 200))
 
 
 # Neural estimators on known information
@@ -247,29 +156,22 @@ def test_known_information_of_a_gaussian_pair(name, nats, held_out):
     assert 0 < estimate.standard_error < 0.1
 
 
-def test_in_sample_estimate_is_the_mean_of_the_last_window():
-    x, t = gaussian_pair(1, 500)
-    estimate = create_estimator('mine', **{**SHORT, 'steps': 60, 'window': 20}, held_out=0.0).estimate(x, t)
-    assert len(estimate.curve) == 60 and estimate.curve_every == 1
-    assert estimate.nats == pytest.approx(np.mean(estimate.curve[-20:]), rel=1e-12)
-    assert estimate.standard_error == pytest.approx(batch_means_error(estimate.curve[-20:]), rel=1e-12)
-
-
-def test_held_out_images_do_not_reward_learning_by_heart():
+def test_held_out_images_do_not_reward_memorizing():
     generator = torch.Generator().manual_seed(5)
     x, t = torch.randn(2, 400, 30, generator=generator)  # independent
     options = {**SHORT, 'steps': 200, 'window': 50}
-    assert create_estimator('mine', **options, held_out=0.0).estimate(x, t).nats > 0.5
+    in_sample = create_estimator('mine', **options, held_out=0.0).estimate(x, t)
+    assert in_sample.nats == pytest.approx(np.mean(in_sample.curve[-50:])) and in_sample.nats > 0.5
     assert create_estimator('mine', **options, held_out=0.5).estimate(x, t).nats == pytest.approx(0, abs=0.05)
 
 
 def test_each_half_is_read_where_the_other_is_best():
     first, second = np.random.default_rng(13).normal(1.0, 1.0, (2, 60))
     readings, noise = [], []
-    for own, other in ((first, second), (second, first)):
+    for read, other in ((first, second), (second, first)):
         best = max(range(60 - 8 + 1), key=lambda k: sum(other[k : k + 8]))
-        readings.append(sum(own[best : best + 8]) / 8)
-        noise.append(batch_means_error(own[best : best + 8]))
+        readings.append(sum(read[best : best + 8]) / 8)
+        noise.append(batch_means_error(read[best : best + 8]))
     nats, error = read_halves(first, second, 8)
     assert nats == pytest.approx(sum(readings) / 2, rel=1e-12)
     expected = max(math.sqrt(noise[0] ** 2 + noise[1] ** 2), abs(readings[0] - readings[1])) / 2
@@ -293,20 +195,15 @@ def test_information_of_labels():
         assert create_estimator(name, **SHORT).estimate(features, labels).nats == pytest.approx(truth, abs=0.08)
 
 
-def test_infonce_stays_below_the_logarithm_of_its_batch():
-    x, _ = gaussian_pair(0, 2000, dimensions=4)
-    estimate = create_estimator('infonce', **{**SHORT, 'batch_size': 32}).estimate(x, x)
-    assert math.log(32) - 0.5 < estimate.nats <= math.log(32)
-
-
 @pytest.mark.parametrize('name', ESTIMATORS)
 def test_same_seed_same_numbers_and_nothing_else_disturbed(name):
     x, t = gaussian_pair(1, 300, dimensions=3)
-    options = {} if name == 'renyi' else {**SHORT, 'steps': 40, 'window': 20}
+    options = options_of(name, steps=40, window=20)
     torch.manual_seed(11)
-    before = torch.get_rng_state()
-    first = create_estimator(name, **options, seed=3).estimate(x, t)
+    before, calls = torch.get_rng_state(), []
+    first = create_estimator(name, **options, seed=3).estimate(x, t, progress=lambda *call: calls.append(call))
     assert torch.equal(torch.get_rng_state(), before)
+    assert calls == ([] if name == 'renyi' else [(step + 1, 40) for step in range(40)])
     torch.manual_seed(12)
     assert create_estimator(name, **options, seed=3).estimate(x, t) == first
     assert create_estimator(name, **options, seed=4).estimate(x, t) != first
@@ -316,19 +213,9 @@ def test_same_seed_same_numbers_and_nothing_else_disturbed(name):
 def test_labels_count_like_their_one_hot_rows(name):
     generator = torch.Generator().manual_seed(7)
     x, labels = torch.randn(100, 3, generator=generator), torch.randint(5, (100,), generator=generator)
-    options = {} if name == 'renyi' else {**SHORT, 'steps': 20, 'window': 20}
+    estimator = create_estimator(name, **options_of(name, steps=20, window=20))
     one_hot = torch.nn.functional.one_hot(labels).float()
-    assert create_estimator(name, **options).estimate(x, labels) == create_estimator(name, **options).estimate(
-        x, one_hot
-    )
-
-
-@pytest.mark.parametrize('name', ESTIMATORS)
-def test_progress_reaches_its_end_in_steps_of_one(name):
-    calls = []
-    options = {} if name == 'renyi' else {**SHORT, 'steps': 25, 'window': 20}
-    create_estimator(name, **options).estimate(*gaussian_pair(1, 100), progress=lambda *c: calls.append(c))
-    assert calls == [(k + 1, len(calls)) for k in range(25 if name != 'renyi' else 5)]
+    assert estimator.estimate(x, labels) == estimator.estimate(x, one_hot)
 
 
 def test_published_presets():
@@ -336,13 +223,13 @@ def test_published_presets():
         s = MINE_PRESETS[preset]
         assert (s.learning_rate, s.steps) == (learning_rate, steps)
         assert (s.hidden, s.layers, s.batch_size, s.average_rate, s.window) == (1024, 4, 5000, 0.01, 500)
-        assert (s.held_out, s.marginals, s.standardize, s.decay) == (0, 'draw', False, False)
+        assert (s.held_out, s.shift_marginals, s.standardize, s.decay) == (0, False, False, False)
 
 
 # Matrix-based Renyi information
 
 
-def brute_renyi(x, t, alpha, width):
+def brute_renyi(x, t, alpha):
     """The definition by loops, in numpy; labels are one-dimensional."""
 
     def normalized(values):
@@ -350,11 +237,7 @@ def brute_renyi(x, t, alpha, width):
         if values.ndim == 1:
             return np.array([[float(values[i] == values[j]) for j in range(N)] for i in range(N)]) / N
         distance = np.array([[np.linalg.norm(values[i] - values[j]) for j in range(N)] for i in range(N)])
-        if width == 'median':
-            above = sorted(distance[i, j] for i in range(N) for j in range(i + 1, N))
-            scale = above[(len(above) - 1) // 2]
-        else:
-            scale = np.mean([sorted(distance[i])[1:11] for i in range(N)])
+        scale = np.mean([sorted(distance[i])[1:11] for i in range(N)])
         return np.exp(-(distance**2) / (2 * scale**2)) / N
 
     def renyi_entropy(matrix):
@@ -364,61 +247,31 @@ def brute_renyi(x, t, alpha, width):
         return math.log(np.sum(shares**alpha)) / (1 - alpha)
 
     A, B = normalized(x), normalized(t)
-    joint = A * B / np.trace(A * B)
-    return renyi_entropy(A) + renyi_entropy(B) - renyi_entropy(joint)
+    return renyi_entropy(A) + renyi_entropy(B) - renyi_entropy(A * B / np.trace(A * B))
 
 
 @pytest.mark.parametrize('alpha', [1, 1.01, 2.0])
-@pytest.mark.parametrize('width', ['neighbors', 'median'])
 @pytest.mark.parametrize('kinds', ['numbers', 'labels', 'labels twice'])
-def test_renyi_against_its_definition(alpha, width, kinds):
+def test_renyi_against_its_definition(alpha, kinds):
     rng = np.random.default_rng(8)
     x = rng.normal(size=(45, 3)) + 5
     t = x[:, :2] + rng.normal(size=(45, 2))
     y, z = rng.integers(0, 4, 45), rng.integers(0, 3, 45)
     first, second = {'numbers': (x, t), 'labels': (x, y), 'labels twice': (y, z)}[kinds]
-    estimator = create_estimator('renyi', alpha=alpha, width=width, groups=0)
-    expected = brute_renyi(first, second, alpha, width)
+    estimator = create_estimator('renyi', alpha=alpha, groups=0)
     for a, b in ((first, second), (second, first)):
-        assert estimator.estimate(a, b).nats == pytest.approx(expected, abs=1e-9)
+        assert estimator.estimate(a, b).nats == pytest.approx(brute_renyi(first, second, alpha), abs=1e-9)
+    assert estimator.estimate(x * 50 - 7, t).nats == pytest.approx(brute_renyi(x, t, alpha), abs=1e-9)
 
 
-def class_entropy(labels, alpha):
-    shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    if alpha == 1:
-        return -np.sum(shares * np.log(shares))
-    return math.log(np.sum(shares**alpha)) / (1 - alpha)
-
-
-@pytest.mark.parametrize('alpha', [1, 1.01])
-def test_renyi_of_an_injective_function_of_labels_is_their_entropy(alpha):
-    rng = np.random.default_rng(9)
-    labels = rng.integers(0, 6, 300)
-    features = rng.normal(size=(6, 20))[labels]
-    estimate = create_estimator('renyi', alpha=alpha).estimate(features, labels)
-    assert estimate.nats == pytest.approx(class_entropy(labels, alpha), abs=1e-9)
-    assert len(estimate.curve) == 0
-
-
-def test_renyi_of_independent_variables_is_near_zero():
+def test_renyi_of_independent_variables():
     rng = np.random.default_rng(10)
-    x, y = rng.normal(size=(600, 1)), rng.integers(0, 3, 600)
-    assert 0 <= create_estimator('renyi', width='median').estimate(x, y).nats < 0.02
-    # In high dimension only what a shuffled t shows as well is taken off.
     x, t = rng.normal(size=(2, 600, 20))
-    assert create_estimator('renyi').estimate(x, t).nats > 0.5
+    assert create_estimator('renyi').estimate(x, t).nats > 0.5  # in high dimension
+    # What a shuffled t shows as well is subtracted.
     assert abs(create_estimator('renyi', shuffles=1).estimate(x, t).nats) < 0.02
-
-
-def test_renyi_of_features_that_never_change_is_zero():
-    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
-    assert create_estimator('renyi').estimate(x, torch.full((50, 3), 2.5)).nats == pytest.approx(0, abs=1e-9)
-
-
-def test_renyi_does_not_see_scale_or_place():
-    x, t = gaussian_pair(2, 100, dimensions=4)
-    plain = create_estimator('renyi').estimate(x, t).nats
-    assert create_estimator('renyi').estimate(x.double() * 50 - 7, t).nats == pytest.approx(plain, abs=1e-9)
+    constant = torch.full((600, 3), 2.5)
+    assert create_estimator('renyi').estimate(x, constant).nats == pytest.approx(0, abs=1e-9)
 
 
 def test_renyi_error_covers_the_spread_over_samples():
@@ -432,6 +285,5 @@ def test_renyi_takes_a_subset_of_many_images():
     x, t = gaussian_pair(1, 400, dimensions=2)
     estimate = create_estimator('renyi', max_images=100, groups=0, seed=5).estimate(x, t)
     rows = np.random.default_rng(5).permutation(400)[:100]
-    whole = create_estimator('renyi', groups=0).estimate(x[rows], t[rows])
-    assert estimate.nats == pytest.approx(whole.nats, abs=1e-9)
+    assert estimate.nats == pytest.approx(create_estimator('renyi', groups=0).estimate(x[rows], t[rows]).nats, abs=1e-9)
     assert estimate.standard_error == math.inf

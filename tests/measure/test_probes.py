@@ -1,4 +1,4 @@
-"""The probes against direct solves, scikit-learn, loops over images and a plain training loop."""
+"""The probes against direct solves, scikit-learn, loops over images and a plain training loop; few shots of each."""
 
 import json
 import math
@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import binom
+from scipy import stats
+from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from ctc_timm.measure import knn as neighbors
 from ctc_timm.measure import logistic, ridge, sets
+from ctc_timm.measure.few_shot import few_shot, sample_shots
 from ctc_timm.measure.knn import neighbor_votes
-from ctc_timm.measure.probes import METHODS, predict, probe, ridge_scores
-from ctc_timm.measure.scores import bootstrap_scores, point_scores, ranks
-from ctc_timm.measure.selection import NEVER, cross_folds, one_split
-from ctc_timm.measure.sets import Labeled, check_sets
+from ctc_timm.measure.probes import METHODS, NEVER, cross_folds, hold_out, predict, probe, ridge_scores
+from ctc_timm.measure.scores import METRICS, bootstrap_scores, mean_scores, point_scores, ranks
+from ctc_timm.measure.sets import LabeledFeatures, check_sets
 from ctc_timm.measure.sgd import train_head
 from ctc_timm.utils.errors import UserError
 
@@ -32,11 +34,19 @@ def clouds(count, size=8, classes=4, distance=1.0, seed=0, dtype=torch.float64):
     labels = rng.permutation(np.arange(count) % classes)
     mix = np.random.default_rng(98).normal(size=(size, size)) * np.linspace(0.05, 1.5, size)
     features = (means[labels] + rng.normal(size=(count, size))) @ mix + 4
-    return Labeled(torch.tensor(features, dtype=dtype), torch.tensor(labels))
+    return LabeledFeatures(torch.tensor(features, dtype=dtype), torch.tensor(labels))
+
+
+def fit(method, train, test, classes=4, seed=0, device='cpu'):
+    """A probe's predictions, as `probe` makes them."""
+    return predict(method, train, test, classes, hold_out(train.labels_N, seed), seed, device)
 
 
 def in_mean_eigenvalues(features):
     return features.var(axis=0).sum() / features.shape[1]
+
+
+# Ridge and logistic regression
 
 
 @pytest.mark.parametrize('count, size', [(80, 12), (20, 50), (30, 30)], ids=['primal', 'dual', 'square'])
@@ -45,25 +55,22 @@ def test_ridge_against_a_direct_solve(count, size, rows, monkeypatch):
     monkeypatch.setattr(sets, 'BLOCK_ROWS', rows)
     monkeypatch.setattr(ridge, 'BLOCK_ROWS', rows)
     data = clouds(count, size)
-    x, y = data.features_ND.numpy(), np.random.default_rng(1).normal(size=(count, 5)) + 2
-    strengths = torch.tensor(ridge.STRENGTHS, dtype=torch.float64)
-    weights, biases = ridge.ridge_path(data.features_ND, torch.tensor(y), strengths)
-    assert weights.shape == (len(strengths), size, 5) and biases.shape == (len(strengths), 5)
-    for s, strength in enumerate(ridge.STRENGTHS):
+    x, y = data.features_ND.numpy(), np.eye(4)[data.labels_N]
+    for strength, solution in zip(ridge.STRENGTHS, ridge.solve(data, 4, ridge.STRENGTHS), strict=True):
         # Least squares with the penalty as rows of its own and the bias as one more, unpenalized weight: no means are
         # taken off, and no matrix is squared.
         penalty = np.sqrt(count * strength * in_mean_eigenvalues(x))
         left = np.block([[x, np.ones((count, 1))], [penalty * np.eye(size), np.zeros((size, 1))]])
-        solved = np.linalg.lstsq(left, np.concatenate([y, np.zeros((size, 5))]), rcond=None)[0]
-        for found, expected in ((weights[s], solved[:-1]), (biases[s], solved[-1])):
+        solved = np.linalg.lstsq(left, np.concatenate([y, np.zeros((size, 4))]), rcond=None)[0]
+        for found, expected in zip(solution, (solved[:-1], solved[-1])):
             assert np.abs(found.numpy() - expected).max() < 1e-8 * np.abs(expected).max(), strength
 
 
 def test_ridge_probe_against_scikit_learn():
     train, test = clouds(300, 12, distance=0.3), clouds(200, 12, distance=0.3, seed=1)
-    (result,) = probe('ridge', train, test, 4, seed=5)
+    (found,) = fit('ridge', train, test, seed=5)
     x, onehot = train.features_ND.numpy(), np.eye(4)[train.labels_N]
-    held = (one_split(train.labels_N, 5) == 0).numpy()
+    held = (hold_out(train.labels_N, 5) == 0).numpy()
 
     def fitted(strength, chosen):
         alpha = chosen.sum() * strength * in_mean_eigenvalues(x[chosen])
@@ -75,9 +82,9 @@ def test_ridge_probe_against_scikit_learn():
     ]
     best = int(np.argmax(hits))  # the first, the strongest, if several
     assert 0 < best < len(hits) - 1
-    assert result.settings == {'strength': ridge.STRENGTHS[best], 'selection_accuracy': pytest.approx(100 * hits[best])}
+    assert found.settings == {'strength': ridge.STRENGTHS[best], 'selection_accuracy': pytest.approx(100 * hits[best])}
     expected = fitted(ridge.STRENGTHS[best], np.ones(300, dtype=bool)).predict(test.features_ND.numpy())
-    np.testing.assert_allclose(result.logits_MC, expected, atol=1e-8)
+    np.testing.assert_allclose(found.logits_MC, expected, atol=1e-8)
 
 
 @pytest.mark.parametrize('count, size, classes', [(240, 8, 4), (40, 60, 3), (100, 6, 2)], ids=['primal', 'dual', 'two'])
@@ -99,6 +106,9 @@ def test_logistic_against_scikit_learn(count, size, classes):
         assert predicted.tolist() == theirs.predict((test.features_ND - mean) / scale).tolist()
 
 
+# Nearest neighbors and SGD
+
+
 def brute_force_votes(train, queries, classes, k):
     votes = np.zeros((len(queries), classes))
     for m, query in enumerate(queries.tolist()):
@@ -113,35 +123,18 @@ def brute_force_votes(train, queries, classes, k):
 
 
 @pytest.mark.parametrize('block', [1, 300, 1 << 23])
-def test_knn_against_a_loop(block, monkeypatch):
+@pytest.mark.parametrize('tied', [False, True])
+def test_knn_against_a_loop(block, tied, monkeypatch):
     monkeypatch.setattr(neighbors, 'BLOCK_SIMILARITIES', block)
-    train, test = clouds(90, classes=7), clouds(25, classes=7, seed=1)
-    assert neighbors.NEIGHBORS == (1, 5, 20)
-    for k, votes in zip((1, 5, 20), neighbor_votes(train, test.features_ND, 7)):
-        expected = brute_force_votes(train, test.features_ND, 7, k)
+    train, queries = clouds(90, classes=7), clouds(25, classes=7, seed=1).features_ND
+    if tied:  # corners of a hypercube in four dimensions: exact cosines, of which there are only five, and zero vectors
+        generator = torch.Generator().manual_seed(0)
+        corners = torch.randint(0, 2, (85, 4), generator=generator) * 2.0 - 1
+        corners[::9] = 0
+        train, queries = LabeledFeatures(corners[:60], torch.arange(60) % 7), corners[60:]
+    for k, votes in zip((1, 5, 20), neighbor_votes(train, queries, 7), strict=True):
+        expected = brute_force_votes(train, queries, 7, k)
         np.testing.assert_allclose(votes * math.exp(1 / 0.07), expected, rtol=1e-9)
-        for name, value in point_scores(torch.tensor(expected), test.labels_N).items():
-            assert point_scores(votes, test.labels_N)[name] == value
-
-
-@pytest.mark.parametrize('block', [1, 1 << 23])
-def test_knn_among_equally_similar_images_takes_the_first(block, monkeypatch):
-    monkeypatch.setattr(neighbors, 'BLOCK_SIMILARITIES', block)
-    generator = torch.Generator().manual_seed(0)
-    # Corners of a hypercube in four dimensions: exact cosines, of which there are only five, and zero vectors.
-    train = Labeled(torch.randint(0, 2, (60, 4), generator=generator) * 2.0 - 1, torch.arange(60) % 5)
-    train.features_ND[::9] = 0
-    queries = torch.randint(0, 2, (20, 4), generator=generator) * 2.0 - 1
-    queries[3] = 0
-    for k, votes in zip((1, 5, 20), neighbor_votes(train, queries, 5)):
-        expected = brute_force_votes(train, queries, 5, k)
-        np.testing.assert_allclose(votes * math.exp(1 / 0.07), expected, rtol=1e-9)
-
-
-def test_knn_with_fewer_training_images_than_neighbors():
-    results = probe('knn', clouds(8), clouds(40, seed=1), 4)
-    assert [r.method for r in results] == ['knn-1', 'knn-5', 'knn-20']
-    assert [r.settings['neighbors'] for r in results] == [1, 5, 8]
 
 
 def test_sgd_against_a_plain_loop():
@@ -149,7 +142,7 @@ def test_sgd_against_a_plain_loop():
     torch.manual_seed(123)
     before = torch.get_rng_state()
     with torch.no_grad():
-        run = train_head(train, test, 4, seed=7)
+        last, best, best_epoch = train_head(train, test, 4, seed=7)
     assert torch.equal(torch.get_rng_state(), before)
 
     torch.manual_seed(7)
@@ -167,50 +160,40 @@ def test_sgd_against_a_plain_loop():
                     p -= 0.2 * (1 + math.cos(math.pi * epoch / 30)) * v
         logits.append(head(test.features_ND).detach())
         curve.append(100 * (logits[-1].argmax(dim=1) == test.labels_N).double().mean().item())
-    assert run.curve == pytest.approx(curve)
-    assert run.best_epoch == curve.index(max(curve)) + 1
-    torch.testing.assert_close(run.last_MC, logits[-1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(run.best_MC, logits[run.best_epoch - 1], rtol=1e-4, atol=1e-4)
+    assert best_epoch == curve.index(max(curve)) + 1
+    torch.testing.assert_close(last, logits[-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(best, logits[best_epoch - 1], rtol=1e-4, atol=1e-4)
     assert len(set(curve)) > 3 and max(curve) > curve[-1]  # so that the best and the last epoch differ
+    rows = probe('sgd', train, test, 4, seed=7)
+    assert [(r['method'], r['epoch'], r['top1']) for r in rows] == [
+        ('sgd-last', 30, pytest.approx(curve[-1])),
+        ('sgd-best', best_epoch, pytest.approx(max(curve))),
+    ]
 
-    last, best = probe('sgd', train, test, 4, seed=7)
-    assert (last.method, last.settings, last.curve) == ('sgd-last', {'epoch': 30}, run.curve)
-    assert (best.method, best.settings, best.curve) == ('sgd-best', {'epoch': run.best_epoch}, run.curve)
-    assert best.scores['top1'].value == max(curve) and torch.equal(last.logits_MC, run.last_MC)
 
-
-@pytest.mark.parametrize('method', METHODS)
-def test_random_labels_give_chance_and_real_ones_more(method):
-    generator = torch.Generator().manual_seed(0)
-    train, test = clouds(1200, 16, 10), clouds(2000, 16, 10, seed=1)
-    random = [Labeled(s.features_ND, torch.randint(0, 10, (len(s),), generator=generator)) for s in (train, test)]
-    # One probe in 1e5 by luck; `sgd-best` is the luckiest of 30 epochs.
-    low, high = (100 * binom.ppf(p, 2000, 0.1) / 2000 for p in (1e-5, 1 - 1e-5))
-    for result in probe(method, *random, 10):
-        assert low <= result.scores['top1'].value <= high, result.row()
-    for result in probe(method, train, test, 10):
-        assert result.scores['top1'].value > 2 * high, result.row()
+# Every probe
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_nothing_is_chosen_on_the_test_set(method):
     train, test = clouds(200, distance=0.4, dtype=torch.float32), clouds(150, seed=1, dtype=torch.float32)
-    other = Labeled(test.features_ND, test.labels_N.roll(7))
-    for one, two in zip(probe(method, train, test, 4), probe(method, train, other, 4), strict=True):
-        assert one.scores != two.scores
+    other = LabeledFeatures(test.features_ND, test.labels_N.roll(7))
+    rows = probe(method, train, test, 4)
+    for row, one, two in zip(rows, fit(method, train, test), fit(method, train, other), strict=True):
         if one.method != 'sgd-best':
             assert one.settings == two.settings and torch.equal(one.logits_MC, two.logits_MC)
         # The intervals are over these logits, with the probe's seed.
-        assert one.scores == bootstrap_scores(one.logits_MC, test.labels_N, seed=0)
+        scores = bootstrap_scores(one.logits_MC, test.labels_N, seed=0)
+        assert row == {'method': one.method, **scores, **one.settings}
+        assert scores != bootstrap_scores(two.logits_MC, other.labels_N)
 
 
 @pytest.mark.parametrize('scale', [1e3, 1e-4])
 @pytest.mark.parametrize('method', ['ridge', 'logistic', 'knn'])
 def test_the_scale_of_the_features_changes_no_prediction(method, scale):
     train, test = clouds(200, dtype=torch.float32), clouds(300, seed=1, dtype=torch.float32)
-    plain = probe(method, train, test, 4)
-    scaled = probe(method, *(Labeled(s.features_ND * scale, s.labels_N) for s in (train, test)), 4)
-    for one, two in zip(plain, scaled, strict=True):
+    scaled = [LabeledFeatures(s.features_ND * scale, s.labels_N) for s in (train, test)]
+    for one, two in zip(fit(method, train, test), fit(method, *scaled), strict=True):
         assert one.settings == two.settings
         assert torch.equal(ranks(one.logits_MC, test.labels_N), ranks(two.logits_MC, test.labels_N))
 
@@ -221,62 +204,58 @@ def test_every_device_and_precision(method, device):
     train, test = clouds(200), clouds(300, seed=1)
     for dtype, points in ((torch.float64, 0.5), (torch.bfloat16, 6)):
         with torch.inference_mode():
-            low = [Labeled(s.features_ND.to(dtype), s.labels_N) for s in (train, test)]
+            low = [LabeledFeatures(s.features_ND.to(dtype), s.labels_N) for s in (train, test)]
+        assert all(p.logits_MC.device.type == device for p in fit(method, *low, device=device))
         for one, two in zip(probe(method, train, test, 4), probe(method, *low, 4, device=device), strict=True):
-            assert two.logits_MC.device.type == device
-            assert two.scores['top1'].value == pytest.approx(one.scores['top1'].value, abs=points)
+            assert two['top1'] == pytest.approx(one['top1'], abs=points)
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_dead_features_and_a_class_without_images(method):
-    train, test = clouds(200, dtype=torch.float32), clouds(100, seed=1, dtype=torch.float32)
+    pair = clouds(200, dtype=torch.float32), clouds(100, seed=1, dtype=torch.float32)
     # Three dead features more, and classes 2 and 3 of six without an image.
-    dead = [Labeled(F.pad(s.features_ND, (0, 3)), s.labels_N + 2 * (s.labels_N >= 2)) for s in (train, test)]
-    for one, two in zip(probe(method, train, test, 4), probe(method, *dead, 6), strict=True):
+    dead = [LabeledFeatures(F.pad(s.features_ND, (0, 3)), s.labels_N + 2 * (s.labels_N >= 2)) for s in pair]
+    for one, two in zip(probe(method, *pair, 4), fit(method, *dead, 6), strict=True):
         assert not torch.isin(two.logits_MC.argmax(dim=1), torch.tensor([2, 3])).any()
         if method != 'sgd':  # whose head starts from other random numbers
-            assert two.scores['top1'].value == pytest.approx(one.scores['top1'].value, abs=2)
+            assert point_scores(two.logits_MC, dead[1].labels_N)['top1'] == pytest.approx(one['top1'], abs=2)
         if method == 'logistic':
             assert (two.logits_MC[:, 2:4] == -torch.inf).all()
     for size in (8, 300):  # fewer and more features than images
-        constant = [Labeled(torch.full((len(s), size), 0.1), s.labels_N) for s in (train, test)]
-        for result in probe(method, *constant, 4):
-            assert result.scores['top1'].value == 25 and not result.logits_MC.isnan().any()
+        constant = [LabeledFeatures(torch.full((len(s), size), 0.1), s.labels_N) for s in pair]
+        for found in fit(method, *constant):
+            assert point_scores(found.logits_MC, pair[1].labels_N)['top1'] == 25 and not found.logits_MC.isnan().any()
 
 
 def test_rows_are_plain_and_the_cheap_ridge_is_the_same():
     train, test = clouds(100), clouds(80, seed=1)
-    columns = [n + end for n in ('top1', 'top5', 'mean_per_class') for end in ('', '_low', '_high')]
+    columns = [n + end for n in METRICS for end in ('', '_low', '_high')]
     for method in METHODS:
         with warnings.catch_warnings():
             warnings.simplefilter('error')
-            results = probe(method, train, test, 4)
-        for result in results:
-            row = result.row()
-            assert list(row) == ['method', *columns, *result.settings]
-            assert json.loads(json.dumps(row)) == row
-            assert row['top1_low'] <= row['top1'] == result.scores['top1'].value <= row['top1_high']
-    row = probe('ridge', train, test, 4, seed=3)[0].row()
-    assert ridge_scores(train, test, 4, seed=3) == {name: row[name] for name in ('top1', 'top5', 'mean_per_class')}
+            rows = probe(method, train, test, 4)
+        for row in rows:
+            assert list(row)[:10] == ['method', *columns] and json.loads(json.dumps(row)) == row
+            assert row['top1_low'] <= row['top1'] <= row['top1_high']
+    (row,) = probe('ridge', train, test, 4)
+    assert ridge_scores(train, test, 4) == {name: row[name] for name in METRICS}
     with pytest.raises(ValueError, match='ridge, logistic, knn, sgd.*lasso'):
         probe('lasso', train, test, 4)
 
 
-def test_one_split_holds_out_a_fifth_of_each_class():
+def test_folds_deal_each_class_out_and_few_images_do():
     labels = torch.tensor([0] * 50 + [1] * 11 + [2] * 2 + [3])[torch.randperm(64)]
-    fold = one_split(labels, seed=0)
+    fold = hold_out(labels, seed=0)
     held = torch.bincount(labels[fold == 0], minlength=4)
-    assert held.tolist() == [10, 3, 1, 0] and set(fold.tolist()) == {0, NEVER}
-    assert torch.equal(fold, one_split(labels, seed=0)) and not torch.equal(fold, one_split(labels, seed=1))
-    (prediction,) = predict('ridge', clouds(4), clouds(40, seed=1), 4, one_split(torch.arange(4), 0))
-    assert prediction.settings == {'strength': ridge.DEFAULT_STRENGTH, 'selection_accuracy': None}
-
-
-def test_cross_folds_deal_each_class_out():
+    assert held.tolist() == [10, 3, 1, 0] and set(fold.tolist()) == {0, NEVER}  # a fifth, and no only image
+    assert torch.equal(fold, hold_out(labels, seed=0)) and not torch.equal(fold, hold_out(labels, seed=1))
     labels = torch.tensor([0, 1, 2]).repeat(7)
     fold = cross_folds(labels, 3, seed=0)
-    for c in range(3):
-        assert torch.bincount(fold[labels == c]).tolist() == [3, 2, 2]
+    assert all(torch.bincount(fold[labels == c]).tolist() == [3, 2, 2] for c in range(3))
+    few = probe('knn', clouds(8), clouds(40, seed=1), 4)
+    assert [(r['method'], r['neighbors']) for r in few] == [('knn-1', 1), ('knn-5', 5), ('knn-20', 8)]
+    (prediction,) = fit('ridge', clouds(4), clouds(40, seed=1))
+    assert prediction.settings == {'strength': ridge.DEFAULT_STRENGTH, 'selection_accuracy': None}
 
 
 def broken(what):
@@ -292,7 +271,7 @@ def broken(what):
         'absent from training': (train.labels_N < 2, test.labels_N >= 0),
         'no images': (train.labels_N >= 0, test.labels_N < 0),
     }.get(what, (slice(None), slice(None)))
-    return train.take(kept[0]), test.take(kept[1])
+    return train.select(kept[0]), test.select(kept[1])
 
 
 @pytest.mark.parametrize(
@@ -308,13 +287,140 @@ def broken(what):
 )
 def test_sets_that_cannot_be_probed(what, words):
     with pytest.raises(UserError) as caught:
-        check_sets(*broken(what), 4, '--target farm', ['ant', 'cat', 'cow', 'dog'])
-    assert str(caught.value).startswith('--target farm: ') and words in str(caught.value)
-    assert '\n' not in str(caught.value)
-    with pytest.raises(UserError):
-        probe('ridge', *broken(what), 4)
+        check_sets(*broken(what), 4, '`target` farm', ['ant', 'cat', 'cow', 'dog'])
+    assert str(caught.value).startswith('`target` farm: ') and words in str(caught.value)
+    for refused in (probe, lambda *args: next(few_shot(*args, [1], [0]))):
+        with pytest.raises(UserError):
+            refused('ridge', *broken(what), 4)
 
 
-def test_labels_that_do_not_fit_the_features():
-    with pytest.raises(ValueError, match=r'\[5, 2\] and \[4\]'):
-        Labeled(torch.zeros(5, 2), torch.zeros(4, dtype=torch.long))
+# Few shots
+
+
+@pytest.fixture(scope='module')
+def digits():
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y)
+    return LabeledFeatures(x[:1000], y[:1000]), LabeledFeatures(x[1000:], y[1000:])
+
+
+def test_draws_are_balanced_nested_and_seeded(digits):
+    labels = digits[0].labels_N
+    one, five = sample_shots(labels, 1, seed=3), sample_shots(labels, 5, seed=3)
+    assert torch.bincount(labels[five]).tolist() == [5] * 10 and len(five.unique()) == 50
+    assert set(one.tolist()) < set(five.tolist())
+    assert torch.equal(five, sample_shots(labels, 5, seed=3)) and not torch.equal(five, sample_shots(labels, 5, seed=4))
+    assert sample_shots(torch.arange(4), 1, seed=0).tolist() == [0, 1, 2, 3]  # one image of each class
+
+
+def test_few_shots_against_scikit_learn_and_scipy(digits):
+    train, test = digits
+    found = {(r['method'], r['shots']): r for r in few_shot('knn', train, test, 10, [2, 6], range(4))}
+    assert list(found) == [(f'knn-{k}', shots) for shots in (2, 6) for k in (1, 5, 20)]
+    for shots in (2, 6):
+        scores = []
+        for seed in range(4):
+            drawn = sample_shots(train.labels_N, shots, seed)
+            nearest = KNeighborsClassifier(1, metric='cosine').fit(train.features_ND[drawn], train.labels_N[drawn])
+            scores.append(100 * nearest.score(test.features_ND, test.labels_N))
+        low, high = stats.t.interval(0.95, 3, loc=np.mean(scores), scale=stats.sem(scores))
+        row = found['knn-1', shots]
+        assert (row['top1'], row['top1_low'], row['top1_high']) == pytest.approx((np.mean(scores), low, high))
+        assert row['seeds'] == 4
+
+
+@pytest.mark.parametrize('solver', [ridge, logistic])
+def test_a_single_shot_takes_the_default_strength(solver, digits):
+    train, test = digits
+    (row,) = few_shot(solver.__name__.split('.')[-1], train, test, 10, [1], [5])
+    ((weights, bias),) = solver.solve(train.select(sample_shots(train.labels_N, 1, 5)), 10, [solver.DEFAULT_STRENGTH])
+    hits = (test.features_ND.double() @ weights + bias).argmax(dim=1) == test.labels_N
+    assert row['top1'] == pytest.approx(100 * hits.double().mean().item())
+    assert row['top1_low'] is row['top1_high'] is None  # one seed: no interval
+
+
+def test_too_many_shots_are_refused_and_finished_rows_kept(digits):
+    train, test = digits
+    scarce = train.select((train.labels_N != 7) | (train.labels_N.eq(7).cumsum(0) <= 3))
+    rows = []
+    with pytest.raises(UserError, match='^`shots` 25 .*: class 7 has 3 training images$'):
+        for row in few_shot('knn', scarce, test, 10, [1, 3, 25], range(2)):
+            rows.append(row['shots'])
+    assert rows == [1, 1, 1, 3, 3, 3]
+
+
+# Scores
+
+
+def scored(count=200, classes=8):
+    """Logits with ties, and classes of very different sizes: the last ones have a few images or one."""
+    rng = np.random.default_rng(0)
+    share = np.exp(-np.arange(classes))
+    labels = np.concatenate([np.arange(classes), rng.choice(classes, count - classes, p=share / share.sum())])
+    logits = rng.integers(0, 6, (count, classes)) + 2.0 * np.eye(classes)[labels]
+    return torch.tensor(logits), torch.tensor(labels)
+
+
+def by_loop(logits, labels):
+    """The scores, one image at a time."""
+    hits, hits5, per_class = 0, 0, {}
+    for row, label in zip(logits.tolist(), labels.tolist()):
+        order = sorted(range(len(row)), key=lambda c: (-row[c], c))
+        hits += order[0] == label
+        hits5 += label in order[:5]
+        per_class.setdefault(label, []).append(order[0] == label)
+    mean = sum(sum(h) / len(h) for h in per_class.values()) / len(per_class)
+    return {'top1': 100 * hits / len(labels), 'top5': 100 * hits5 / len(labels), 'mean_per_class': 100 * mean}
+
+
+@pytest.mark.parametrize('classes', [2, 5, 8])
+def test_scores_against_a_loop(classes):
+    logits, labels = scored(classes=classes)
+    assert point_scores(logits, labels) == pytest.approx(by_loop(logits, labels), rel=1e-12)
+    # A class of which there is no image: it can be predicted, and is no part of the mean.
+    kept = labels != 1
+    assert point_scores(logits[kept], labels[kept]) == pytest.approx(by_loop(logits[kept], labels[kept]), rel=1e-12)
+    diverged = point_scores(torch.full((30, classes), torch.nan), torch.arange(30) % classes)
+    assert set(diverged.values()) == {0.0}
+    assert ranks(torch.zeros(4, 4), torch.arange(4)).tolist() == [0, 1, 2, 3]  # equal scores go to the lower class
+
+
+def test_bootstrap_against_resampling_images_in_a_loop():
+    logits, labels = scored()
+    rng = np.random.default_rng(1)
+    hit, hit5 = (ranks(logits, labels) == 0).numpy(), (ranks(logits, labels) < 5).numpy()
+    drawn = {name: [] for name in METRICS}
+    for _ in range(8000):
+        index = rng.integers(len(labels), size=len(labels))
+        label = labels.numpy()[index]
+        drawn['top1'].append(hit[index].mean())
+        drawn['top5'].append(hit5[index].mean())
+        drawn['mean_per_class'].append(np.mean([hit[index][label == c].mean() for c in np.unique(label)]))
+    scores = bootstrap_scores(logits, labels, resamples=20_000)
+    widths = {}
+    for name, values in drawn.items():
+        low, high = 100 * np.percentile(values, [2.5, 97.5])
+        widths[name] = high - low
+        # One image is half a percent; the ends of 8,000 draws wander by about a twentieth of the width.
+        assert scores[f'{name}_low'] == pytest.approx(low, abs=0.06 * widths[name]), name
+        assert scores[f'{name}_high'] == pytest.approx(high, abs=0.06 * widths[name]), name
+        assert scores[name] == pytest.approx(by_loop(logits, labels)[name], rel=1e-12)
+    assert widths['mean_per_class'] > 1.5 * widths['top1']  # so that the two can't be mistaken for each other
+
+
+def test_bootstrap_repeats_with_its_seed_and_knows_rare_classes():
+    logits, labels = scored()
+    assert bootstrap_scores(logits, labels, seed=3) == bootstrap_scores(logits, labels, seed=3)
+    assert bootstrap_scores(logits, labels, seed=3) != bootstrap_scores(logits, labels, seed=4)
+    certain = bootstrap_scores(torch.eye(4), torch.arange(4))
+    assert [certain[name] for name in ('top1', 'top1_low', 'top1_high')] == [100.0] * 3
+    rare = bootstrap_scores(torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 1]))  # classes often not drawn
+    assert rare['mean_per_class'] == pytest.approx(100 * 2.5 / 3)
+    assert all(np.isfinite(list(rare.values())))
+
+
+def test_mean_over_draws():
+    rows = [{name: value + i for name in METRICS} for i, value in enumerate((50.0, 51.0, 58.0))]
+    found = mean_scores(rows)
+    low, high = stats.ttest_1samp([50.0, 52.0, 60.0], 0).confidence_interval(0.95)
+    assert [found[name] for name in ('top5', 'top5_low', 'top5_high')] == pytest.approx([54, low, high])

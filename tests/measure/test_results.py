@@ -12,10 +12,11 @@ from ctc_timm.measure.results import RowStore, table, write_csv, write_json
 def test_rows_survive_a_line_cut_off(tmp_path: Path) -> None:
     """What was finished is read again, what was cut off is not, and the next row stands on a line of its own."""
     file = tmp_path / 'deep' / 'rows.jsonl'
+    RowStore(file, write=False).add('c', {'x': 3})
+    assert not file.exists()
     store = RowStore(file)
     store.add('a', {'x': 1.5})
     store.add('b', {'x': 2})
-    store.add('c', {'x': 3}, write=False)
     file.write_text(file.read_text()[:-7])
     again = RowStore(file)
     assert again.rows == {'a': {'x': 1.5}}
@@ -23,21 +24,31 @@ def test_rows_survive_a_line_cut_off(tmp_path: Path) -> None:
     assert RowStore(file).rows == {'a': {'x': 1.5}, 'd': {'x': 4}}
 
 
+def test_a_row_is_measured_once(tmp_path: Path) -> None:
+    """It is found by all that it depends on, whatever the order."""
+    store, calls = RowStore(tmp_path / 'rows.jsonl'), []
+
+    def measure() -> dict[str, int]:
+        calls.append(1)
+        return {'x': len(calls)}
+
+    assert [store.get({'a': 1, 'b': (2,)}, measure), store.get({'b': [2], 'a': 1}, measure)] == [{'x': 1}] * 2
+    assert RowStore(tmp_path / 'rows.jsonl').get({'a': 1, 'b': [2]}, measure) == {'x': 1}
+    assert store.get({'a': 1, 'b': [3]}, measure) == {'x': 2} and len(calls) == 2
+
+
 def test_csv_and_json(tmp_path: Path) -> None:
     """Rows of different columns share a table; text beyond ASCII stays."""
-    rows = [{'method': 'ridge', 'top1': 1.5}, {'method': 'knn', 'shots': 5}]
-    write_csv(tmp_path / 'rows.csv', rows)
+    write_csv(tmp_path / 'rows.csv', [{'method': 'ridge', 'top1': 1.5}, {'method': 'knn', 'shots': 5}])
     with (tmp_path / 'rows.csv').open(newline='') as stream:
         assert list(csv.DictReader(stream)) == [
             {'method': 'ridge', 'top1': '1.5', 'shots': ''},
             {'method': 'knn', 'top1': '', 'shots': '5'},
         ]
-    write_json(tmp_path / 'new' / 'results.json', {'name': 'größe', 'spread': [float('inf'), 1.5]})
-    assert json.loads((tmp_path / 'new' / 'results.json').read_text(encoding='utf-8')) == {
-        'name': 'größe',
-        'spread': [None, 1.5],
-    }
-    assert [p.name for p in tmp_path.rglob('*.tmp')] == []
+    file = tmp_path / 'new' / 'results.json'
+    write_json(file, {'name': 'größe', 'spread': [float('inf'), 1.5]})
+    assert json.loads(file.read_text(encoding='utf-8')) == {'name': 'größe', 'spread': [None, 1.5]}
+    assert list(tmp_path.rglob('*.tmp')) == []
 
 
 def test_table_aligns() -> None:
