@@ -25,7 +25,7 @@ from torchvision.datasets import CocoDetection
 from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
-from ..utils.errors import UserError, nearest, one_line
+from ..utils.errors import UserError, one_line
 from .loading import open_image
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # as the first of COCOeval's stats
@@ -44,11 +44,14 @@ class CocoSplit(CocoDetection):
     """
 
     def __init__(self, folder: str | Path, split: str, masks: bool = False) -> None:
-        self.file, images = _find(Path(folder), split)
+        names = [name for name in (split, f'{split}2017') if (Path(folder) / name).is_dir()]
+        self.file = Path(folder) / 'annotations' / f'instances_{names[0] if names else split}.json'
         self.masks = masks
+        if not names or not self.file.is_file():
+            raise UserError(f'{folder}: no annotations/{self.file.name} beside a folder {split}/ or {split}2017/')
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                super().__init__(images, str(self.file))
+                super().__init__(Path(folder) / names[0], str(self.file))
                 self._check()
                 self.counts = self._cut_boxes()
                 self.coco.createIndex()
@@ -111,12 +114,10 @@ class CocoSplit(CocoDetection):
         """Check what pycocotools takes on trust."""
         coco, file = self.coco, self.file
         indices: dict[str, dict[int, Any]] = {'images': coco.imgs, 'categories': coco.cats, 'annotations': coco.anns}
-        for part, index in indices.items():
-            twice = [number for number, count in Counter(row['id'] for row in coco.dataset[part]).items() if count > 1]
-            if twice or not index:
-                raise UserError(
-                    f'{file}: ' + (f'{part} with id {twice[0]} stand twice' if twice else f'holds no {part}')
-                )
+        for part in indices:
+            ((number, count),) = Counter(row['id'] for row in coco.dataset[part]).most_common(1) or [(None, 0)]
+            if count != 1:
+                raise UserError(f'{file}: ' + (f'{part} with id {number} stand twice' if count else f'holds no {part}'))
         for number, entry in coco.imgs.items():
             name = Path(entry['file_name'])
             if name.is_absolute() or '..' in name.parts or not (self.root / name).is_file():
@@ -158,20 +159,6 @@ def open_coco(folder: str | Path, masks: bool = False) -> tuple[CocoSplit, CocoS
         if missing:
             raise UserError(f'{split.file}: has no category {min(missing)}, which {other.file.name} has')
     return train, val
-
-
-def _find(folder: Path, split: str) -> tuple[Path, Path]:
-    if not folder.is_dir():
-        near = nearest(folder.name, [p.name for p in folder.parent.iterdir()]) if folder.parent.is_dir() else ''
-        raise UserError(f'{folder}: no such folder{near}')
-    for name in (split, f'{split}2017'):
-        file, images = folder / 'annotations' / f'instances_{name}.json', folder / name
-        if file.is_file() and images.is_dir():
-            return file, images
-    raise UserError(
-        f'{folder}: no annotations/instances_{split}.json beside a folder {split}/, nor instances_{split}2017.json '
-        f'beside {split}2017/'
-    )
 
 
 def metric_names(masks: bool) -> tuple[str, ...]:

@@ -35,11 +35,7 @@ from .training import DenseEvaluator, DenseTask, draw_panels, open_data, train_d
 
 
 def detect(settings: DetectSettings) -> Run:
-    """Train a detector; results.json and plots/detections.png are of the last epoch.
-
-    Raises:
-        UserError: A model or data that cannot be had, or that do not fit each other.
-    """
+    """Train a detector; results.json and plots/detections.png are of the last epoch."""
     kind, size = settings.detector.detector, settings.canvas.img_size
     settings, accelerator, (train, val) = open_data(settings, lambda folder, _: open_coco(folder, kind == 'maskrcnn'))
     extra = extra_levels(kind, settings.backbone.fpn_channels)
@@ -55,7 +51,7 @@ def detect(settings: DetectSettings) -> Run:
         train,
         DetectionEvaluator(val, FitCanvas(size, mean), settings.loader, accelerator),
         facts={'detector': kind, 'categories': len(train.names)},
-        results={'detector': kind, 'put_in_order': {'train': train.counts, 'val': val.counts}},
+        results={'put_in_order': {'train': train.counts, 'val': val.counts}},
         drawn_images=settings.detector.drawn_images,
     )
 
@@ -135,12 +131,8 @@ def create_detector(
 ) -> Any:
     """Create a detector with new heads, for `num_classes` without background, on a pyramid with its `extra_levels`.
 
-    Returns:
-        In training mode detector(images, targets) gives losses by name; in evaluation mode detector(images) gives
-        `boxes`, `labels`, `scores` and, of Mask R-CNN, `masks` of each image.
-
-    Raises:
-        UserError: Options that torchvision's class refuses.
+    In training mode detector(images, targets) gives losses by name; in evaluation mode detector(images) gives `boxes`,
+    `labels`, `scores` and, of Mask R-CNN, `masks` of each image.
     """
     kinds: dict[str, Any] = {'fasterrcnn': FasterRCNN, 'maskrcnn': MaskRCNN, 'retinanet': RetinaNet}
     detector = kinds[settings.detector]

@@ -46,10 +46,9 @@ VERSION = 1  # of what these mean
 
 @dataclass
 class FrozenDetection:
-    """Measures frozen backbones on a COCO-format folder.
+    """Measures frozen backbones on a COCO-format folder, with heads trained for `epochs` on so many `images` of it.
 
-    Heads are trained for `epochs` on `images` drawn of the training split. `img_size` is the side of the canvas, `seed`
-    that of the draw, the heads and the order.
+    `img_size` is the side of the canvas, `seed` that of the draw, the heads and the order.
     """
 
     train: CocoSplit
@@ -67,15 +66,10 @@ class FrozenDetection:
         return {'version': VERSION, **FIXED, **chosen, **folder, **files}
 
     def measure(self, loaded: LoadedModel, accelerator: Accelerator) -> dict[str, Any]:
-        """Train heads on a backbone, which is cut down and frozen, by AdamW along half a cosine.
-
-        Several processes each do the same.
+        """Train heads on a backbone, which is cut down and frozen, by AdamW along half a cosine; the same on all ranks.
 
         Returns:
             box_ap, box_ap50, ... as percentages, num_train and num_test.
-
-        Raises:
-            UserError: A model without a pyramid.
         """
         config, size = resolve_data_config({}, model=loaded.model), self.img_size
         mean, std = list(config['mean']), list(config['std'])
@@ -116,11 +110,7 @@ class FrozenDetection:
 
 
 def open_detection(folder: str, epochs: int, images: int, seed: int) -> FrozenDetection:
-    """Open a folder; the canvas is as large as half of its images are, in steps of 32 pixels and up to 512.
-
-    Raises:
-        UserError: See `coco.open_coco`.
-    """
+    """Open a folder; the canvas is as large as half of its images are, in steps of 32 pixels and up to 512."""
     train, val = open_coco(folder)
     middle = float(np.median([max(image['width'], image['height']) for image in train.coco.imgs.values()]))
     size = min(512, 32 * round(max(middle, 32) / 32 + 0.49))

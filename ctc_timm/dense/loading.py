@@ -1,8 +1,7 @@
-"""Images with targets, from a file to batches: transforms onto a square canvas, seeded order, workers.
+"""Images with targets, from files to batches: lists of images and of targets, as torchvision's detectors take them.
 
-For training: a horizontal flip, a random scale, and a crop or a border to the canvas (scale jitter, Ghiasi et al. 2021,
-Simple Copy-Paste). For evaluation: as large as fits the canvas, at its upper left. A batch is a list of images and a
-list of targets, as torchvision's detectors take them.
+Images go onto a square canvas. For training: a horizontal flip, a random scale, and a crop or a border (scale jitter,
+Ghiasi et al. 2021, Simple Copy-Paste). For evaluation: as large as fits, at the upper left.
 
 C: channels. S: side of the canvas.
 """
@@ -46,11 +45,9 @@ def open_image(path: Path, mode: str) -> PIL.Image.Image:
 def train_transform(canvas: CanvasSettings, mean: Sequence[float], *, boxes: bool) -> v2.Compose:
     """Make the training transform of (image, target), to a float image in 0 to 1, [C, S, S].
 
-    Args:
-        canvas: S, the probability of a flip, and the range of the image's size over that which fits the canvas.
-        mean: Of the channels, of 1; the border's color, so that it is zero when normalized.
-        boxes: The target has boxes, with labels and maybe a mask each. They are cut to the canvas, those of less than a
-            pixel dropped. Else it has a semantic mask, whose border is `IGNORE`.
+    The border has the color `mean`, of 1, so that it is zero when normalized. A target has either boxes, with labels
+    and maybe a mask each, which are cut to the canvas and dropped below a pixel, or a semantic mask, whose border is
+    `IGNORE`.
     """
     (low, high), size = canvas.scale, (canvas.img_size, canvas.img_size)
     if low > high:
@@ -58,18 +55,15 @@ def train_transform(canvas: CanvasSettings, mean: Sequence[float], *, boxes: boo
     fill: dict[Any, Any] = {Image: [round(255 * value) for value in mean], Mask: 0 if boxes else IGNORE}
     steps: list[Any] = [v2.ToImage(), v2.RandomHorizontalFlip(canvas.hflip), v2.ScaleJitter(size, canvas.scale)]
     steps += [v2.RandomCrop(size, pad_if_needed=True, fill=fill), *([v2.SanitizeBoundingBoxes()] if boxes else [])]
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+    # Subclasses of tensors would slow every operation down.
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 
 
 class FitCanvas:
-    """The evaluation transform of (image, target), which adds `fitted` to the target: the image's (H, W) on the canvas.
-
-    The border has the color `mean`, of 1.
-    """
+    """The evaluation transform of (image, target); it adds `fitted` to the target, the image's (H, W) on the canvas."""
 
     def __init__(self, img_size: int, mean: Sequence[float]) -> None:
-        self.img_size = img_size
-        self.mean = mean
+        self.img_size, self.mean = img_size, mean
 
     def __call__(self, image: Any, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         sides = functional.get_size(image)
@@ -81,10 +75,7 @@ class FitCanvas:
 
 
 class Transformed(Dataset):
-    """A dataset of (image, target) through a transform.
-
-    With a seed items are asked for by (epoch, index), and random transforms are a function of that and the seed.
-    """
+    """A dataset through a transform; with a seed its draws are a function of that and (epoch, index), an item's key."""
 
     def __init__(self, dataset: Any, transform: Transform, seed: int | None = None) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
@@ -98,12 +89,8 @@ class Transformed(Dataset):
 
 
 def collate(items: list[tuple[Tensor, dict[str, Any]]]) -> Batch:
-    """Make items a batch of plain tensors; their subclasses would slow every operation down."""
-
-    def plain(value: Any) -> Any:
-        return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
-
-    return [plain(image) for image, _ in items], [{k: plain(v) for k, v in target.items()} for _, target in items]
+    """Make items a batch."""
+    return [image for image, _ in items], [target for _, target in items]
 
 
 def create_loader(dataset: Dataset, settings: LoaderSettings, **options: Any) -> Any:
@@ -114,11 +101,7 @@ def create_loader(dataset: Dataset, settings: LoaderSettings, **options: Any) ->
 
 
 class TrainLoader:
-    """Training batches on the device, in an order that is a function of (seed, epoch), see `utils.tasks.Loader`.
-
-    Raises:
-        UserError: Fewer images than a batch has.
-    """
+    """Training batches on the device, in an order that is a function of (seed, epoch), see `utils.tasks.Loader`."""
 
     skipped = None  # an unreadable image ends the run
 

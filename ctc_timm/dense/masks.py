@@ -140,8 +140,8 @@ def _pairs(root: Path, layout: str, split: str) -> list[tuple[Path, Path]]:
         part = _ADE_SPLITS.get(split, split)
         images, masks = root / 'images' / part, root / 'annotations' / part
         names = sorted({path.stem for path in images.glob('*') if path.suffix in _SUFFIXES})
-        if not names:
-            raise UserError(f'{images}: ' + ('holds no image (.jpg or .png)' if images.is_dir() else 'no such folder'))
+    if not names:
+        raise UserError(f'{images}: split {split!r} has no images (.jpg or .png) there')
     pairs = []
     for name in names:
         found = [images / f'{name}{suffix}' for suffix in _SUFFIXES if (images / f'{name}{suffix}').is_file()]
@@ -156,12 +156,9 @@ def _pairs(root: Path, layout: str, split: str) -> list[tuple[Path, Path]]:
 def _read_lines(file: Path) -> list[str]:
     """Read the names in a file, a line each."""
     try:
-        names = [line.strip() for line in file.read_text(encoding='utf-8').splitlines() if line.strip()]
+        return [line.strip() for line in file.read_text(encoding='utf-8').splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{file}: not a list of names: {one_line(error)}') from None
-    if not names:
-        raise UserError(f'{file}: names nothing')
-    return names
 
 
 def voc_palette() -> np.ndarray:

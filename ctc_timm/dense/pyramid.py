@@ -3,11 +3,10 @@
 timm's `FeatureGetterNet` goes around the loaded model, so that its weights keep their names, and torchvision's
 `FeaturePyramidNetwork` on top.
 
-Of feature levels of equal stride the deepest is taken, and of the strides from 2 on the four largest. A model whose
-maps all have one stride, as a plain vision transformer's, gives four levels evenly spaced in depth, which are
-resampled by 4, 2, 1 and 1/2 (Li et al. 2021, Benchmarking Detection Transfer Learning with Vision Transformers).
-Strides count as the nearest power of two, which torchvision's detectors take for granted, and maps of another size, as
-of patches of 14 pixels, are interpolated to that of their stride.
+Of feature levels of equal stride the deepest is taken, and of the strides from 2 on the four largest. A model of one
+stride, as a plain vision transformer, gives four levels evenly spaced in depth, which are resampled by 4, 2, 1 and 1/2
+(Li et al. 2021, Benchmarking Detection Transfer Learning with Vision Transformers). Strides count as the nearest power
+of two, which torchvision's detectors take for granted; other maps, as of patches of 14 pixels, are interpolated to it.
 
 B: batch. C: channels of the images. S: their side. D: channels of a map.
 """
@@ -23,7 +22,6 @@ import torch
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
 from timm.models._features import FeatureGetterNet
-from timm.models._manipulate import group_with_matcher
 from timm.optim._param_groups import auto_group_layers
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -34,6 +32,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from ..models.backbones import architecture
 from ..models.loading import LoadedModel, load_model, named_source
 from ..models.settings import SourceSettings
+from ..training.freezing import stage_tensors
 from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
 from .settings import BackboneSettings, CanvasSettings
@@ -43,13 +42,10 @@ FACTORS = (4, 2, 1, 0.5)  # of a level's sides over those of the only stride's m
 
 
 class Pyramid(nn.Module):
-    """A timm model's maps at several strides, brought to one number of channels.
+    """A timm model's maps at several strides, brought to `out_channels`.
 
-    Args:
-        loaded: The model, which is cut down to what the maps need; it becomes `body.model`, by torchvision's name.
-        img_size: S.
-        out_channels: Of every level.
-        extra: One more level or two from the deepest.
+    The model is cut down to what the maps need, and becomes `body.model`, by torchvision's name for it. `extra` makes
+    one more level or two from the deepest.
 
     Raises:
         UserError: The model gives no maps for such images.
@@ -108,29 +104,16 @@ class Pyramid(nn.Module):
         Args:
             stages: The first ones: 1 is the stem, 2 the first stage of blocks too, ...; None for the whole backbone.
             norms: All batch norms.
-
-        Raises:
-            UserError: timm does not say what the stages are, or there are not so many.
         """
-        norms_of = {name for name, module in self.body.named_modules() if norms and isinstance(module, _BatchNorm)}
-        self._frozen |= norms_of | ({''} if stages is None else set())
-        for name in self._frozen:
+        frozen = {name for name, module in self.body.named_modules() if norms and isinstance(module, _BatchNorm)}
+        for name in frozen if stages is not None else {''}:
             self.body.get_submodule(name).requires_grad_(False)
-        model: Any = self.body.model
-        parameters = dict(model.named_parameters())
-        names = [*parameters, *dict(model.named_buffers())] if stages else []
-        try:
-            groups = group_with_matcher(((n, None) for n in names), model.group_matcher(coarse=True)) if stages else {}
-        except (AttributeError, AssertionError):
-            raise UserError(f'`freeze_stages` {stages}: timm does not say what the stages of {self.name} are') from None
-        staged = [group for group in groups.values() if not parameters.keys().isdisjoint(group)]
-        if stages and stages > len(staged):
-            raise UserError(f'`freeze_stages` {stages}: {self.name} has {len(staged)} stages, stem included')
-        for name in (name for group in staged[:stages] for name in group):
-            if name in parameters:
-                parameters[name].requires_grad_(False)
-            if '.' in name:
-                self._frozen.add(f'model.{name.rpartition(".")[0]}')
+            self._frozen.add(name)
+        parameters = dict(self.body.named_parameters())
+        for tensor in stage_tensors(self.body.model, stages, f'`freeze_stages` {stages}') if stages else ():
+            self._frozen.add(f'model.{tensor}'.rpartition('.')[0])
+            if f'model.{tensor}' in parameters:
+                parameters[f'model.{tensor}'].requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Pyramid:
@@ -170,14 +153,13 @@ class Pyramid(nn.Module):
             raise UserError(
                 f'`img_size` {img_size}: {self.name}, which is for {size}, gives no feature maps: {one_line(error)}'
             ) from None
-        sides = [tuple(level.shape[-2:]) for level in maps]
-        if any(level.ndim != 4 for level in maps) or sides != sorted(sides, reverse=True):
+        shapes = [tuple(level.shape[1:]) for level in maps]
+        sides = [shape[1:] for shape in shapes]
+        if any(len(shape) != 3 or min(shape) < 1 for shape in shapes) or sides != sorted(sides, reverse=True):
             raise UserError(
-                f'{self.name} gives no pyramid of feature maps, but {[tuple(level.shape[1:]) for level in maps]}; '
-                f'choose a convolutional network or a vision transformer'
+                f'{self.name}: gives no pyramid of feature maps at `img_size` {img_size}, but {shapes}; choose larger '
+                f'images, a convolutional network or a vision transformer'
             )
-        if min(sides[-1]) < 1:
-            raise UserError(f'`img_size` {img_size}: too small for {self.name}')
         return body.train(), [level.shape[1] for level in maps]
 
 
@@ -191,9 +173,6 @@ def open_pyramid(
     """Make the pyramid over a model from wherever its weights are, frozen as the settings say.
 
     See `Pyramid` for `extra`; `options` are for `timm.create_model`.
-
-    Raises:
-        UserError: No model, or one without a pyramid or without such stages.
     """
     name, model, setting = named_source(source)
     if not backbone.from_scratch:

@@ -29,11 +29,7 @@ from .training import DenseEvaluator, DenseTask, draw_panels, open_data, train_d
 
 
 def segment(settings: SegmentSettings) -> Run:
-    """Train a segmenter; results.json and plots/masks.png are of the last epoch.
-
-    Raises:
-        UserError: A model or data that cannot be had, or that do not fit each other.
-    """
+    """Train a segmenter; results.json and plots/masks.png are of the last epoch."""
     chosen, size = settings.segmenter, settings.canvas.img_size
     if chosen.head == 'deeplabv3' and settings.loader.batch_size < 2:
         raise UserError('`batch_size` 1: the batch norm of deeplabv3 needs two images at least')
@@ -58,11 +54,7 @@ def segment(settings: SegmentSettings) -> Run:
         train,
         SegmentationEvaluator(val, FitCanvas(size, mean), settings.loader, accelerator),
         facts={'head': chosen.head, 'num_classes': len(train.names)},
-        results={
-            'head': chosen.head,
-            'unlabeled': {'train': train.unlabeled, 'val': val.unlabeled},
-            'classes': val.names,
-        },
+        results={'unlabeled': {'train': train.unlabeled, 'val': val.unlabeled}, 'classes': val.names},
         drawn_images=chosen.drawn_images,
     )
 
@@ -166,10 +158,7 @@ class SemanticFPN(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A backbone with a head, 'fpn' or 'deeplabv3', which takes the last map and drops the rest of the pyramid.
-
-    `mean` and `std` are those of the channels, of 1; `head_channels` is D of the FPN head.
-    """
+    """A backbone with a head, 'fpn' or 'deeplabv3', which takes the last map and drops the rest of the pyramid."""
 
     mean: Tensor
     std: Tensor

@@ -1,7 +1,6 @@
 """What detection and segmentation share: task, evaluator, and the run around the trainer.
 
-A run has the folder of any training run, with results.json and a picture of predictions. It has no config.json, as its
-weights are a whole detector's or segmenter's.
+A run has no config.json, as its weights are a whole detector's or segmenter's.
 """
 
 from __future__ import annotations
@@ -115,16 +114,13 @@ def train_dense(
 
     Args:
         settings: All of them.
-        task: With a new model.
-        pyramid: Within that model.
+        task: Of a new model on the pyramid.
+        pyramid: The pyramid.
         train: Training split.
         evaluator: A `DenseEvaluator` on the validation split.
         facts: What a state must agree on with the run that continues it.
         results: More for results.json.
         drawn_images: Of the validation split.
-
-    Raises:
-        UserError: Settings that cannot work; nothing has been written then.
     """
     accelerator, val, model = evaluator.accelerator, evaluator.split, task.eval_model
     run, point = locate_run(settings)
@@ -135,8 +131,8 @@ def train_dense(
     prepare_model(model, ExecutionSettings(), settings.batch_norm, accelerator.device, accelerator.num_processes)
     transform = train_transform(settings.canvas, evaluator.transform.mean, boxes=task.boxes)
     loader = TrainLoader(train, transform, settings.loader, settings.run.seed, accelerator)
-    facts = {'mode': settings.mode, 'body': pyramid.name, 'img_size': settings.canvas.img_size, **facts}
-    trainer = assemble_trainer(settings, task, loader, evaluator, accelerator, run, point, facts=facts)
+    same = {'mode': settings.mode, 'body': pyramid.name, 'img_size': settings.canvas.img_size, **facts}
+    trainer = assemble_trainer(settings, task, loader, evaluator, accelerator, run, point, facts=same)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(
         f'training: {train}\nvalidation: {val}\n{settings.mode}: {pyramid.name} with heads ({pyramid.weights}; '
@@ -148,11 +144,9 @@ def train_dense(
         about = {'backbone': pyramid.name, 'weights': pyramid.weights, 'data': settings.canvas.data_dir}
         images = {'train': len(train), 'val': len(val)}
         end = {'epoch': state.epoch - 1, 'best': state.best, 'metrics': metrics}
-        write_json(run.path / 'results.json', {**about, 'images': images, **results, **end})
+        write_json(run.path / 'results.json', {**facts, **about, 'images': images, **results, **end})
         evaluator.draw(model, run, range(min(drawn_images, len(val))))
-    best = (
-        f'best {evaluator.best_metric} {state.best[0]:.4f} at epoch {state.best[1]}' if state.best else 'not evaluated'
-    )
+    best = 'best {} {:.4f} at epoch {}'.format(evaluator.best_metric, *state.best) if state.best else 'not evaluated'
     logger.info(
         f'done in {clock(time.monotonic() - began)}: {best}\n{len(val):,} validation images, epoch {state.epoch - 1}\n'
         f'{evaluator.summarize(metrics)}\nwritten to {run.path / "results.json"} and {run.plots}'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from timm.models._manipulate import group_with_matcher
@@ -35,7 +34,7 @@ def freeze(model: Any, part: str) -> list[str]:
         return []
     parameters = dict(model.named_parameters())
     names = [*parameters, *(name for name, _ in model.named_buffers())]
-    frozen = _stem(model, names, parameters) if part == 'stem' else _body(model, names)
+    frozen = stage_tensors(model, 1, '`freeze` stem') if part == 'stem' else _body(model, names)
     chosen = [tensor for name, tensor in parameters.items() if name in frozen]
     if not 0 < len(chosen) < len(parameters):
         size = 'all' if chosen else 'none'
@@ -52,21 +51,28 @@ def freeze(model: Any, part: str) -> list[str]:
     return modules
 
 
-def _stem(model: Any, names: list[str], parameters: Collection[str]) -> set[str]:
-    """The tensors up to the first group with parameters."""
+def stage_tensors(model: Any, stages: int, setting: str) -> set[str]:
+    """Names of the parameters and buffers of a model's first stages, as timm groups them; 1 is the stem.
+
+    Raises:
+        UserError: timm does not say what the stages are, or there are not so many.
+    """
+    parameters = dict(model.named_parameters())
+    names = [*parameters, *dict(model.named_buffers())]
     try:
         groups = group_with_matcher(((name, None) for name in names), model.group_matcher(coarse=True))
     except (AttributeError, AssertionError):
-        raise UserError(
-            f'`freeze` stem: timm does not say what the stem of {architecture(model)} is (no coarse group_matcher); '
-            f'use body or none'
-        ) from None
-    frozen: set[str] = set()
-    for group in groups.values():  # in the order of the model
-        frozen.update(group)
-        if any(name in parameters for name in group):
-            break
-    return frozen
+        what = f'timm does not say what the stages of {architecture(model)} are (no coarse group_matcher)'
+        raise UserError(f'{setting}: {what}; use another value') from None
+    found: set[str] = set()
+    left = stages
+    for group in groups.values():  # in the order of the model; some hold buffers only
+        if left:
+            found.update(group)
+            left -= not parameters.keys().isdisjoint(group)
+    if left:
+        raise UserError(f'{setting}: {architecture(model)} has {stages - left} stages, stem included')
+    return found
 
 
 def _body(model: Any, names: list[str]) -> set[str]:

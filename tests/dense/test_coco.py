@@ -104,7 +104,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     folder = write_coco(tmp_path, {'train': content()})
     with pytest.raises(UserError, match='no annotations/instances_val.json'):
         CocoSplit(folder, 'val')
-    with pytest.raises(UserError, match='nowhere: no such folder'):
+    with pytest.raises(UserError, match='nowhere: no annotations.instances_train.json'):
         CocoSplit(tmp_path / 'nowhere', 'train')
     split = CocoSplit(folder, 'train')
     (folder / 'train' / '2.png').write_bytes(b'\x89PNG no more')

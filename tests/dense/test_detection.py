@@ -225,7 +225,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({'freeze_stages': 9}, '`freeze_stages` 9: cifar_resnet20 has 4 stages, stem included'),
     ({'batch_size': 7}, '`batch_size` 7 times 1 process.* is more than the 6 training images'),
     ({'source': '{run}'}, '`from_scratch`: needs `model` with a timm name, got .*source'),
-    ({'data_dir': '{}/nowhere'}, 'nowhere: no such folder'),
+    ({'data_dir': '{}/nowhere'}, 'nowhere: no annotations'),
     ({'data_dir': '{}/nomasks', 'detector': 'maskrcnn'}, 'the segmentation of annotation 1: '),
     ({'data_dir': '{}/other'}, 'instances_val.json: has no category 11, which instances_train.json has'),
     ({'resume': '{}/other'}, 'no run with a saved state there'),

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from coco_folders import content, write_coco
 from mask_folders import blocks
 from PIL import Image
-from torchvision.tv_tensors import BoundingBoxes, Mask
+from torchvision.tv_tensors import Mask
 
 from ctc_timm.data.settings import LoaderSettings
 from ctc_timm.dense.coco import CocoSplit
@@ -88,9 +88,7 @@ def test_fit_canvas_by_hand() -> None:
 
 def test_batches_hold_plain_tensors(split: CocoSplit) -> None:
     """Subclasses would make every operation of the detector slow."""
-    items = [transform(32, 0, (1, 1), True)(*split[i]) for i in (0, 1)]
-    assert isinstance(items[0][1]['boxes'], BoundingBoxes) and isinstance(items[0][1]['masks'], Mask)
-    images, targets = collate(items)
+    images, targets = collate([transform(32, 0, (1, 1), True)(*split[i]) for i in (0, 1)])
     assert {type(image) for image in images} == {torch.Tensor}
     assert {type(t[key]) for t in targets for key in ('boxes', 'labels', 'masks')} == {torch.Tensor}
 

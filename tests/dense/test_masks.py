@@ -93,7 +93,7 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ('JPEGImages/train0.jpg', Path.unlink, 'names train0, but {}/JPEGImages/train0.jpg is not there'),
     ('JPEGImages/train0.jpg', lambda path: path.write_text('x'), 'train0.jpg: not an image that can be read'),
     ('ImageSets/Segmentation/val.txt', Path.unlink, 'val.txt: not a list of names'),
-    ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('\n'), 'val.txt: names nothing'),
+    ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('\n'), "split 'val' has no images"),
     ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('../JPEGImages/val0\n'), 'is not there'),
     ('ImageSets/Segmentation', shutil.rmtree, 'neither ImageSets/Segmentation/ nor images/training/'),
     ('classes.txt', lambda path: path.write_text('a\nb\na\n'), 'classes.txt: must name 2 to 255 classes, each once'),
@@ -117,7 +117,7 @@ def test_what_is_wrong_in_ade(tmp_path: Path) -> None:
     folder = write_ade(tmp_path / 'ade')
     with pytest.raises(UserError, match="value 3, which is no class; .* `reduce_zero_label` is for ADE20K's"):
         open_masks(str(folder), SegmenterSettings(num_classes=3))
-    with pytest.raises(UserError, match='images/nowhere: no such folder'):
+    with pytest.raises(UserError, match='images/nowhere: split .nowhere. has no images'):
         open_masks(str(folder), SegmenterSettings(val_split='nowhere'))
     for mask in (folder / 'annotations' / 'training').iterdir():
         Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(mask)

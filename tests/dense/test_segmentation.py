@@ -240,7 +240,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({'output_stride': 8}, '`output_stride` 8: the last map of cifar_resnet20 has stride 2 with it'),
     ({'scale': (2, 1)}, '`scale` 2 1: the first must not be above the second'),
     ({'num_classes': 2}, 'holds the value 2, which is no class; classes are 0 to 1, 255 is ignored'),
-    ({'layout': 'ade'}, 'images/training: no such folder'),
+    ({'layout': 'ade'}, 'images/training: split .train. has no images'),
     ({'train_split': 'trainval'}, 'trainval.txt: not a list of names: .*No such file'),
     ({'data_dir': 'nowhere'}, '`data_dir` nowhere: no such folder'),
     ({'batch_size': 7}, '`batch_size` 7 times 1 process.* is more than the 6 training images'),

@@ -33,7 +33,7 @@ def test_parts_by_family(name: str) -> None:
     model: Any = on_meta(name, num_classes=3)
     first, classifier = names(model.pretrained_cfg['first_conv']), names(model.pretrained_cfg['classifier'])
     if name.startswith(WITHOUT_GROUPS):
-        with pytest.raises(UserError, match='`freeze` stem: timm does not say what the stem of'):
+        with pytest.raises(UserError, match='`freeze` stem: timm does not say what the stages of'):
             freeze(model, 'stem')
     else:
         modules = freeze(model, 'stem')
