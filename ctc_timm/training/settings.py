@@ -43,7 +43,10 @@ class StageSettings:
     """Where the temporal stage starts, and how the two stages' schedules differ."""
 
     temporal_start_epoch: int | None = setting(
-        None, 'first epoch of the temporal stage, from 0; 2/3 of the run when not given', low=0, metavar='N'
+        None,
+        'first epoch of the temporal stage; 2/3 of the run when not given, never if equal to epochs',
+        low=0,
+        metavar='N',
     )
     temporal_lr_scale: float = setting(0.1, "temporal stage's learning rate over the instance's", above=0, metavar='X')
     instance_weight_decay_scale: float = setting(1.0, "instance stage's over weight_decay", low=0, metavar='X')
@@ -139,7 +142,10 @@ class RunSettings:
     log_with: str | None = setting(None, "Accelerate's trackers: tensorboard, wandb, ...", metavar='TRACKER')
     eval_interval: int = setting(1, 'epochs between evaluations', low=1, metavar='N')
     max_bad_steps: int = setting(
-        10, 'stop after N steps in a row whose loss or gradient is not finite; 0: no check', low=0, metavar='N'
+        10,
+        'stop after N discarded steps in a row, whose loss or gradient is not finite; 0: no check',
+        low=0,
+        metavar='N',
     )
 
 
