@@ -28,8 +28,7 @@ from ctc_timm.models.download import sha256
 
 def enter(entry: catalog.Entry) -> None:
     """Put an entry into its catalog, in place of one of the same name."""
-    ctc = entry.name.partition('.')[0].endswith(catalog.SUFFIX)
-    file = catalog.SHIPPED if ctc else catalog.BASELINES
+    file = catalog.SHIPPED if catalog.NAME.fullmatch(entry.name) else catalog.BASELINES
     catalog.save(file, {**catalog.load(file), entry.name: entry}.values())
 
 

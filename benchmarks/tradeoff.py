@@ -31,7 +31,7 @@ from ctc_timm.measure.probes import METHODS as PROBES
 from ctc_timm.measure.results import RowStore, write_json
 from ctc_timm.measure.settings import DynamicsSettings
 from ctc_timm.measure.transfer_sets import TransferSet
-from ctc_timm.models.loading import data_flags
+from ctc_timm.models.loading import data_settings
 from ctc_timm.utils.distributed import create_accelerator
 from ctc_timm.utils.settings import build
 from ctc_timm.utils.yaml_files import read_recipe
@@ -81,7 +81,7 @@ def measure(path: Path, targets: list[str]) -> dict[str, Any]:
     store, data, loader = RowStore(run.dynamics / 'rows.jsonl'), settings.data, settings.loader
     sets = [TransferSet(name, data, loader, run.config['input_size'][0], accelerator) for name in targets]
     images = [target.images(run.config) for target in sets]
-    source = {name: value for name, value in data_flags(run.args()).items() if name != 'workers'}
+    source = {name: value for name, value in data_settings(run).items() if name != 'workers'}
     source_test = SplitImages(open_split(replace(data, **source), 'test'), loader, run.config, accelerator)
 
     def entry(epoch: int, full: bool) -> dict[str, Any]:

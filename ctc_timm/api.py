@@ -95,9 +95,9 @@ def validate(source: PathLike | None = None, **settings: Any) -> dict[str, Any]:
     values = _over_recipe(ValidateSettings, _with_source(settings, source))
     named = values.get('source') or values.get('checkpoint')
     if named and not _names_data(values):
-        from .models.loading import data_flags, run_arguments, run_of
+        from .models.loading import data_settings, run_of
 
-        values = {**data_flags(run_arguments(run_of(named))), **values}
+        values = {**data_settings(run_of(named)), **values}
     return _call('measure.validation:validate', build(ValidateSettings, values))
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from timm.models import is_model
 
-from ..models.catalog import NAME, SUFFIX, WEIGHTS, Entry, NoCatalog, is_repo_id, is_result, load, save
+from ..models.catalog import NAME, WEIGHTS, Entry, NoCatalog, is_repo_id, is_result, load, save
 from ..models.download import HubError, NotPublished, fetch, find, sha256, translate_errors
+from ..models.pretrained_cfg import SUFFIX
 from ..utils.errors import UserError
 from .summary import summarize
 
@@ -69,11 +69,7 @@ def sync(namespace: str, file: Path, report: Callable[[str], None]) -> list[Entr
 
 
 def entry_of_run(folder: str, name: str = '', tag: str = '') -> Entry:
-    """Make an entry of a run on this machine.
-
-    Raises:
-        UserError: No run there.
-    """
+    """Make an entry of a run on this machine, see `add`."""
     path = Path(folder).absolute()
     run = summarize(path)
     rows = [(row.dataset, f'top-1 %, {row.method}' if row.method else 'top-1 %', row.top1) for row in run.results]
@@ -89,32 +85,23 @@ def entry_of_run(folder: str, name: str = '', tag: str = '') -> Entry:
 
 
 def entry_of_repo(source: str, name: str = '', tag: str = '') -> Entry:
-    """Make an entry of a repo of the Hub, pinned to a commit.
-
-    Raises:
-        UserError: It can't be had, or holds no weights of timm.
-    """
+    """Make an entry of a repo of the Hub, pinned to a commit, see `add`."""
     repo_id, _, revision = source.partition('@')
     if not is_repo_id(repo_id):
         raise UserError(f'{source!r}: neither the folder of a run nor a repo of the Hub, USER/NAME[@REVISION]')
     entry = find(repo_id, revision=revision)
-    base = entry.name
-    if not is_model(base):
-        raise UserError(f'{source}: {base!r} is unknown to timm')
     with translate_errors(source):
         info = HfApi().model_info(repo_id, revision=entry.revision, files_metadata=True)
     weights = next((file for file in info.siblings or [] if file.rfilename == WEIGHTS), None)
     if weights is None:
         raise UserError(f'{source}: has no {WEIGHTS}; only safetensors are taken')
-    model = repo_id.partition('/')[2]
-    head, _, own_tag = model.partition('.')
-    tag = tag or (own_tag if head == f'{base}{SUFFIX}' else model)
-    card: Any = info.card_data
+    base, model, card = entry.name, repo_id.partition('/')[2], info.card_data
+    head, _, rest = model.partition('.')
     entry = replace(
         entry,
-        name=_name(base, name, tag, bare=not tag),
+        name=_name(base, name, tag or (rest if head == f'{base}{SUFFIX}' else model)),
         sha256=str(weights.lfs.sha256) if weights.lfs else '',
-        license=str(card.license or '') if card else '',
+        license=str(card.get('license') or '') if card else '',
         results=_rows_of_card(card),
     )
     # Of a file that is too small for LFS the Hub keeps no sha256.
@@ -137,13 +124,10 @@ def _merge(file: Path, entries: list[Entry], overwrite: bool = False, namespace:
         save(file, known.values())
 
 
-def _name(base: str, name: str, tag: str, bare: bool = False) -> str:
+def _name(base: str, name: str, tag: str) -> str:
     """The name of an entry: as given, or made of the architecture and a tag."""
-    if not name:
-        tag = re.sub(r'[^A-Za-z0-9_.-]+', '_', tag).strip('.-')
-        if not tag and not bare:
-            raise UserError('`tag`: must be of letters, digits, dots, dashes and underscores')
-        name = f'{base}{SUFFIX}.{tag}' if tag else f'{base}{SUFFIX}'
+    tag = re.sub(r'[^A-Za-z0-9_.-]+', '_', tag).strip('.-')
+    name = name or f'{base}{SUFFIX}{f".{tag}" if tag else ""}'
     if not NAME.fullmatch(name) or name.partition('.')[0] != f'{base}{SUFFIX}':
         raise UserError(
             f'`name` {name!r}: must be {base}{SUFFIX} or {base}{SUFFIX}.TAG, as these are weights of {base}'

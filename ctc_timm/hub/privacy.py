@@ -58,11 +58,7 @@ class Private:
         return value if isinstance(value, (bool, int, float)) else None
 
     def check_folder(self, folder: Path) -> None:
-        """Search everything that is about to be published.
-
-        Raises:
-            UserError: A file would give something away.
-        """
+        """Search everything that is about to be published, and raise a UserError for what gives something away."""
         for file in sorted(path for path in folder.rglob('*') if path.is_file()):
             content = file.read_bytes()
             found = 'a token' if any(secret.encode() in content for secret in self.secrets) else ''

@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
@@ -105,11 +105,7 @@ def push(
 
 
 def check_target(repo_id: str) -> None:
-    """Check before a long run that somebody is logged in to publish it.
-
-    Raises:
-        UserError: No name of a repo, or nobody is logged in.
-    """
+    """Raise a UserError, before a long run, for what is no name of a repo, and where nobody is logged in."""
     _check(repo_id)
     with translate_errors(repo_id):
         try:
@@ -177,8 +173,6 @@ def _export(run: RunDetails, folder: Path) -> None:
 
 def _upload(folder: Path, repo_id: str, private: bool | None, revision: str, create_pr: bool, title: str) -> Any:
     """Send a folder as one commit; the Hub shows all of it or nothing."""
-    files = sorted(path for path in folder.rglob('*') if path.is_file())
-    operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in files]
     api = HfApi(library_name='ctc-timm')
     with translate_errors(repo_id):
         if create_pr:  # which needs no right to write, so the repo has to be there
@@ -187,8 +181,12 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str, cre
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision and revision != 'main':
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.create_commit(
-            repo_id, operations, commit_message=title, revision=revision or None, create_pr=create_pr
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=title,
+            revision=revision or None,
+            create_pr=create_pr,
         )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from scipy.stats import binomtest
-from timm.models import is_model, model_entrypoint
+from timm.models import model_entrypoint
 
-from ..models.catalog import base_of, is_repo_id
+from ..models.catalog import is_repo_id
 from ..models.pretrained_cfg import read_config
 from ..runs import Run, check_hash, weights_metadata
 from ..utils.errors import UserError, one_line
@@ -116,12 +116,10 @@ def summarize(folder: str | os.PathLike, private: Private | None = None) -> RunD
     if not run.config_file.is_file():
         raise UserError(f'{run}: no run; name a folder with config.json in it, as training writes it')
     architecture, config, model_args = read_config(run.path)
-    if not is_model(base_of(architecture)):
-        raise UserError(f'{run.config_file}: {architecture!r} is unknown to timm')
     if not run.best_weights.is_file():
         raise UserError(f'{run}: has no best.safetensors yet; let the training finish an epoch')
     check_hash(run.best_weights)
-    details = RunDetails(run.path, base_of(architecture), config, model_args, run.best_weights)
+    details = RunDetails(run.path, architecture, config, model_args, run.best_weights)
     args = run.args() if run.args_file.is_file() else {}
     _read_recipe(details, args, private)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..data.datasets import open_split
 from ..data.transforms import data_config
-from ..models.loading import LoadedModel, data_flags, load_model
+from ..models.loading import LoadedModel, data_settings, load_model
 from ..runs import Run
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, nearest
@@ -155,7 +155,7 @@ class KeptRun(Run):
         self.weights = dict(list(kept.items())[:: settings.measures.every]) | {last: kept[last]}
         args = self.args()
         self._mode = str(args.get('mode', ''))
-        flags = data_flags(args)
+        flags = data_settings(self)
         loader = replace(settings.loader, workers=flags.pop('workers', settings.loader.workers))
         data = replace(settings.data, **flags)
         with accelerator.main_process_first():

@@ -56,16 +56,13 @@ def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
 
 
 def feature_dim(model: nn.Module) -> int:
-    """Return D, the size of the features of `features_and_logits`.
-
-    It is the model's `head_hidden_size`, which held for every architecture of timm 1.0.31. A model that states none
-    is shown a blank image.
+    """Return D of `features_and_logits`: the model's `head_hidden_size`, or where it states none, by a blank image.
 
     Raises:
         UserError: The model has no classification head.
     """
     _require_head(model)
-    if stated := getattr(model, 'head_hidden_size', None):
+    if stated := getattr(model, 'head_hidden_size', None):  # true of every architecture of timm 1.0.31
         return int(stated)
     parameter = next(model.parameters())
     size = getattr(model, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))
@@ -75,11 +72,7 @@ def feature_dim(model: nn.Module) -> int:
 
 
 def has_classification_head(model: nn.Module) -> bool:
-    """Whether the model ends in a classifier of at least one class.
-
-    It is False for timm's encoders, `features_only` models, models with `num_classes=0`, and modules that are no timm
-    model.
-    """
+    """Whether the model ends in a classifier, as timm's encoders and `features_only` models do not."""
     return hasattr(model, 'forward_head') and getattr(model, 'num_classes', 0) > 0
 
 

@@ -29,13 +29,12 @@ from timm.models import PretrainedCfg
 
 from ..utils.errors import UserError
 from ..utils.files import write_text
-from .pretrained_cfg import check_model_args, check_pretrained_cfg
+from .pretrained_cfg import base_of, check_model_args, check_pretrained_cfg
 
 ENVIRONMENT = 'CTC_TIMM_ZOO'
 SHIPPED = Path(__file__).with_name('zoo.json')
 BASELINES = Path(__file__).with_name('baselines.json')  # supervised training, to compare with; names without the suffix
 VERSION = 1
-SUFFIX = '_ctc'
 WEIGHTS = 'model.safetensors'
 
 NAME = re.compile(r'[a-z0-9][a-z0-9_]*_ctc(\.[A-Za-z0-9_][A-Za-z0-9_.-]*)?')
@@ -54,10 +53,9 @@ class Entry:
         name: '<arch>_ctc' or '<arch>_ctc.<tag>'.
         pretrained_cfg: Input and shape, by the names of timm's PretrainedCfg.
         sha256: Of the weights file; empty for a repo that no catalog lists.
-        hub_id, revision, filename: Repo, commit and file of weights on the Hub, always safetensors.
+        hub_id, revision, filename: Where weights on the Hub are.
         path: Of weights on this machine.
         model_args: What the architecture is built with besides.
-        license: By its identifier on the Hub.
         results: Measured numbers, each a dict of dataset, metric and value.
         recipe: Settings that the weights were trained with, by name.
     """
@@ -141,10 +139,9 @@ def load(file: Path) -> dict[str, Entry]:
     """
     try:
         content = json.loads(file.read_text(encoding='utf-8'), object_pairs_hook=_unique)
-        if not isinstance(content, dict) or content.get('version') != VERSION or set(content) != {'version', 'models'}:
+        sound = isinstance(content, dict) and set(content) == {'version', 'models'} and content['version'] == VERSION
+        if not sound or not isinstance(content['models'], dict):
             raise UserError(f'{file}: not a catalog of version {VERSION}')
-        if not isinstance(content['models'], dict):
-            raise UserError(f'{file}: "models" must be a mapping of names to entries')
         folder = file.absolute().parent
         return {name: parse(name, raw, str(file), folder) for name, raw in content['models'].items()}
     except UserError:
@@ -203,11 +200,6 @@ def is_repo_id(text: Any) -> bool:
 def is_word(text: str) -> bool:
     """Whether a text can be one half of a repo's id."""
     return bool(re.fullmatch(r'[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?', text)) and not re.search(r'\.\.|--', text)
-
-
-def base_of(architecture: str) -> str:
-    """The base of an architecture that may have the suffix, and a tag, as timm lets it."""
-    return architecture.partition('.')[0].removesuffix(SUFFIX)
 
 
 def is_result(row: Any) -> bool:

@@ -61,11 +61,7 @@ def model_options(built: ArchitectureSettings, data: DataSettings) -> dict[str, 
 
 
 def checkpoint_gradients(model: Any, name: str) -> None:
-    """Turn gradient checkpointing on.
-
-    Raises:
-        UserError: timm's model of that name has none.
-    """
+    """Turn gradient checkpointing on, or raise a UserError for a model that has none."""
     try:
         model.set_grad_checkpointing(True)
     except (AssertionError, AttributeError, NotImplementedError):
@@ -93,11 +89,7 @@ def prepare_model(
 
 
 def check_compiler(backend: str) -> None:
-    """Refuse a `torch.compile` backend that does not exist.
-
-    Raises:
-        UserError: Unknown.
-    """
+    """Raise a UserError for a `torch.compile` backend that does not exist."""
     known = torch.compiler.list_backends(exclude_tags=())
     if backend not in known:
         near = nearest(backend, known)

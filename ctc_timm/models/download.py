@@ -23,8 +23,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.models._hub import download_from_hf
 
 from ..utils.errors import UserError, one_line
-from .catalog import Entry, base_of, is_repo_id
-from .pretrained_cfg import read_config
+from .catalog import Entry
+from .pretrained_cfg import base_of, read_config
 
 CacheDir = str | Path | None
 _HINTS = {
@@ -115,17 +115,14 @@ def find(repo_id: str, name: str = '', revision: str = '', cache_dir: CacheDir =
         HubError: It can't be read.
         UserError: It holds no weights of that architecture, or its config.json states something that is not sound.
     """
-    if not is_repo_id(repo_id):
-        raise HubError(f'{repo_id!r} is no repo of the Hub; it must be USER/NAME')
     wanted = f'{repo_id}@{revision}' if revision else repo_id
     file = _download(wanted, 'config.json', cache_dir)
     commit = file.parent.name  # as the client's cache is laid out
     if not re.fullmatch(r'[0-9a-f]{40}', commit):
         raise HubError(f'{wanted}: the cache does not say which commit it holds; clear it and retry')
-    architecture, config, model_args = read_config(file.parent, wanted)
-    base = base_of(architecture)
+    base, config, model_args = read_config(file.parent, wanted)
     if name and base != base_of(name):
-        raise UserError(f'{wanted}: holds weights of {architecture!r}, not of {base_of(name)}')
+        raise UserError(f'{wanted}: holds weights of {base!r}, not of {base_of(name)}')
     return Entry(name or base, config, model_args=model_args, hub_id=repo_id, revision=commit)
 
 

@@ -127,22 +127,14 @@ def run_of(source: str | os.PathLike) -> Path | None:
     return next((p for p in near if Run(p).config_file.is_file()), None)
 
 
-def run_arguments(run: Path | None) -> dict[str, Any]:
-    """Read the settings that a run was trained with, by name; empty where there is no run.
-
-    Raises:
-        UserError: They are not plain values.
-    """
-    return Run(run).args() if run is not None and Run(run).args_file.is_file() else {}
-
-
-def data_flags(run_args: dict[str, Any]) -> dict[str, Any]:
-    """Pick those of a run's settings that say where its images come from, for measuring it on them.
+def data_settings(run: str | os.PathLike | None) -> dict[str, Any]:
+    """Read those of a run's settings that say where its images come from, by name; empty where there are none.
 
     Raises:
         UserError: One of another type, or one that would be run as a command. A run may be of other people.
     """
-    found = {key: run_args[key] for key in _DATA if run_args.get(key) is not None}
+    args = Run(run).args() if run is not None and Run(run).args_file.is_file() else {}
+    found = {key: args[key] for key in _DATA if args.get(key) is not None}
     for key, value in found.items():
         if type(value) is not (int if key == 'workers' else str):
             raise UserError(f'args.yaml: `{key}` cannot be {value!r}')

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.models import is_model
 from timm.models._hub import load_model_config_from_path
 
 from ..utils.errors import UserError, one_line
 
+SUFFIX = '_ctc'
 _COUNT = r'[1-9]\d*'
 _NUMBER = r'-?\d[\d.]*(e[+-]?\d+)?'
 _POSITIVE = rf'(?![0.]+([],e]|$)){_NUMBER[2:]}'
@@ -72,17 +74,18 @@ def check_pretrained_cfg(config: Any, where: str) -> dict[str, Any]:
 
 
 def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
-    """Check arguments that an architecture is built with.
-
-    Raises:
-        UserError: One that would change where weights come from.
-    """
+    """Check arguments for an architecture; a UserError is raised for those that change where weights come from."""
     if not isinstance(model_args, dict):
         raise UserError(f'{where}: model_args must be a mapping')
     for key in model_args:
         if key in _RESERVED or str(key).startswith('pretrained') or not str(key).isidentifier():
             raise UserError(f'{where}: model_args may not set {key!r}')
     return dict(model_args)
+
+
+def base_of(architecture: str) -> str:
+    """The base of an architecture that may have the suffix, and a tag, as timm lets it."""
+    return architecture.partition('.')[0].removesuffix(SUFFIX)
 
 
 def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -93,7 +96,7 @@ def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dic
         where: For messages: what the file is of; its path when empty.
 
     Returns:
-        The architecture, the pretrained_cfg, and the arguments that the architecture is built with.
+        The base architecture, the pretrained_cfg, and the arguments that the architecture is built with.
 
     Raises:
         UserError: It can't be read, or states something that is not sound.
@@ -101,9 +104,10 @@ def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dic
     where = f'{where}: config.json' if where else str(folder / 'config.json')
     try:
         pretrained_cfg, architecture, model_args = load_model_config_from_path(folder)
-        if not isinstance(architecture, str):
-            raise TypeError(f'the architecture cannot be {architecture!r}')
-        return architecture, check_pretrained_cfg(pretrained_cfg, where), check_model_args(model_args, where)
+        base = base_of(architecture)
+        if not is_model(base):
+            raise UserError(f'{where}: {base!r} is unknown to timm')
+        return base, check_pretrained_cfg(pretrained_cfg, where), check_model_args(model_args, where)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -30,8 +30,8 @@ from torch import nn
 
 from ..utils.errors import UserError, one_line
 from . import catalog
-from .catalog import SUFFIX, Entry
-from .pretrained_cfg import FIELDS
+from .catalog import Entry
+from .pretrained_cfg import FIELDS, SUFFIX
 
 __all__ = ['NoPretrainedWeights', 'register_all']
 

@@ -29,7 +29,7 @@ from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.hub.publish import push
 from ctc_timm.measure.features import SplitImages, features_of
 from ctc_timm.measure.results import RowStore
-from ctc_timm.models.loading import LoadedModel, data_flags, load_model, load_weights
+from ctc_timm.models.loading import LoadedModel, data_settings, load_model, load_weights
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.yaml_files import read_mapping, read_recipe, read_values
 
@@ -316,10 +316,11 @@ def test_data_that_a_stranger_names(
     script: Callable[..., Ended], make_run: Callable[..., Path], mark: Path, args: dict[str, Any]
 ) -> None:
     args = {key: value.replace('MARK', str(mark)) if isinstance(value, str) else value for key, value in args.items()}
-    refused(lambda: data_flags(args), mark, 'args.yaml: `')
-    ended_in_one_line(script('validate.py', str(make_run(**args))), mark)
+    run = make_run(**args)
+    refused(lambda: data_settings(run), mark, 'args.yaml: `')
+    ended_in_one_line(script('validate.py', str(run)), mark)
 
 
-def test_data_that_a_stranger_may_name() -> None:
+def test_data_that_a_stranger_may_name(make_run: Callable[..., Path]) -> None:
     args = {'dataset': 'wds/flowers', 'data_dir': 'https://host/flowers', 'val_split': 'a-{00..12}.tar|1000'}
-    assert data_flags({**args, 'workers': 3, 'class_map': None}) == {**args, 'workers': 3}
+    assert data_settings(make_run(**args, workers=3, class_map=None)) == {**args, 'workers': 3}
