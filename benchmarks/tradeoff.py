@@ -91,9 +91,9 @@ def measure(path: Path, targets: list[str]) -> dict[str, Any]:
             Checkpoint(run, run.weights[epoch], measures, accelerator),
             FEATURES if full else FEATURES[-1:],
         )
-        source, transfer = checkpoint.on_source(source_test if full else run.source, store), {}
+        source, transfer = checkpoint.measure(store, source_test if full else run.source), {}
         for target, (train, test) in zip(sets, images):
-            measured = checkpoint.on_target(target, train, test, store)
+            measured = checkpoint.measure(store, test, target, train)
             found = {key.removesuffix('_top1'): value for key, value in measured.items() if key.endswith('_top1')}
             if full:
                 splits = (checkpoint.features(train), checkpoint.features(test))

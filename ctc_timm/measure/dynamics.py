@@ -65,7 +65,7 @@ def dynamics(
 
     Args:
         settings: Runs, measures and targets.
-        open_detection: Opens the folder of a target coco:FOLDER: folder, epochs, images, seed.
+        open_detection: Opens the folder of a target coco:FOLDER, given folder, epochs, images and seed.
 
     Returns:
         What results.json holds.
@@ -86,7 +86,7 @@ def dynamics(
     total = sum(len(run.weights) for run in runs) * (1 + len(targets) + len(detections))
     with outer_bar(total, 'dynamics', accelerator) as bar:
         for run in runs:
-            rows += _measure_run(run, targets, detections, measures, accelerator, bar)
+            rows += run.measure(targets, detections, bar)
     results = {
         'runs': [{'name': run.name, 'path': str(run), 'stage_change': run.change} for run in runs],
         'targets': [target.name for target in targets],
@@ -129,32 +129,24 @@ def _short_names(paths: tuple[str, ...]) -> dict[Path, str]:
 
 
 class KeptRun(Run):
-    """A run with its kept epochs, and the images that it was validated on.
+    """A run with its kept epochs, `weights`, and the images that it was validated on, `source`.
 
-    Attributes:
-        name: Different from that of every other run measured with it.
-        weights: Weights file by epoch, in order.
-        config: Image transform of its models.
-        source: The images that it was validated on.
-        change: Where the temporal stage starts, between two epochs, or None.
-
-    Raises:
-        UserError: No such folder, or no kept epochs in it.
+    Its models have the image transform `config`. Its temporal stage starts at `change`, between two epochs, or never,
+    None. A folder that is not there, or without kept epochs, is a UserError.
     """
 
     def __init__(self, path: Path, name: str, settings: DynamicsSettings, accelerator: Accelerator) -> None:
         super().__init__(path)
+        self._measures, self._accelerator = settings.measures, accelerator
         if not path.is_dir():
             siblings = [folder.name for folder in path.parent.iterdir()] if path.parent.is_dir() else []
             raise UserError(f'`runs` {path}: no such folder{nearest(path.name, siblings)}')
         kept = self.kept_weights()
         if not kept:
             raise UserError(f'`runs` {path}: no kept epochs in {self.weights_folder}; train with `keep_every` above 0')
-        last = max(kept)
-        self.name, self.change = name, stage_change(self)
+        last, args = max(kept), self.args()
+        self.name, self.change, self._mode = name, stage_change(self), str(args.get('mode', ''))
         self.weights = dict(list(kept.items())[:: settings.measures.every]) | {last: kept[last]}
-        args = self.args()
-        self._mode = str(args.get('mode', ''))
         flags = data_settings(self)
         loader = replace(settings.loader, workers=flags.pop('workers', settings.loader.workers))
         data = replace(settings.data, **flags)
@@ -169,33 +161,27 @@ class KeptRun(Run):
             return self._mode
         return 'instance' if epoch < self.change else 'temporal'
 
+    def measure(
+        self, targets: list[TransferSet], detections: dict[str, DetectionEvaluator], bar: tqdm
+    ) -> list[dict[str, Any]]:
+        """Measure all rows, in the order of the epochs."""
+        store = RowStore(self.dynamics / 'rows.jsonl', write=self._accelerator.is_main_process)
+        images = [target.images(self.config) for target in targets]
+        rows = []
 
-def _measure_run(
-    run: KeptRun,
-    targets: list[TransferSet],
-    detections: dict[str, DetectionEvaluator],
-    measures: MeasureSettings,
-    accelerator: Accelerator,
-    bar: tqdm,
-) -> list[dict[str, Any]]:
-    """Measure all rows of a run, in the order of its epochs."""
-    store = RowStore(run.dynamics / 'rows.jsonl', write=accelerator.is_main_process)
-    images = [target.images(run.config) for target in targets]
-    rows = []
+        def add(epoch: int, kind: str, dataset: str, measured: dict[str, Any]) -> None:
+            where = {'run': self.name, 'epoch': epoch, 'stage': self.stage(epoch), 'set': kind, 'dataset': dataset}
+            rows.append({**where, 'weights': str(self.weights[epoch]), **measured})
+            bar.update()
 
-    def add(epoch: int, kind: str, dataset: str, measured: dict[str, Any]) -> None:
-        where = {'run': run.name, 'epoch': epoch, 'stage': run.stage(epoch), 'set': kind, 'dataset': dataset}
-        rows.append({**where, 'weights': str(run.weights[epoch]), **measured})
-        bar.update()
-
-    for epoch, file in run.weights.items():
-        checkpoint = Checkpoint(run, file, measures, accelerator)
-        add(epoch, 'source', run.source.source.name, checkpoint.measure(store, run.source))
-        for target, (train, test) in zip(targets, images):
-            add(epoch, 'target', target.name, checkpoint.measure(store, test, target, train))
-        for name, detection in detections.items():
-            add(epoch, 'detection', name, checkpoint.detect(store, detection))
-    return rows
+        for epoch, file in self.weights.items():
+            checkpoint = Checkpoint(self, file, self._measures, self._accelerator)
+            add(epoch, 'source', self.source.source.name, checkpoint.measure(store, self.source))
+            for target, (train, test) in zip(targets, images):
+                add(epoch, 'target', target.name, checkpoint.measure(store, test, target, train))
+            for name, detection in detections.items():
+                add(epoch, 'detection', name, checkpoint.detect(store, detection))
+        return rows
 
 
 class Checkpoint:
@@ -226,11 +212,8 @@ class Checkpoint:
     ) -> dict[str, Any]:
         """Return accuracy, geometry and information as one flat row; parts that the store lacks are measured.
 
-        Args:
-            store: Of the parts.
-            test: Images to measure on: of a target, or of the source, with the accuracy of the model's classifier.
-            target: None for the source.
-            train: The target's images to fit probes on.
+        On test images of a target, with its training images to fit probes on, or else of the source, where accuracy is
+        that of the model's classifier.
         """
         measures, seed = self._measures, self._measures.seed
         features = cache(partial(self.features, test, logits=target is None))

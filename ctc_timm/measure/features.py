@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class SplitImages:
     """A split's images as a model sees them, decoded once and kept in memory where they fit.
 
     Args:
-        source: The opened split; its transform is set.
+        source: The opened split.
         loader: Batch size and processes.
         config: Image transform, of `data_config`.
         accelerator: Device and processes.
@@ -74,9 +75,9 @@ class SplitImages:
         """Iterate over batches of (images, targets) on the device, behind a progress bar."""
         return progress_bar(self._loader, description, self.accelerator)
 
-    def gather(self, rows: list[Tensor]) -> Tensor:
+    def gather(self, rows: Sequence[Tensor]) -> Tensor:
         """Join the rows of all processes in the split's order, on the CPU."""
-        return in_order(torch.cat(rows), self.accelerator)[: self._count].cpu()
+        return in_order(torch.cat(list(rows)), self.accelerator)[: self._count].cpu()
 
     def pixels(self, side: int = 32) -> Tensor:
         """Return the images as vectors, [N, P], normalized as the model sees them, averaged down to this side."""
@@ -102,9 +103,6 @@ def features_of(
     """Compute the features of a model on a split, or read them from the cache.
 
     Args:
-        loaded: The model.
-        images: The split.
-        accelerator: Device, precision and processes.
         cache: Folder of the cache; None computes anew and keeps nothing.
         logits: Whether the model's own logits are needed too.
 
@@ -137,15 +135,12 @@ def compute_features(
         UserError: The model has no classification head.
     """
     model.eval()
-    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+    batches = []
     for batch, targets in images.batches(f'features of {images.source.name}'):
         with accelerator.autocast():
             features_BD, logits_BC = features_and_logits(model, batch)
-        parts[0].append(features_BD.float())
-        parts[1].append(targets)
-        if logits:
-            parts[2].append(logits_BC.float())
-    return LabeledFeatures(*(images.gather(part) for part in parts if part))
+        batches.append((features_BD.float(), targets, logits_BC.float())[: 2 + logits])
+    return LabeledFeatures(*(images.gather(part) for part in zip(*batches)))
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -20,27 +20,28 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError, nearest
-from .neural import MINE_PRESETS, Estimate, Estimator, InfoNCE, Mine, Progress, Smile, Values, labels_of, paired
+from .neural import MINE_PRESETS, Estimate, InfoNCE, Mine, Progress, Smile, Values, labels_of, paired
 
 NEIGHBORS = 10
 
 
 @dataclass(frozen=True)
-class Renyi(Estimator):
+class Renyi:
     """Matrix-based Renyi mutual information (Sanchez Giraldo et al., arXiv 1211.2459; Yu et al., arXiv 1808.07912).
 
         A = K / trace(K),  K_ij = exp(-|x_i - x_j|^2 / (2 width^2));  B likewise from t
         S(A) = log(sum of eigenvalues of A to the alpha) / (1 - alpha)
         I = S(A) + S(B) - S(A o B / trace(A o B)),  o entry by entry
 
-    The width is the mean distance of an image to its 10 nearest others. Labels [N] and one-hot rows [N, C] have the
-    equality kernel, for which S is the entropy of the class shares. The value lies between 0 and log N and depends on
-    N and the widths: compare it between checkpoints on the same images, do not read it as Shannon's information. The
-    standard error is the grouped jackknife's: with G random groups, each left out in turn,
-    sqrt((G - 1) / G * sum (value - mean)^2). Disjoint parts would claim less: small samples resolve less structure, so
-    their values vary less.
+    The width is the mean distance of an image to its 10 nearest others. Labels have the equality kernel, for which S is
+    the entropy of the class shares. The value lies between 0 and log N and depends on N and the widths: compare it
+    between checkpoints on the same images, do not read it as Shannon's information. The standard error is the grouped
+    jackknife's, sqrt((G - 1) / G * sum (value - mean)^2) with G random groups, each left out in turn. Disjoint parts
+    would claim less: small samples resolve less structure, so their values vary less.
     """
 
+    seed: int = 0  # of all random draws
+    device: str | torch.device = 'cpu'
     alpha: float = 1.01  # order of the entropy; near 1 it is close to Shannon's
     # Subtract the mean value with t shuffled this many times: in high dimension independent variables show a value
     # well above zero. 0 is the published definition.
@@ -49,7 +50,7 @@ class Renyi(Estimator):
     groups: int = 4  # left out in turn for the standard error; 0 or 1 for an infinite error
 
     def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
-        """Estimate I(X;T), see `Estimator`; without a curve and without progress."""
+        """Estimate I(X;T), see `InfoNCE`; without a curve and without progress."""
         rng = np.random.default_rng(self.seed)
         device = 'cpu' if torch.device(self.device).type == 'mps' else self.device  # Apple's has no float64
         # Rounding noise in the eigenvalues comes out times 1 / (1 - alpha): single precision is too coarse.
@@ -133,6 +134,7 @@ def _entropy(spectrum: Tensor, alpha: float) -> float:
     return float(shares.pow(alpha).sum().log()) / (1 - alpha)
 
 
+Estimator = InfoNCE | Renyi
 ESTIMATORS: dict[str, Estimator] = {'mine': Mine(), 'infonce': InfoNCE(), 'smile': Smile(), 'renyi': Renyi()}
 
 

@@ -9,7 +9,6 @@ Letters: N images, B batch, M marginal pairs, X and D coordinates of x and t, E 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,25 +34,6 @@ class Estimate:
     standard_error: float  # noise of `nats` on these images, in nats; neither bias nor the spread over trainings
     curve: list[float] = field(default_factory=list, repr=False)  # the bound while its critic was trained
     curve_every: int = 1  # training steps between two points of the curve, and before the first
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """An estimator of mutual information with its settings."""
-
-    seed: int = 0  # of all random draws
-    device: str | torch.device = 'cpu'
-
-    @abstractmethod
-    def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
-        """Estimate I(X;T) of numbers [N, ...], class labels [N] or one-hot rows [N, C], of the same images.
-
-        Args:
-            progress: Called as `progress(step, steps)` after each training step.
-
-        Raises:
-            UserError: See `paired`; too few images to hold out; a training that diverged.
-        """
 
 
 def paired(x: Values, t: Values) -> tuple[Tensor, Tensor]:
@@ -112,20 +92,20 @@ def _off_diagonal(scores_BB: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class InfoNCE(Estimator):
+class InfoNCE:
     """InfoNCE (van den Oord et al., arXiv 1807.03748): little noise, but never above log(batch_size) nats.
 
     A critic is trained on pairs of x and t, and a bound is read off. Its score is the inner product of an embedding of
     x and one of t, over sqrt(E); scores are [B, B]. MINE and SMILE have other critics and bounds.
 
-    With `held_out=0` the estimate is the mean of the bound over the last `window` steps, each on the batch just trained
-    on: the published form. A critic can memorize images, so this is no lower bound on a finite sample.
-
-    With `held_out` above 0 that share of the images is kept from training and cut in two halves. Every 5 steps the
-    bound is read on a batch of each, see `read_halves`: stopping early costs no bias, for no image helps to choose its
-    own window.
+    With `held_out=0`, the published form, the estimate is the mean of the bound over the last `window` steps, each on
+    the batch just trained on. A critic can memorize images, so this is no lower bound on a finite sample. Else that
+    share of the images is kept from training and cut in two halves, on a batch of each of which the bound is read every
+    5 steps, see `read_halves`: stopping early costs no bias, for no image helps to choose its own window.
     """
 
+    seed: int = 0  # of all random draws
+    device: str | torch.device = 'cpu'
     hidden: int = 256  # H, width of the perceptron
     layers: int = 2  # its linear layers, with ReLU between them
     embed: int = 32  # E, size of the embeddings whose inner product is the score; `infonce` and `smile`
@@ -163,7 +143,13 @@ class InfoNCE(Estimator):
         return -self.bound(scores)
 
     def estimate(self, x: Values, t: Values, progress: Progress | None = None) -> Estimate:
-        """Estimate I(X;T), see `Estimator`; the error is that of batch means over the window, see `read_halves`."""
+        """Estimate I(X;T) of numbers [N, ...], class labels [N] or one-hot rows [N, C], of the same images.
+
+        `progress(step, steps)` is called after each training step. The error is that of batch means over the window.
+
+        Raises:
+            UserError: See `paired`; too few images to hold out; a training that diverged.
+        """
         x_NX, t_ND = (numbers_of(v) for v in paired(x, t))
         if self.standardize:
             x_NX, t_ND = standardized(x_NX), standardized(t_ND)
@@ -209,10 +195,8 @@ class InfoNCE(Estimator):
         order = rng.permutation(images)
         held = round(images * self.held_out)
         if held < 16 or images - held < 16:
-            raise UserError(
-                f'held_out={self.held_out} of {images} images leaves {held} to read the bound on and '
-                f'{images - held} to train on: at least 16 of each are needed'
-            )
+            left = f'{held} to read the bound on and {images - held} to train on'
+            raise UserError(f'held_out={self.held_out} of {images} images leaves {left}: at least 16 each are needed')
         return order[held:], [order[: held // 2], order[held // 2 : held]]
 
     def _read(self, curves: list[np.ndarray]) -> Estimate:
@@ -253,10 +237,10 @@ class Mine(InfoNCE):
         return donsker_varadhan(scores[0], scores[1])
 
     def loss(self, critic: Any, scores: Tensor) -> Tensor:
-        """Compute -(mean(joint) - E / average), the average held constant (eq. 12).
+        """Compute -(mean(joint) - E / average), the average held constant (eq. 12), for E = mean exp(marginal).
 
-        The gradient of the log of a batch mean E = mean exp(marginal) is biased, grad(E) / E with a noisy E below; so
-        E below is its moving average over steps, the present batch taken in first. It is kept as its logarithm.
+        The gradient of log E is biased, grad(E) / E with a noisy E below; so E below is its moving average over steps,
+        the present batch taken in first. It is kept as its logarithm.
         """
         log_mean = _log_mean_exp(scores[1])
         log_average = log_mean.detach()

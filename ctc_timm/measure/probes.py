@@ -28,17 +28,12 @@ NEVER = -1
 
 
 class Prediction(NamedTuple):
-    """A probe's class scores of the test images.
+    """A probe's class scores of the test images."""
 
-    Attributes:
-        method: `ridge`, `logistic`, `knn-1`, `knn-5`, `knn-20`, `sgd-last` or `sgd-best`.
-        logits_MC: For `knn` the votes, [M, C], on the device where they were computed.
-        settings: What was chosen: `strength` and `selection_accuracy` (percent, None when the training set was too
-            small to hold images out), `neighbors` (fewer when there are fewer training images), or `epoch`.
-    """
-
-    method: str
-    logits_MC: Tensor
+    method: str  # ridge, logistic, knn-1, knn-5, knn-20, sgd-last or sgd-best
+    logits_MC: Tensor  # for knn the votes
+    # What was chosen: `strength` and `selection_accuracy` (percent, None when the training set was too small to hold
+    # images out), `neighbors` (fewer when there are fewer training images), or `epoch`.
     settings: dict[str, float | int | None]
 
 
@@ -95,10 +90,7 @@ def predict(
     """Fit a probe and predict, for sets that have been checked; see `probe`.
 
     The strength of `ridge` and `logistic` is that of the highest accuracy over the held-out images, the strongest if
-    several; their `DEFAULT_STRENGTH` where no image is held out.
-
-    Args:
-        fold_N: The fold in which each training image is held out, of `hold_out` or `cross_folds`.
+    several; their `DEFAULT_STRENGTH` where no image is held out. `fold_N` is of `hold_out` or `cross_folds`.
     """
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')

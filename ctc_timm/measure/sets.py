@@ -18,17 +18,11 @@ BLOCK_ROWS = 8192
 
 @dataclass(frozen=True)
 class LabeledFeatures:
-    """Features of images and the class of each.
+    """Features of images and the class of each."""
 
-    Attributes:
-        features_ND: Pooled, before the classifier, [N, D].
-        labels_N: int64, [N], counted from 0.
-        logits_NC: Of the model's own classifier, [N, C], where they were computed.
-    """
-
-    features_ND: Tensor
-    labels_N: Tensor
-    logits_NC: Tensor | None = None
+    features_ND: Tensor  # pooled, before the classifier
+    labels_N: Tensor  # int64, counted from 0
+    logits_NC: Tensor | None = None  # of the model's own classifier, where they were computed
 
     def __len__(self) -> int:
         return len(self.labels_N)

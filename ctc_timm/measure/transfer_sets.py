@@ -37,12 +37,6 @@ class TransferSet:
         most: Draw this many training and this many test images; all where None.
         setting: That names the set, for messages.
 
-    Attributes:
-        num_classes: C.
-        class_names: Of each class.
-        what: The setting and the name, which begin each message.
-        slug: The name as a folder's name.
-
     Raises:
         UserError: Nothing there; one class only; a class in one split alone.
     """

@@ -98,11 +98,7 @@ def table_of(results: dict[str, Any]) -> str:
 def evaluate(
     model: nn.Module, loader: PrefetchLoader, accelerator: Accelerator, num_classes: int, channels_last: bool = False
 ) -> dict[str, Any]:
-    """Pass a split, of `create_eval_loader`, through a model, which is left in evaluation mode.
-
-    Returns:
-        See `PerClassEvaluator.compute`; over all processes, each image counted once.
-    """
+    """Pass a split through a model, which is left in evaluation mode; see `PerClassEvaluator.compute`."""
     model.eval()
     evaluator = PerClassEvaluator(num_classes, accelerator.device, evaluation_sample_limit(loader))
     for images, targets in progress_bar(loader, 'validate', accelerator):

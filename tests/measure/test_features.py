@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from ctc_timm.cli.arguments import Parser, parse
 from processes import run_processes
 from runs import CONFIG
 from torchvision.transforms import functional
