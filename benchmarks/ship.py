@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from ctc_timm.hub.collect import entry_of_run
 from ctc_timm.models import catalog
-from ctc_timm.models.download import sha256
+from ctc_timm.utils.files import sha256
 
 
 def enter(entry: catalog.Entry) -> None:

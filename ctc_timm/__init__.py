@@ -23,25 +23,9 @@ if TYPE_CHECKING:
     from .utils.errors import UserError
 
 __version__ = '0.2.0.dev0'
-__all__ = [
-    'CTCTask',
-    'InstanceDiscriminationLoss',
-    'NegativeSampler',
-    'Run',
-    'TemporalContrastLoss',
-    'UserError',
-    'detect',
-    'dynamics',
-    'embed',
-    'feature_dim',
-    'features_and_logits',
-    'finetune',
-    'linear_probe',
-    'publish',
-    'segment',
-    'train',
-    'validate',
-]
+__all__ = ['CTCTask', 'InstanceDiscriminationLoss', 'NegativeSampler', 'Run', 'TemporalContrastLoss', 'UserError']
+__all__ += ['detect', 'dynamics', 'embed', 'feature_dim', 'features_and_logits', 'finetune', 'linear_probe', 'publish']
+__all__ += ['segment', 'train', 'validate']
 
 _MODULE_OF = {
     'CTCTask': 'contrast.task',

@@ -16,21 +16,16 @@ _NAMED = re.compile(r"`([a-z][a-z0-9_]*)(?:=('?)([^`']*)\2)?`")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line and the nearest flag to an unknown one.
-
-    Args:
-        **options: For argparse.
-    """
+    """argparse with errors of one line and the nearest flag to an unknown one. What is not typed is left out."""
 
     def __init__(self, **options: Any) -> None:
-        options = {'allow_abbrev': False, 'argument_default': argparse.SUPPRESS, **options}
-        super().__init__(**options)
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """argparse's own, with the nearest flags to an unknown one."""
+        """argparse's own, naming the flags nearest to an unknown one."""
         known, rest = self.parse_known_args(args, namespace)
         if rest:
             flag = shorten(rest[0].partition('=')[0], plain=True)
@@ -48,10 +43,7 @@ class Parser(argparse.ArgumentParser):
 def add_settings(parser: argparse.ArgumentParser, cls: type, folder: bool = False) -> None:
     """Declare a flag for every setting of a command, and `-c/--config`.
 
-    Args:
-        parser: Gets the flags. What is not typed is not in its result.
-        cls: The command's settings.
-        folder: Take the data folder without a flag too, as timm's training script does.
+    With `folder` the data folder needs no flag, as in timm's training script.
     """
     if folder:
         parser.add_argument('data_dir', nargs='?', metavar='DIR', help='same as --data-dir')
@@ -65,33 +57,24 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, folder: bool = Fals
 
 
 def _add_flag(group: Any, setting: Setting) -> None:
-    checks = setting.checks
-    names = [word for word in (checks.get('short'),) if word]
-    names += [f'--{setting.name.replace("_", "-")}', *checks.get('aliases', ())]
-    if 'positional' in checks:
-        names = [setting.name]
+    checks, flag = setting.checks, f'--{setting.name.replace("_", "-")}'
+    names = [*([checks['short']] if 'short' in checks else ()), flag, *checks.get('aliases', ())]
     options: dict[str, Any] = {'help': _help(setting)}
-    if setting.kind is bool:
-        if not setting.name.startswith('no_'):
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-        else:
-            group.add_argument(*names, action='store_true', **options)
-        return
     if setting.choices:
         options['metavar'] = '{' + ','.join(map(str, setting.choices)) + '}'
     elif 'metavar' in checks:
         options['metavar'] = checks['metavar']
-    if setting.kind is dict:
+    if setting.kind is bool:
+        options['action'] = 'store_true' if setting.name.startswith('no_') else argparse.BooleanOptionalAction
+    elif setting.kind is dict:
         options |= {'nargs': '*', 'action': _KeyValues}
-    elif setting.many and isinstance(checks.get('metavar'), tuple):
-        options['nargs'] = setting.count
     elif setting.many:
         options['nargs'] = setting.count or ('+' if setting.default or setting.optional else '*')
     elif 'const' in checks:
         options |= {'nargs': '?', 'const': checks['const']}
     if checks.get('positional'):
         options['nargs'] = checks['positional']
-    group.add_argument(*names, **options)
+    group.add_argument(*([setting.name] if 'positional' in checks else names), **options)
 
 
 def _help(setting: Setting) -> str:
@@ -121,12 +104,7 @@ class _KeyValues(argparse.Action):
 
 
 def read_flags(parser: argparse.ArgumentParser, cls: type, words: Sequence[str] | None = None) -> dict[str, Any]:
-    """What was typed, by name, each value checked.
-
-    Args:
-        parser: With the flags of `add_settings`.
-        cls: The command's settings.
-        words: The command line; that of the process when None.
+    """What was typed, or the process's command line, by name, each value checked.
 
     Raises:
         UserError: An unknown flag, or a value that its setting refuses.
@@ -143,12 +121,7 @@ def read_flags(parser: argparse.ArgumentParser, cls: type, words: Sequence[str] 
 
 
 def as_flags(message: str, cls: type | None = None) -> str:
-    """Write the settings that a library's message names as flags.
-
-    Args:
-        message: With settings in backquotes.
-        cls: The command's settings, of which some have no flag.
-    """
+    """Write the settings that a library's message names in backquotes as flags of a command."""
     known = settings_of(cls) if cls is not None else {}
 
     def flag(match: re.Match[str]) -> str:

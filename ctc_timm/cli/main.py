@@ -24,96 +24,54 @@ from .flags import Parser, add_settings, as_flags, read_flags
 
 
 class Command(NamedTuple):
-    """A command.
+    """A command."""
 
-    Attributes:
-        summary: A line for the list of commands.
-        settings: Module and name of its settings.
-        run: Called with what was typed.
-        examples: For its help.
-    """
-
-    summary: str
-    settings: str
-    run: Callable[..., Any]
-    examples: str = ''
+    settings: str  # module and class of its settings
+    summary: str  # for the list of commands
+    run: Callable[..., Any]  # called with what was typed
 
 
 def _api(name: str) -> Callable[..., Any]:
-    def call(**given: Any) -> Any:
-        return getattr(import_module('ctc_timm.api'), name)(**given)
-
-    return call
+    return lambda **given: getattr(import_module('ctc_timm.api'), name)(**given)
 
 
 COMMANDS = {
-    'train': Command(
-        'train any timm model',
-        'training.settings:TrainSettings',
-        hints.after_training(_api('train')),
-        'train\ntrain -c cifar100_small --dataset hfds/FOLDER\ntrain IMAGES --model resnet50 --epochs 100\n'
-        'train --resume runs/NAME',
-    ),
-    'validate': Command(
-        "measure a model's accuracy",
-        'measure.settings:ValidateSettings',
-        _api('validate'),
-        'validate runs/NAME\nvalidate resnet50 --data-dir IMAGES --split validation',
-    ),
+    'train': Command('training:TrainSettings', 'train any timm model', hints.train),
+    'validate': Command('measure:ValidateSettings', "measure a model's accuracy", _api('validate')),
     'linear-probe': Command(
-        'measure frozen features on other data sets',
-        'measure.settings:LinearProbeSettings',
-        _api('linear_probe'),
-        'linear-probe runs/NAME --target hfds/REPO_OR_FOLDER digits --shots 1 5 10',
+        'measure:LinearProbeSettings', 'measure frozen features on other data sets', _api('linear_probe')
     ),
-    'finetune': Command(
-        'fine-tune a model on another data set',
-        'training.settings:FinetuneSettings',
-        _api('finetune'),
-        'finetune resnet50 --data-dir IMAGES --train-fraction 0.1 1.0 --seeds 5',
-    ),
-    'dynamics': Command(
-        'measure every kept epoch of runs',
-        'measure.settings:DynamicsSettings',
-        _api('dynamics'),
-        'dynamics runs/SUPERVISED runs/CTC --target hfds/REPO_OR_FOLDER digits',
-    ),
-    'detect': Command(
-        "train a detector on a model's backbone",
-        'dense.settings:DetectSettings',
-        _api('detect'),
-        'detect\ndetect runs/NAME --data-dir COCO --detector maskrcnn --freeze-stages 2 --freeze-bn',
-    ),
-    'segment': Command(
-        "train a segmenter on a model's backbone",
-        'dense.settings:SegmentSettings',
-        _api('segment'),
-        'segment\nsegment resnet50 --data-dir ADE --layout ade --reduce-zero-label',
-    ),
-    'digit-scenes': Command(
-        'write scenes of digits in the layouts of COCO, VOC and ADE',
-        'dense.settings:ScenesSettings',
-        hints.write_scenes,
-        'digit-scenes SCENES --layouts ade --img-size 128',
-    ),
-    'embed': Command(
-        'write the features of a folder or a data set to a file',
-        'measure.settings:EmbedSettings',
-        _api('embed'),
-        'embed runs/NAME --data-dir IMAGES --output features.parquet --logits',
-    ),
-    'publish': Command(
-        'publish a run on the Hub',
-        'hub.settings:PublishSettings',
-        zoo.publish,
-        'publish runs/NAME --repo-id USER/resnet50_ctc',
-    ),
-    'zoo list': Command('show the catalogs of weights', 'hub.settings:ZooListSettings', zoo.show),
-    'zoo add': Command("catalog a run's folder or a repo of the Hub", 'hub.settings:ZooAddSettings', zoo.add),
-    'zoo sync': Command(
-        'catalog every repo of a namespace that is tagged ctc', 'hub.settings:ZooSyncSettings', zoo.sync
-    ),
+    'finetune': Command('training:FinetuneSettings', 'fine-tune a model on another data set', _api('finetune')),
+    'dynamics': Command('measure:DynamicsSettings', 'measure every kept epoch of runs', _api('dynamics')),
+    'detect': Command('dense:DetectSettings', "train a detector on a model's backbone", _api('detect')),
+    'segment': Command('dense:SegmentSettings', "train a segmenter on a model's backbone", _api('segment')),
+    'digit-scenes': Command('dense:ScenesSettings', 'write scenes of digits as COCO, VOC or ADE', hints.write_scenes),
+    'embed': Command('measure:EmbedSettings', 'write the features of a folder or a data set', _api('embed')),
+    'publish': Command('hub:PublishSettings', 'publish a run on the Hub', zoo.publish),
+    'zoo list': Command('hub:ZooListSettings', 'show the catalogs of weights', zoo.show),
+    'zoo add': Command('hub:ZooAddSettings', "catalog a run's folder or a repo of the Hub", zoo.add),
 }
+EXAMPLES = """
+train
+train -c cifar100_small --dataset hfds/FOLDER
+train IMAGES --model resnet50 --epochs 100
+train --resume runs/NAME
+validate runs/NAME
+validate resnet50 --data-dir IMAGES --split validation
+linear-probe runs/NAME --target hfds/REPO_OR_FOLDER digits --shots 1 5 10
+finetune resnet50 --data-dir IMAGES --train-fraction 0.1 1.0 --seeds 5
+dynamics runs/SUPERVISED runs/CTC --target hfds/REPO_OR_FOLDER digits
+detect
+detect runs/NAME --data-dir COCO --detector maskrcnn --freeze-stages 2 --freeze-bn
+segment
+segment resnet50 --data-dir ADE --layout ade --reduce-zero-label
+digit-scenes SCENES --layouts ade --img-size 128
+embed runs/NAME --data-dir IMAGES --output features.parquet --logits
+publish runs/NAME --repo-id USER/resnet50_ctc
+"""
+# What a file system may refuse although the command is right.
+_OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def main(command: str = '', words: Sequence[str] | None = None) -> NoReturn:
@@ -132,15 +90,14 @@ def main(command: str = '', words: Sequence[str] | None = None) -> NoReturn:
         if not command:
             command, words = _choose(words)
             program = f'ctc-timm {command}'
-        module, _, name = COMMANDS[command].settings.partition(':')
-        settings = getattr(import_module(f'ctc_timm.{module}'), name)
-        _run(program, COMMANDS[command], settings, words)
+        settings = settings_class(command)
+        _run(program, command, settings, words)
     except UserError as error:
         if os.environ.get('RANK', '0') == '0' or getattr(error, 'of_one_rank', False):
             _print_error(program, as_flags(str(error), settings), '' if isinstance(error, Stopped) else 'error: ')
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.filename is None or error.errno not in _OF_THE_MACHINE:
+        if error.filename is None or error.errno not in _OUT_OF_ROOM | _REFUSED:
             raise
         _print_error(program, f'{os.fsdecode(error.filename)}: {error.strerror}')
         sys.exit(1 if error.errno in _OUT_OF_ROOM else 2)
@@ -151,13 +108,12 @@ def main(command: str = '', words: Sequence[str] | None = None) -> NoReturn:
 
 def _choose(words: list[str]) -> tuple[str, list[str]]:
     """The command that a command line begins with, and its other words."""
+    commands = '\n'.join(f'  {name:<13} {command.summary}' for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog='ctc-timm',
         description='Contrastive temporal coding (CTC) for every timm backbone.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='commands:\n'
-        + '\n'.join(f'  {name:<13} {command.summary}' for name, command in COMMANDS.items())
-        + "\n\n'ctc-timm COMMAND --help' lists the flags of a command.",
+        epilog=f"commands:\n{commands}\n\n'ctc-timm COMMAND --help' lists the flags of a command.",
         usage='ctc-timm COMMAND ...',
     )
     parser.add_argument('--version', action='version', version=f'ctc-timm {__version__}')
@@ -165,18 +121,24 @@ def _choose(words: list[str]) -> tuple[str, list[str]]:
         parser.parse_args(words or ['--help'])
     name = ' '.join(words[:2]) if words[0] == 'zoo' else words[0]
     if name not in COMMANDS:
-        raise UserError(
-            f'{shorten(name)} is not a command{nearest(name, COMMANDS)}; the commands are {", ".join(COMMANDS)}'
-        )
+        near = nearest(name, COMMANDS)
+        raise UserError(f'{shorten(name)} is not a command{near}; the commands are {", ".join(COMMANDS)}')
     return name, words[len(name.split()) :]
 
 
-def _run(program: str, command: Command, settings: type, words: list[str]) -> None:
-    examples = ''.join(f'  ctc-timm {line}\n' for line in command.examples.splitlines())
+def settings_class(command: str) -> type:
+    """The dataclass of a command's settings."""
+    wing, _, name = COMMANDS[command].settings.partition(':')
+    return getattr(import_module(f'ctc_timm.{wing}.settings'), name)
+
+
+def _run(program: str, command: str, settings: type, words: list[str]) -> None:
+    summary = COMMANDS[command].summary
+    examples = [f'\n  ctc-timm {line}' for line in EXAMPLES.splitlines() if f'{line} '.startswith(f'{command} ')]
     parser = Parser(
         prog=program,
-        description=f'{command.summary[0].upper()}{command.summary[1:]}.',
-        epilog=f'examples:\n{examples}' if examples else None,
+        description=f'{summary[0].upper()}{summary[1:]}.',
+        epilog=f'examples:{"".join(examples)}' if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_settings(parser, settings, folder=settings.__name__ == 'TrainSettings')
@@ -186,19 +148,12 @@ def _run(program: str, command: Command, settings: type, words: list[str]) -> No
 
     huggingface_hub.logging.set_verbosity_error()  # a Hub out of reach is reported once, not at each retry
     try:
-        command.run(**given)
+        COMMANDS[command].run(**given)
     except RuntimeError:  # PyTorch raises the death of a data loading process wherever the program is
         from ..data.decoding import translate_errors
 
         with translate_errors():
             raise
-
-
-# What a file system may refuse although the command is right.
-_OUT_OF_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
-_OF_THE_MACHINE = _OUT_OF_ROOM | {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-}
 
 
 def _print_error(program: str, message: str, what: str = 'error: ') -> None:

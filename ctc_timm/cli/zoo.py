@@ -38,47 +38,21 @@ def show(pattern: str = '*', json: bool = False, **given: Any) -> None:
         size = 'x'.join(map(str, entry.pretrained_cfg['input_size']))
         best = next((f'{row["value"]:.2f} {row["metric"]} on {row["dataset"]}' for row in entry.results), '')
         where = f'hf-hub:{entry.hub_id}@{entry.revision[:12]}' if entry.hub_id else entry.path
-        print(
-            '  '.join(filter(None, [entry.name, f'{entry.pretrained_cfg["num_classes"]} classes', size, best, where]))
-        )
+        classes = f'{entry.pretrained_cfg["num_classes"]} classes'
+        print('  '.join(filter(None, [entry.name, classes, size, best, where])))
 
 
 def add(source: str, name: str = '', tag: str = '', replace: bool = False, zoo: str = '', **given: Any) -> None:
-    """Catalog a run or a repo."""
+    """Catalog a run or a repo, and say how to load it."""
     from ..hub import collect
-
-    file = _catalog_file(zoo)
-    _print_entries(file, [collect.add(source, file, name, tag, replace)])
-
-
-def sync(namespace: str, zoo: str = '', **given: Any) -> None:
-    """Catalog a namespace of the Hub."""
-    from ..hub import collect
-    from ..models import catalog
-
-    if not catalog.is_word(namespace):
-        raise UserError(f'NAMESPACE {namespace!r}: must be the name of a user or an organization')
-    file = _catalog_file(zoo)
-    _print_entries(file, collect.sync(namespace, file, print))
-
-
-def _catalog_file(zoo: str) -> Path:
     from ..models import catalog
 
     named = catalog.named_files()
-    return Path(zoo).expanduser() if zoo else named[0] if named else Path('zoo.json')
-
-
-def _print_entries(file: Path, entries: list[Any]) -> None:
-    from ..models import catalog
-
-    for entry in entries:
-        print(f'{entry.name}: {entry.sha256[:12]} in {file}')
-    if not entries:
-        print(f'nothing found; {file} is unchanged')
-        return
-    if file.absolute() not in [known.absolute() for known in catalog.named_files()]:
+    file = Path(zoo).expanduser() if zoo else named[0] if named else Path('zoo.json')
+    entry = collect.add(source, file, name, tag, replace)
+    print(f'{entry.name}: {entry.sha256[:12]} in {file}')
+    if file.absolute() not in [known.absolute() for known in named]:
         before = os.environ.get(catalog.ENVIRONMENT, '')
         print(f'export {catalog.ENVIRONMENT}={f"{before}{os.pathsep}" if before else ""}{file.absolute()}')
-    load = f"import timm, ctc_timm; model = timm.create_model('{entries[0].name}', pretrained=True)"
+    load = f"import timm, ctc_timm; model = timm.create_model('{entry.name}', pretrained=True)"
     print(f'python -c "{load}"')

@@ -1,10 +1,9 @@
-"""New entries for a catalog: from a run's folder, from a repo, or from all repos of a namespace."""
+"""New entries for a catalog: from a run's folder, or from a repo."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from ..models.catalog import NAME, WEIGHTS, Entry, NoCatalog, is_repo_id, is_result, load, save
-from ..models.download import HubError, NotPublished, fetch, find, sha256, translate_errors
+from ..models.download import fetch, find, translate_errors
 from ..models.pretrained_cfg import SUFFIX
 from ..utils.errors import UserError
+from ..utils.files import sha256
 from .summary import summarize
 
 _MOST_RESULTS = 40  # of a card from elsewhere
@@ -35,37 +35,15 @@ def add(source: str | os.PathLike, file: Path, name: str = '', tag: str = '', ov
     """
     source = os.fspath(source)
     entry = (entry_of_run if Path(source).is_dir() else entry_of_repo)(source, name, tag)
-    _merge(file, [entry], overwrite)
+    try:
+        known = load(file)
+    except NoCatalog:
+        known = {}
+    if entry.name in known and not overwrite and known[entry.name].sha256 != entry.sha256:
+        raise UserError(f'{file}: {entry.name} is other weights already; give `replace=True`, or another `name`')
+    with translate_errors(str(file)):
+        save(file, (known | {entry.name: entry}).values())
     return entry
-
-
-def sync(namespace: str, file: Path, report: Callable[[str], None]) -> list[Entry]:
-    """Catalog every repo of a namespace that is tagged `ctc`, each at the commit it stands at now.
-
-    Args:
-        namespace: User or organization.
-        file: The catalog; entries of that namespace are brought up to date, others stay.
-        report: Called with a line for each repo that is left out.
-
-    Raises:
-        HubError: The Hub can't be asked, or not about all of them; the catalog is left as it was.
-    """
-    with translate_errors(namespace):
-        repos = sorted(info.id for info in HfApi().list_models(author=namespace, filter='ctc') if is_repo_id(info.id))
-    entries: dict[str, Entry] = {}
-    for repo_id in repos:
-        try:
-            entry = entry_of_repo(repo_id)
-            if entry.name in entries:
-                raise UserError(f'{repo_id}: {entry.name} is {entries[entry.name].hub_id} already; add it by `name`')
-        except UserError as error:
-            if isinstance(error, HubError) and not isinstance(error, NotPublished):
-                raise  # the Hub may say more when it is asked again
-            report(f'left out {error}')
-        else:
-            entries[entry.name] = entry
-    _merge(file, list(entries.values()), namespace=namespace)
-    return list(entries.values())
 
 
 def entry_of_run(folder: str, name: str = '', tag: str = '') -> Entry:
@@ -106,22 +84,6 @@ def entry_of_repo(source: str, name: str = '', tag: str = '') -> Entry:
     )
     # Of a file that is too small for LFS the Hub keeps no sha256.
     return entry if entry.sha256 else replace(entry, sha256=sha256(fetch(entry)))
-
-
-def _merge(file: Path, entries: list[Entry], overwrite: bool = False, namespace: str = '') -> None:
-    """Write entries into a catalog; those of the namespace may replace theirs of before."""
-    try:
-        known = load(file)
-    except NoCatalog:
-        known = {}
-    for entry in entries:
-        old = known.get(entry.name)
-        renewed = bool(old and namespace and old.hub_id.partition('/')[0] == namespace)
-        if old and not (overwrite or renewed) and old.sha256 != entry.sha256:
-            raise UserError(f'{file}: {entry.name} is other weights already; give `replace=True`, or another `name`')
-        known[entry.name] = entry
-    with translate_errors(str(file)):
-        save(file, known.values())
 
 
 def _name(base: str, name: str, tag: str) -> str:

@@ -70,7 +70,7 @@ def _one_line(value: Any) -> str:
 
 def _card_data(run: RunDetails, repo_id: str, license: str, tags: Sequence[str]) -> ModelCardData:
     all_tags = ['image-classification', 'timm', 'ctc-timm']
-    all_tags += ['ctc'] if run.is_ctc else []  # which `ctc-timm zoo sync` looks for
+    all_tags += ['ctc'] if run.is_ctc else []
     all_tags += ['transformers'] if run.stock else []
     return ModelCardData(
         library_name='timm',

@@ -38,11 +38,3 @@ class ZooAddSettings:
     tag: str = setting('', 'the part of the name after the dot', metavar='TAG')
     replace: bool = setting(False, 'other weights of that name may be replaced')
     zoo: str = setting('', 'the catalog; the first of CTC_TIMM_ZOO, or zoo.json', metavar='FILE')
-
-
-@dataclass(frozen=True)
-class ZooSyncSettings:
-    """All settings of `ctc-timm zoo sync`."""
-
-    namespace: str = setting('', 'user or organization on the Hub', positional='', metavar='NAMESPACE')
-    zoo: str = setting('', 'the catalog; the first of CTC_TIMM_ZOO, or zoo.json', metavar='FILE')

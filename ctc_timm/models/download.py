@@ -19,10 +19,11 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from huggingface_hub.utils.sha import git_hash
 from timm.models._hub import download_from_hf
 
 from ..utils.errors import UserError, one_line
+from ..utils.files import sha256
 from .catalog import Entry
 from .pretrained_cfg import base_of, read_config
 
@@ -124,12 +125,6 @@ def find(repo_id: str, name: str = '', revision: str = '', cache_dir: CacheDir =
     if name and base != base_of(name):
         raise UserError(f'{wanted}: holds weights of {base!r}, not of {base_of(name)}')
     return Entry(name or base, config, model_args=model_args, hub_id=repo_id, revision=commit)
-
-
-def sha256(file: Path) -> str:
-    """Hash a file's bytes."""
-    with file.open('rb') as stream:
-        return sha_fileobj(stream).hex()
 
 
 def _download(where: str, filename: str, cache_dir: CacheDir, wanted: str = '') -> Path:

@@ -16,11 +16,7 @@ def create_accelerator(precision: PrecisionSettings, **options: Any) -> Accelera
     """Make Accelerate's object by the launcher's environment and the settings of mixed precision.
 
     Several processes on a machine without a GPU would each run alone, and all write to the same folder, unless
-    Accelerate is told that the CPU is meant.
-
-    Args:
-        precision: Mixed precision.
-        **options: More for `Accelerator`.
+    Accelerate is told that the CPU is meant. `options` are more for `Accelerator`.
 
     Raises:
         UserError: A precision that the device does not have, processes that do not find each other, or a launcher
@@ -44,9 +40,3 @@ def create_accelerator(precision: PrecisionSettings, **options: Any) -> Accelera
     if accelerator.num_processes != launched and launched > 1:
         raise UserError(f'{launched} processes were launched, but Accelerate sees {accelerator.num_processes}')
     return accelerator
-
-
-def add_precision_arguments(group: Any) -> None:  # until no module declares flags
-    """Declare the flags of mixed precision."""
-    group.add_argument('--amp', action='store_true')
-    group.add_argument('--amp-dtype', default='float16')

@@ -38,16 +38,7 @@ class Stopped(UserError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names closest to a mistyped one, as the tail of an error message.
-
-    Args:
-        name: What was typed.
-        known: What could have been typed.
-        count: How many suggestions at the most.
-
-    Returns:
-        ``'; nearest: a, b, c'``, or an empty string when nothing is close.
-    """
+    """The known names closest to a mistyped one, as the tail of a message: '; nearest: a, b, c', or '' when none is."""
     found = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f'; nearest: {", ".join(found)}' if found else ''
 

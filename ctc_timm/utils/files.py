@@ -6,13 +6,20 @@ is flushed to the disk, and then it is renamed: a power cut leaves the old folde
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
+from huggingface_hub.utils.sha import sha_fileobj
+
 MANIFEST = 'manifest.json'
+
+
+def sha256(file: Path) -> str:
+    """Hash a file's bytes."""
+    with file.open('rb') as stream:
+        return sha_fileobj(stream).hex()
 
 
 def write_text(file: Path, text: str) -> None:
@@ -37,7 +44,7 @@ def atomic_rename(temporary: Path, final: Path) -> None:
 def write_manifest(folder: Path) -> None:
     """Write the size and SHA-256 of every file of a folder into its manifest."""
     files = {
-        path.relative_to(folder).as_posix(): {'size': path.stat().st_size, 'sha256': _sha256(path)}
+        path.relative_to(folder).as_posix(): {'size': path.stat().st_size, 'sha256': sha256(path)}
         for path in sorted(folder.rglob('*'))
         if path.is_file() and path.name != MANIFEST
     }
@@ -45,11 +52,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify(folder: Path) -> str | None:
-    """Compare a folder with its manifest.
-
-    Returns:
-        What is wrong with the first file that is missing or differs; None if nothing is.
-    """
+    """Compare a folder with its manifest: what is wrong with the first file that is missing or differs, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))['files']
         listed = {str(name): (int(facts['size']), str(facts['sha256'])) for name, facts in files.items()}
@@ -64,20 +67,12 @@ def verify(folder: Path) -> str | None:
                 return f'{name} is missing'
             if path.stat().st_size != size:
                 return f'{name} has {path.stat().st_size} bytes, not {size}'
-            if _sha256(path) != digest:
+            if sha256(path) != digest:
                 return f'{name} was changed after it was written'
         extra = {p.relative_to(folder).as_posix() for p in folder.rglob('*') if p.is_file()} - {MANIFEST, *listed}
     except (OSError, ValueError) as error:
         return ' '.join(str(error).split())
     return f'{min(extra)} does not belong to it' if extra else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -47,17 +47,10 @@ def progress_bar(
         leave: Keep the bar when it is full.
     """
     terminal = sys.stderr.isatty()
-    return tqdm(
-        batches,
-        description,
-        total=total,
-        leave=leave,
-        initial=done,
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-        mininterval=0.2 if terminal else 60,
-        delay=0 if terminal or leave else 60,
-    )
+    waits = {'mininterval': 0.2 if terminal else 60, 'delay': 0 if terminal or leave else 60}
+    hidden = not accelerator.is_main_process
+    options: dict[str, Any] = {'total': total, 'leave': leave, 'initial': done, 'disable': hidden, **waits}
+    return tqdm(batches, description, dynamic_ncols=True, **options)
 
 
 def outer_bar(total: int, description: str, accelerator: Accelerator) -> tqdm:

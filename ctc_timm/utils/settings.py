@@ -56,41 +56,23 @@ def setting(default: Any, help: str, **checks: Any) -> Any:
 
 
 def group(title: str, settings: type, **defaults: Any) -> Any:
-    """Declare a group of settings in a command's settings.
-
-    Args:
-        title: Heading in `--help`.
-        settings: Dataclass of the group.
-        **defaults: The command's own defaults for some of its fields.
-    """
+    """Declare a group of a command's settings: its heading in `--help`, its dataclass, and defaults of the command."""
     return dataclasses.field(default_factory=lambda: settings(**defaults), metadata={'title': title})
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One setting of a command.
+    """One setting of a command."""
 
-    Attributes:
-        name: Of the field and the keyword; the flag has dashes.
-        title: Heading of its group.
-        kind: bool, int, float, str or dict.
-        many: Whether it is a tuple of values.
-        count: Length of that tuple; None for any.
-        optional: Whether None is a value.
-        choices: All values, or empty.
-        default: Of this command.
-        checks: What `setting` was given.
-    """
-
-    name: str
-    title: str
-    kind: type
-    many: bool
-    count: int | None
-    optional: bool
-    choices: tuple[Any, ...]
-    default: Any
-    checks: Mapping[str, Any]
+    name: str  # of the field and the keyword; the flag has dashes
+    title: str  # heading of its group
+    kind: type  # bool, int, float, str or dict
+    many: bool  # whether it is a tuple of values
+    count: int | None  # length of that tuple; None for any
+    optional: bool  # whether None is a value
+    choices: tuple[Any, ...]  # all values, or empty
+    default: Any  # of this command
+    checks: Mapping[str, Any]  # as `setting` takes them
 
 
 @cache
@@ -124,11 +106,11 @@ def _read_type(hint: Any) -> tuple[type, bool, int | None, bool, tuple[Any, ...]
 
 
 def build(cls: type[T], values: Mapping[str, Any], source: str = '') -> T:
-    """Make a command's settings from values by name; the others keep their defaults.
+    """Make a command's settings from values by name, which may have dashes; the others keep their defaults.
 
     Args:
         cls: Dataclass of the command.
-        values: By name, as a keyword argument or a recipe gives them. Names may have dashes.
+        values: As keyword arguments or a recipe give them.
         source: Where they come from, such as a recipe's path, for messages.
 
     Raises:
@@ -151,14 +133,8 @@ def replace(settings: T, **values: Any) -> T:
 
 def flatten(settings: Any) -> dict[str, Any]:
     """All values by name, as a recipe holds them: tuples become lists."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= flatten(value)
-        else:
-            found[field.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    values = {setting.name: setting.default for setting in _walk(settings, '')}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def check_values(cls: type, values: Mapping[str, Any], source: str = '') -> dict[str, Any]:
@@ -176,10 +152,8 @@ def check_values(cls: type, values: Mapping[str, Any], source: str = '') -> dict
         except ValueError as error:
             raise UserError(f'{where}`{name}`: {error}') from None
         if holds_token(value):
-            raise UserError(
-                f'{where}`{name}`: holds a token or a password, which would be kept with the run; leave it out, and '
-                f'set HF_TOKEN or log in with `hf auth login`'
-            )
+            fault = 'holds a token or a password, which would be kept with the run'
+            raise UserError(f'{where}`{name}`: {fault}; leave it out, and set HF_TOKEN or log in with `hf auth login`')
     return found
 
 
@@ -194,7 +168,12 @@ def check_value(setting: Setting, value: Any) -> Any:
             return None
         raise ValueError(f'has no value; leave it out for {setting.default!r}')
     if setting.kind is dict:
-        return _check_mapping(value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f'takes a mapping, got {shorten(value)}')
+        for key in value:
+            if not (isinstance(key, str) and key.isidentifier()):
+                raise ValueError(f'{shorten(key)} cannot be the name of an argument')
+        return dict(value)
     if isinstance(value, dict):
         raise ValueError(f'takes no mapping, got {shorten(value)}')
     if setting.kind is bool and not isinstance(value, bool):
@@ -211,27 +190,10 @@ def check_value(setting: Setting, value: Any) -> Any:
     return tuple(_check_item(setting, item) for item in items)
 
 
-def _check_mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f'takes a mapping, got {shorten(value)}')
-    for key in value:
-        if not (isinstance(key, str) and key.isidentifier()):
-            raise ValueError(f'{shorten(key)} cannot be the name of an argument')
-    return dict(value)
-
-
 def _check_item(setting: Setting, value: Any) -> Any:
     if setting.kind is bool:
         return value
-    if setting.kind in (int, float):
-        value = _check_number(setting, value)
-    else:
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        if not isinstance(value, str):
-            raise ValueError(f'takes a text, got {shorten(value)}; put a text in quotes')
-        if value == setting.default:
-            return value
-        _check_text(value, empty=setting.checks.get('empty', False) or bool(setting.choices))
+    value = (_check_text if setting.kind is str else _check_number)(setting, value)
     if setting.choices and value not in setting.choices:
         known = ', '.join(str(choice) or "''" for choice in setting.choices)
         near = nearest(str(value), map(str, setting.choices))
@@ -239,21 +201,25 @@ def _check_item(setting: Setting, value: Any) -> Any:
     return value
 
 
-def _check_text(value: str, empty: bool) -> None:
-    if not value and not empty:
+def _check_text(setting: Setting, value: Any) -> str:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str):
+        raise ValueError(f'takes a text, got {shorten(value)}; put a text in quotes')
+    if value == setting.default:
+        return value
+    if not value and not setting.checks.get('empty') and not setting.choices:
         raise ValueError('must not be empty; leave it out')
     if any(unicodedata.category(character) in ('Cc', 'Cs') for character in value):
         raise ValueError(f'must be UTF-8 text without control characters, got {shorten(value)}')
     if len(value) > LONGEST_PATH or max(map(len, value.encode().split(b'/'))) > LONGEST_NAME:
         raise ValueError(f'must be no longer than a path can be, got {shorten(value)}')
+    return value
 
 
 def _check_number(setting: Setting, value: Any) -> int | float:
     what = 'a whole number' if setting.kind is int else 'a number'
-    if isinstance(value, bool):
-        raise ValueError(f'must be {what}, got {value!r}')
     try:
-        number = setting.kind(str(value))
+        number = setting.kind(str(value))  # 'True' is no number
     except ValueError:
         raise ValueError(f'must be {what}, got {shorten(value)}') from None
     largest = LARGEST_INTEGER if setting.kind is int else LARGEST
@@ -272,11 +238,6 @@ def _check_number(setting: Setting, value: Any) -> int | float:
 
 
 def shorten(value: Any, plain: bool = False) -> str:
-    """A value as messages show it, cut to a readable length, without tokens.
-
-    Args:
-        value: From a flag, a recipe or a keyword.
-        plain: Whether a text goes without quotes.
-    """
+    """A value as messages show it, cut to a readable length, without tokens; `plain` texts have no quotes."""
     text = without_tokens(value if plain and isinstance(value, str) else repr(value))
     return text if len(text) <= 80 else f'{text[:60]}...'

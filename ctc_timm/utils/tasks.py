@@ -20,13 +20,9 @@ class Loader(Protocol):
 
     @property
     def skipped(self) -> int | None: ...  # how many those were on this rank; None where that is not counted
-
     def __len__(self) -> int: ...
-
     def __iter__(self) -> Iterator[Batch]: ...
-
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None: ...
-
     def image_names(self, batch: Batch) -> list[str]: ...  # of a batch whose images may be None
 
 
@@ -46,7 +42,6 @@ class Watcher(Protocol):
     seconds: float
 
     def due(self, epoch: int, last: bool) -> bool: ...
-
     def measure(self, model: nn.Module) -> dict[str, float]: ...
 
 
@@ -63,22 +58,14 @@ class StateReader:
 
 
 class TrainerTask(TrainingTask):
-    """A timm task with hooks for the trainer, each with a default.
+    """A timm task with hooks for the trainer, each with a default."""
 
-    Attributes:
-        stage: What the task is doing, for logs: 'instance', 'temporal', or the name of a task of one stage.
-    """
-
-    stage: str = 'vanilla'
+    stage: str = 'vanilla'  # what it is doing, for logs: 'instance', 'temporal', or the name of a task of one stage
 
     def run_batch(self, batch: Batch) -> dict[str, Tensor]:
-        """The forward pass on a batch of the trainer's loader.
+        """The forward pass on a batch: 'loss', which is minimized; every other scalar is logged under its name.
 
-        Args:
-            batch: images [B, C, H, W], targets, index [B] or None, and lam [B] or None; or whatever the loader gives.
-
-        Returns:
-            'loss', which is minimized; every other scalar is logged under its name.
+        A batch is images [B, C, H, W], targets, index [B] or None, lam [B] or None; or whatever the loader gives.
         """
         images, targets, *_ = batch
         return self(images, targets)
@@ -87,14 +74,9 @@ class TrainerTask(TrainingTask):
         """Called once, before the first step."""
 
     def prepare_epoch(self, stage: str, training_images: Callable[[], Iterable[Any]]) -> bool:
-        """Called before an epoch.
+        """Called before an epoch of a stage; returns whether the task went over to another one.
 
-        Args:
-            stage: Of the epoch, by the schedule.
-            training_images: One pass over the training set without augmentation: batches (images, targets, index).
-
-        Returns:
-            Whether the task went over to another stage.
+        `training_images` is a pass over the training set without augmentation: batches (images, targets, index).
         """
         return False
 
@@ -114,12 +96,9 @@ class TrainerTask(TrainingTask):
         return {}
 
     def load_state_files(self, stage: str, rank_state: dict[str, Tensor], files: StateReader) -> None:
-        """Continue from a state.
+        """Continue from a state that was saved in `stage`.
 
-        Args:
-            stage: That the task was in.
-            rank_state: Of this rank; empty for a rank that was not there.
-            files: What `state_files` gave, on all ranks.
+        `rank_state` is empty for a rank that was not there; `files` are what `state_files` gave on all ranks.
 
         Raises:
             ValueError: The state is of another task.

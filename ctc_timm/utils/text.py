@@ -53,9 +53,7 @@ def sanitize(text: Any) -> str:
 def file_name(text: str, otherwise: str = 'unnamed') -> str:
     """A text as the name of one file or folder: no separator, nothing hidden, not too long for a file system.
 
-    Args:
-        text: Any.
-        otherwise: For a text of which nothing is left.
+    `otherwise` is the name when nothing is left of the text.
     """
     name = ''.join(c if c.isalnum() or c in '._-' else '_' for c in text).strip('.') or otherwise
     if len(name.encode()) <= _LONGEST:

@@ -56,11 +56,7 @@ def read_values(text: str) -> Any:
 
 
 def read_mapping(file: Path, what: str = '') -> dict[str, Any]:
-    """Read a recipe or an args.yaml: values by name, none in an empty file.
-
-    Args:
-        file: To be read.
-        what: What to call it in error messages; its path when empty.
+    """Read a recipe or an args.yaml: values by name, none in an empty file. Messages call it `what`, or by its path.
 
     Raises:
         UserError: It can't be read, or is no mapping of names to plain values.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ctc_timm.cli.flags import Parser, add_settings, as_flags, read_flags
-from ctc_timm.cli.main import COMMANDS, main
+from ctc_timm.cli.main import COMMANDS, main, settings_class
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.errors import RunError, Stopped, UserError
 from ctc_timm.utils.settings import Setting, build, flatten, settings_of
@@ -35,11 +34,6 @@ NO_MAPPING = [
     *('a=' + '[' * 5000, 'a={b: 1, b: 2}', *NOT_TEXT),
 ]
 TOKENS = ['hf_' + 'a' * 34, 'https://me:secret@host/x']
-
-
-def settings_class(command: str) -> type:
-    module, _, name = COMMANDS[command].settings.partition(':')
-    return getattr(import_module(f'ctc_timm.{module}'), name)
 
 
 def read(cls: type, words: list[str]) -> dict[str, Any]:

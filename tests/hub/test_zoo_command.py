@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -120,44 +119,3 @@ def test_a_repo_is_pinned(client: Client, hub: Hub, shelve: Shelve, export: dict
     ):
         done = client.command('zoo', 'add', source, **where)
         assert done.code == 2 and text in done.err and done.err.count('\n') == 1, done.err
-
-
-def test_sync_takes_what_fits(
-    client: Client, hub: Hub, shelve: Shelve, export: dict[str, Blob], tmp_path: Path
-) -> None:
-    hub.page = 2  # so that there are several pages
-    config, card = json.loads(export['config.json'].data), export['README.md'].data.decode()
-    shelve(REPO, {'README.md': Blob(card.replace('name: digits', 'name: "\\e[2J\\n| evil"').encode())})
-    shelve('alice/test_resnet_ctc')
-    shelve('alice/other', {'config.json': Blob(json.dumps({**config, 'architecture': 'nothing'}).encode())})
-    shelve('alice/pickled', {'model.safetensors': None, 'pytorch_model.bin': Blob(b'\x80\x04.')})
-    shelve('alice/broken', {'config.json': Blob(b'{')})
-    shelve('alice/untagged', {'README.md': Blob(card.replace('- ctc\n', '').encode())})
-    shelve('bob/test_resnet_ctc.bob')
-    shelve('alice/hidden', private=True)
-    file = tmp_path / 'zoo.json'
-    file.write_text('{"version": 1, "models": {}}')
-    sync = ('zoo', 'sync', 'alice', '--zoo', str(file))
-    done = client.command(*sync)
-    assert done.code == 0, done.err
-    found = models(file)
-    assert set(found) == {'test_resnet_ctc', 'test_resnet_ctc.digits', 'test_resnet_ctc.hidden'}
-    left_out = [re.split('[:@]', line)[0] for line in done.out.splitlines() if line.startswith('left out')]
-    assert left_out == [f'left out alice/{name}' for name in ('broken', 'other', 'pickled')]
-    assert found['test_resnet_ctc.digits']['results'] == []  # of that card
-    assert all(entry['revision'] == hub.repos[entry['hub_id']].refs['main'] for entry in found.values())
-
-    old = found['test_resnet_ctc']['revision']
-    shelve('alice/test_resnet_ctc', {'model.safetensors': Blob(b'newer', lfs=True)})
-    assert client.command(*sync).code == 0
-    assert models(file)['test_resnet_ctc']['revision'] != old  # entries of the namespace follow it
-    before = file.read_bytes()
-    done = client.command('zoo', 'sync', 'nobody', '--zoo', str(file))
-    assert done.code == 0 and done.last == f'nothing found; {file} is unchanged'
-    for request, what in (('GET /api/models$', 'alice'), (f'/api/models/{REPO}', REPO)):  # all, or one of them
-        hub.fail(request, 403)
-        done = client.command(*sync)
-        assert done.code == 2 and f'error: {what}: made to answer 403' in done.err and file.read_bytes() == before
-        hub.faults.clear()
-    done = client.command('zoo', 'sync', '../alice', '--zoo', str(file))
-    assert done.code == 2 and 'must be the name of a user' in done.err

@@ -82,7 +82,6 @@ def test_every_command_keeps_the_token(client: Client, hub: Hub, tiny: list[str]
         ('publish', run, '--repo-id', repo, '--dry-run'),
         ('publish', run, '--repo-id', 'bob/not_mine'),
         ('zoo', 'add', repo, '--zoo', str(out / 'zoo.json')),
-        ('zoo', 'sync', 'alice', '--zoo', str(out / 'sync.json')),
         ('validate', f'hf-hub:{repo}', *data, '--output', str(out / 'hub')),
         ('validate', 'hf-hub:bob/not_there', *data),
     ]
