@@ -91,7 +91,7 @@ def open_data(
     settings: S, open_splits: Callable[[str, Accelerator], tuple[Any, Any]]
 ) -> tuple[S, Accelerator, tuple[Any, Any]]:
     """Set up the processes, open both splits of the data folder (scenes of digits where none is named), and seed."""
-    accelerator = open_accelerator(settings.precision, settings.run.log_with, settings.folder.output, True)
+    accelerator = open_accelerator(settings, find_unused_parameters=True)
     with accelerator.main_process_first():
         settings = replace(settings, data_dir=settings.canvas.data_dir or default_scenes())
         splits = open_splits(str(settings.canvas.data_dir), accelerator)

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +22,16 @@ from ..data.loaders import RefreshLoader, StreamLoader, TrainLoader, create_eval
 from ..data.mixup import create_mixup
 from ..data.settings import DataSettings
 from ..data.transforms import data_config
-from ..measure.plots import plot_run
 from ..measure.validation import evaluate
 from ..models.backbones import architecture, check_input
 from ..models.creation import check_compiler, create_model, prepare_model
 from ..runs import Run
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, nearest
-from ..utils.precision import PrecisionSettings
 from ..utils.progress import clock
 from ..utils.settings import replace
 from ..utils.tasks import Evaluator, Loader, TrainerTask
-from .checkpoints import ResumePoint, locate_run, values_of
+from .checkpoints import ResumePoint, locate_run
 from .monitor import create_monitor
 from .optimization import create_optimizer, resolve_lr
 from .schedules import TwoStageSchedule, temporal_start
@@ -54,14 +51,13 @@ def train(settings: TrainSettings) -> Run:
         Stopped: A signal asked the run to stop; its state is saved.
     """
     trainer = build_trainer(settings)
-    facts, data, accelerator = trainer.facts, settings.data, trainer.accelerator
+    facts, data, began = trainer.facts, settings.data, time.monotonic()
     images = f'{facts["num_instances"]:,} images' if facts['num_instances'] else 'a stream of images'
     logger.info(
         f'{facts["mode"]}: {facts["architecture"]}, {facts["num_classes"]} classes, on {images} of '
         f'{data.dataset or data.data_dir}, {trainer.schedule.num_epochs} epochs, batch {settings.loader.batch_size} on '
-        f'{accelerator.num_processes} process(es), {accelerator.device}, to {trainer.run}'
+        f'{trainer.accelerator.num_processes} process(es), {trainer.accelerator.device}, to {trainer.run}'
     )
-    began = time.monotonic()
     trainer.fit()
     best = trainer.state.best
     reached = f'best top-1 {best[0]:.2f}% at epoch {best[1]}' if best else 'not evaluated'
@@ -87,17 +83,17 @@ def build_trainer(
     Raises:
         UserError: Settings or data that cannot work; nothing has been written then.
     """
-    data, loading, seed = settings.data, settings.loader, settings.run.seed
-    two_stages = settings.ctc.mode == 'ctc'
+    data, loading, execution, average = settings.data, settings.loader, settings.execution, settings.ema
+    two_stages, stages = settings.ctc.mode == 'ctc', settings.stages
     if two_stages and is_streaming(data.dataset):
         raise UserError(
             f"`dataset` {data.dataset}: a stream gives its images no stable index, which `mode='ctc'` needs; use a "
             f"map-style reader such as hfds/NAME or `data_dir='FOLDER'`, or `mode='vanilla'`"
         )
-    accelerator = open_accelerator(settings.precision, settings.run.log_with, settings.folder.output, two_stages)
+    accelerator = open_accelerator(settings, find_unused_parameters=two_stages)
     run, point = locate_run(settings)
     device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    random_seed(seed)
+    random_seed(settings.run.seed)
 
     with accelerator.main_process_first():
         training, validation = splits or _open_splits(data, loading.batch_size)
@@ -110,50 +106,41 @@ def build_trainer(
     check_labels(validation, model.num_classes, data.val_split)
     config = data_config(data, model)
     check_input(model, config['input_size'])
-    model = prepare_model(model, settings.execution, settings.batch_norm, device, world_size)
-    labels_N = training.labels_N
-    facts = {
-        'architecture': architecture(model),
-        'num_classes': model.num_classes,
-        'num_instances': 0 if labels_N is None else len(labels_N),
-        'mode': settings.ctc.mode,
-    }
+    model = prepare_model(model, execution, settings.batch_norm, device, world_size)
+    labels_N, classes = training.labels_N, model.num_classes
+    count = 0 if labels_N is None else len(labels_N)
+    facts = {'architecture': architecture(model), 'num_classes': classes, 'num_instances': count}
     task = create_task(settings, model, labels_N, device, rank, frozen)
-    monitor = create_monitor(settings, config, accelerator, facts['num_instances'], run if point.state else None)
-    mixup = create_mixup(settings.mixup, model.num_classes, settings.loss.smoothing)
+    monitor = create_monitor(settings, config, accelerator, count, run if point.state else None)
+    mixup = create_mixup(settings.mixup, classes, settings.loss.smoothing)
     if mixup is not None and loading.batch_size % 2:
         raise UserError(f'`batch_size` {loading.batch_size}: must be even with `mixup` or `cutmix`')
     options = training.dataset, loading, settings.augmentation, config, device
-    loader = StreamLoader(*options) if labels_N is None else TrainLoader(*options, seed, rank, world_size)
-    execution, average = settings.execution, settings.ema
-    eval_loader = create_eval_loader(
-        validation.dataset, loading, config, device, world_size > 1, keep=loading.cache_dataset
-    )
-    evaluator = SplitEvaluator(eval_loader, accelerator, model.num_classes, execution.channels_last)
+    stream = labels_N is None
+    loader = StreamLoader(*options) if stream else TrainLoader(*options, settings.run.seed, rank, world_size)
+    spread, keep = world_size > 1, loading.cache_dataset
+    eval_loader = create_eval_loader(validation.dataset, loading, config, device, spread, keep=keep)
     if execution.torchcompile:
         check_compiler(execution.torchcompile)
         task.compile(backend=execution.torchcompile, mode=execution.torchcompile_mode)
     if average.model_ema:
         place = torch.device('cpu') if average.model_ema_force_cpu else None
         task.setup_ema(decay=average.model_ema_decay, use_warmup=average.model_ema_warmup, device=place)
-    stages = settings.stages if two_stages else None
-    start = temporal_start(stages, settings.schedule.epochs) if stages else settings.stages.temporal_start_epoch
+    start = temporal_start(stages, settings.schedule.epochs) if two_stages else stages.temporal_start_epoch
     return assemble_trainer(
         replace(settings, temporal_start_epoch=start),
         task,
         loader,
-        evaluator,
+        SplitEvaluator(eval_loader, accelerator, classes, execution.channels_last),
         accelerator,
         run,
         point,
         lambda: run.write_config(model, config),
-        stages,
-        facts=facts,
+        stages if two_stages else None,
+        facts={**facts, 'mode': settings.ctc.mode},
         mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
         monitor=monitor,
-        training_images=lambda: RefreshLoader(
-            open_split(data, data.train_split), loading, config, device, world_size > 1
-        ),
+        training_images=lambda: RefreshLoader(open_split(data, data.train_split), loading, config, device, spread),
     )
 
 
@@ -165,7 +152,7 @@ def assemble_trainer(
     accelerator: Accelerator,
     run: Run,
     point: ResumePoint,
-    write_config: Callable[[], object] | None = None,
+    write_config: Callable[[], object] = tuple,
     stages: StageSettings | None = None,
     **options: Any,
 ) -> Trainer:
@@ -173,37 +160,34 @@ def assemble_trainer(
 
     See `Trainer` and its `open_run` for the arguments.
     """
-    batch_size, module = settings.loader.batch_size, task.get_trainable_module()
+    module = task.get_trainable_module()
     assert module is not None
-    lr = resolve_lr(settings.optimizer, batch_size, accelerator.num_processes)
-    stepping = replace(settings.optimizer, lr=lr)
-    optimizer = create_optimizer(stepping, module)
-    updates = math.ceil(len(loader) / stepping.grad_accum_steps)  # a last, smaller group of batches is a step too
-    schedule = TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed)
-    parts = (task, loader, evaluator, optimizer, schedule, run, accelerator, settings.run, stepping)
-    dist_bn = settings.batch_norm.dist_bn
-    trainer = Trainer(*parts, batch_size=batch_size, dist_bn=dist_bn, plot=plot_run, **options)
+    lr = resolve_lr(settings.optimizer, settings.loader.batch_size, accelerator.num_processes)
     # Values that were computed are kept with the run, so that a resume for more epochs does not move them.
-    trainer.open_run(point, values_of(replace(settings, lr=lr)), write_config)
+    settings = replace(settings, lr=lr)
+    optimizer = create_optimizer(settings.optimizer, module)
+    updates = math.ceil(len(loader) / settings.optimizer.grad_accum_steps)  # a last, smaller group is a step too
+    schedule = TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed)
+    trainer = Trainer(settings, task, loader, evaluator, optimizer, schedule, run, accelerator, **options)
+    trainer.open_run(point, write_config)
     return trainer
 
 
-def open_accelerator(
-    precision: PrecisionSettings, log_with: str | None, output: str | Path, find_unused_parameters: bool
-) -> Accelerator:
-    """Set up Accelerate for training, with a tracker if one is named; `output` is where runs go.
+def open_accelerator(settings: Any, find_unused_parameters: bool) -> Accelerator:
+    """Set up Accelerate for a command that trains, with a tracker if one is named.
 
     Raises:
         UserError: No such tracker or precision here.
     """
+    log_with, output = settings.run.log_with, settings.folder.output
     installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())] if log_with else []
     if log_with and log_with not in installed:
         near, known = nearest(log_with, installed), ', '.join(installed)
         raise UserError(f'`log_with` {log_with}: no tracker of Accelerate that is installed{near}; use one of {known}')
     return create_accelerator(
-        precision,
+        settings.precision,
         log_with=log_with,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output)),
+        project_config=ProjectConfiguration(project_dir=output, logging_dir=output),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from ..utils.files import atomic_rename, verify, write_manifest
 from ..utils.settings import flatten
 from ..utils.tasks import StateReader, TrainerTask
 
-PROGRESS = 'progress.json'
+PROGRESS, _RANK_FILE = 'progress.json', 'process_{:05d}'
 _SAME = ('model', 'source', 'checkpoint', 'dataset', 'data_dir', 'mode')  # of runs that one may continue by 'auto'
 _FIRST = ('loss', 'task_loss', 'ctc_loss')  # columns of summary.csv; others follow by name
 _PLACE = ('epoch', 'batch', 'updates', 'bad_in_a_row')
@@ -92,46 +93,36 @@ class TrainState:
 
 
 def save_state(
-    accelerator: Accelerator,
-    task: TrainerTask,
-    run: Run,
-    progress: dict[str, Any],
-    rank_state: dict[str, Tensor],
-    keep: int,
+    accelerator: Accelerator, task: TrainerTask, run: Run, state: TrainState, checked: Mapping[str, Any], keep: int
 ) -> None:
-    """Save all that a resume needs; the folder gets its name when it is complete and on the disk.
+    """Save all that a resume needs, with what it checks; the folder gets its name when it is complete and on the disk.
 
-    Every rank writes into the folder, so that all machines must see it.
-
-    Args:
-        progress: Of `TrainState`, with what else a resume checks.
-        rank_state: Of `TrainState`.
-        keep: How many of the latest states stay.
+    Every rank writes into the folder, so that all machines must see it. The latest `keep` states stay.
 
     Raises:
         RunError: It could not be written; nothing of it is left, and older states are as they were.
     """
-    final = run.state(progress['epoch'], progress['batch'], progress['updates'])
+    final = run.state(state.epoch, state.batch, state.updates)
     temporary, main = final.with_name(f'.{final.name}'), accelerator.is_main_process
-    what = f'{final} could not be saved'
-    with raise_on_all_ranks(accelerator, what, temporary):
+    failing = partial(raise_on_all_ranks, accelerator, f'{final} could not be saved', temporary)
+    with failing():
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-    with raise_on_all_ranks(accelerator, what, temporary):
+    with failing():
         try:
             accelerator.save_state(str(temporary))
         except RuntimeError as error:  # PyTorch's writer raises it on a full disk
             raise OSError(one_line(error)) from error
-        tensors = {**rank_state, **_rank_buffers(accelerator, task), **task.rank_state()}
-        files = {_rank_file(accelerator): tensors, **task.state_files(main)}
+        tensors = {**state.rank_state(), **_rank_buffers(accelerator, task), **task.rank_state()}
+        files = {_RANK_FILE.format(accelerator.process_index): tensors, **task.state_files(main)}
         if main:
-            (temporary / PROGRESS).write_text(json.dumps(progress, indent=2), encoding='utf-8')
+            (temporary / PROGRESS).write_text(json.dumps({**checked, **state.progress()}, indent=2), encoding='utf-8')
             if (average := task.get_trainable_module(ema=True)) is not None:
                 files['ema'] = {k: v.detach().cpu().contiguous().clone() for k, v in average.state_dict().items()}
         for name, content in files.items():
             save_file(content, temporary / f'{name}.safetensors')
-    with raise_on_all_ranks(accelerator, what, temporary):
+    with failing():
         if main:
             write_manifest(temporary)
             atomic_rename(temporary, final)
@@ -146,24 +137,19 @@ def prune_states(run: Run, newest: Path, keep: int) -> None:
     Raises:
         OSError: The newest differs from what was written.
     """
-    damage = verify(newest)
-    if damage is not None:
+    if damage := verify(newest):
         raise OSError(f'{newest} is damaged: {damage}')
     states = run.states()
     kept = states[: states.index(newest) + 1][-keep:]
-    for old in states:
-        if old not in kept:
-            shutil.rmtree(old)
+    for old in set(states).difference(kept):
+        shutil.rmtree(old)
 
 
 @contextmanager
 def raise_on_all_ranks(accelerator: Accelerator, what: str, leftover: Path | None = None) -> Iterator[None]:
-    """Fail on all ranks where work on files fails on one: a rank that went on alone would wait for ever.
+    """Raise a RunError on all ranks where work on files fails on one: a rank that went on alone would wait for ever.
 
     The message begins with `what`; the folder `leftover` is removed.
-
-    Raises:
-        RunError: With the reason of the first rank that failed.
     """
     reasons: list[str | None] = [None]
     try:
@@ -172,8 +158,7 @@ def raise_on_all_ranks(accelerator: Accelerator, what: str, leftover: Path | Non
         reasons = [one_line(error)]
     if accelerator.num_processes > 1:
         reasons = gather_object(reasons)
-    failed = [reason for reason in reasons if reason]
-    if failed:
+    if failed := [reason for reason in reasons if reason]:
         if leftover is not None and accelerator.is_main_process:
             shutil.rmtree(leftover, ignore_errors=True)
         raise RunError(f"{what}: {failed[0]}; make room or repair it, then continue with `resume='auto'`")
@@ -181,11 +166,8 @@ def raise_on_all_ranks(accelerator: Accelerator, what: str, leftover: Path | Non
 
 def load_state(
     accelerator: Accelerator, task: TrainerTask, state: Path, expected: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Continue from a state that agrees with what is expected: architecture, num_instances, ...
-
-    Returns:
-        The `progress` and the `rank_state` that were saved, the latter empty for a rank that was not there.
+) -> tuple[dict[str, Any], TrainState]:
+    """Continue from a state that agrees with what is expected: architecture, num_instances, ...; return progress.json.
 
     Raises:
         UserError: A state of another model, data set or mode, or one that can't be read.
@@ -195,7 +177,7 @@ def load_state(
         if progress.get(key) != value:
             was = f'{key.replace("_", " ")} {progress.get(key)!r}'
             raise UserError(f'`resume` {state}: was saved with {was}, this run has {value!r}')
-    files, name = StateReader(state), _rank_file(accelerator)
+    files, name = StateReader(state), _RANK_FILE.format(accelerator.process_index)
     try:
         rank_state = files.read(name) if name in files.names else {}
         task.load_state_files(progress.get('stage', task.stage), rank_state, files)
@@ -210,7 +192,7 @@ def load_state(
                 buffer.copy_(rank_state[name])
     except _UNREADABLE as error:
         raise UserError(f'`resume` {state}: {one_line(error)}') from None
-    return progress, rank_state
+    return progress, TrainState.restore(progress, rank_state, accelerator.device)
 
 
 class ResumePoint(NamedTuple):
@@ -250,31 +232,26 @@ def find_resume(settings: Any) -> ResumePoint:
     Raises:
         UserError: A path that is neither a run's folder nor one of its states; a damaged state.
     """
-    folder = settings.folder
+    folder, output, path = settings.folder, Path(settings.folder.output), Path(settings.folder.resume)
     if not folder.resume:
         return ResumePoint()
+    if folder.resume == 'auto' and folder.experiment:
+        return _newest_state(Run(output / folder.experiment))
     if folder.resume == 'auto':
-        output = Path(folder.output)
-        run = Run(output / folder.experiment) if folder.experiment else _newest_fitting(output, values_of(settings))
-        return ResumePoint() if run is None else _newest_state(run)
-    path = Path(folder.resume)
+        values = {key: value for key, value in values_of(settings).items() if key in _SAME}
+        runs = [run for run in map(Run, output.glob('*')) if run.args_file.is_file() and run.states()]
+        fitting = [run for run in runs if values.items() <= run.args().items()]
+        run = max(fitting, key=lambda run: run.states()[-1].stat().st_mtime, default=None)
+        return _newest_state(run) if run else ResumePoint()
     if (path / PROGRESS).is_file():
-        damage = verify(path)
-        if damage is not None:
-            run = run_of_state(path)
-            raise UserError(f'`resume` {path}: is damaged: {damage}; `resume={str(run)!r}` takes the newest good one')
+        if damage := verify(path):
+            name = str(run_of_state(path))
+            raise UserError(f'`resume` {path}: is damaged: {damage}; `resume={name!r}` takes the newest good one')
         return ResumePoint(path)
     point = _newest_state(Run(path))
     if point.state is None:
-        raise UserError(f'`resume` {path}: no run with a saved state there; name a folder such as {folder.output}/NAME')
+        raise UserError(f'`resume` {path}: no run with a saved state there; name a folder such as {output}/NAME')
     return point
-
-
-def _newest_fitting(output: Path, values: dict[str, Any]) -> Run | None:
-    """The run with the newest state among those of the same model, data and mode."""
-    runs = [run for run in map(Run, output.glob('*')) if run.args_file.is_file() and run.states()]
-    fitting = [run for run in runs if all(run.args().get(key) == values[key] for key in _SAME if key in values)]
-    return max(fitting, key=lambda run: run.states()[-1].stat().st_mtime, default=None)
 
 
 def _newest_state(run: Run) -> ResumePoint:
@@ -285,8 +262,7 @@ def _newest_state(run: Run) -> ResumePoint:
     """
     damaged: list[str] = []
     for state in reversed(run.states()):
-        damage = verify(state)
-        if damage is None:
+        if (damage := verify(state)) is None:
             return ResumePoint(state, tuple(damaged))
         damaged.append(f'{state} is damaged: {damage}')
     if damaged:
@@ -300,13 +276,5 @@ def _rank_buffers(accelerator: Accelerator, task: TrainerTask) -> dict[str, Tens
     if accelerator.num_processes == 1:
         return {}
     models = {'model': task.get_eval_model(), 'ema': task.get_eval_model(ema=True)}
-    return {
-        f'{kind}.{name}': buffer
-        for kind, model in models.items()
-        if model is not None
-        for name, buffer in unwrap_model(model).named_buffers()
-    }
-
-
-def _rank_file(accelerator: Accelerator) -> str:
-    return f'process_{accelerator.process_index:05d}'
+    named = {kind: unwrap_model(model).named_buffers() for kind, model in models.items() if model is not None}
+    return {f'{kind}.{name}': buffer for kind, buffers in named.items() for name, buffer in buffers}

@@ -36,8 +36,8 @@ from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, one_line
 from ..utils.progress import clock
 from ..utils.settings import flatten, replace
-from . import finetune_results
 from .build import build_trainer
+from .finetune_results import RESULTS, SETTINGS, check_folder, conclude, plain, write_results
 from .freezing import freeze
 from .settings import CTCSettings, FinetuneSettings, FolderSettings, ModelSettings, StageSettings, TrainSettings
 from .trainer import Trainer
@@ -66,32 +66,19 @@ def finetune(settings: FinetuneSettings) -> Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run.
-
-    Attributes:
-        folder: Where it goes.
-        fraction: Of the training images.
-        seed: Of the draw, the head and the order.
-        index_n: The images.
-        batch_size: Of each process.
-        passes: How often an epoch goes over them.
-        cost: In images through the network, forwards and backwards.
-    """
+    """One run."""
 
     folder: Path
-    fraction: float
-    seed: int
-    index_n: Tensor
-    batch_size: int
-    passes: int
-    cost: float
+    fraction: float  # of the training images
+    seed: int  # of the draw, the head and the order
+    index_n: Tensor  # the images
+    batch_size: int  # of each process
+    passes: int  # how often an epoch goes over the images
+    cost: float  # in images through the network, forwards and backwards
 
 
 class FineTuning:
     """A model and a target, opened and checked, with the runs to make.
-
-    Args:
-        settings: Of the command.
 
     Raises:
         UserError: See `finetune`.
@@ -101,9 +88,8 @@ class FineTuning:
         self.accelerator = create_accelerator(settings.precision)
         source, wanted, name = named_source(settings.source)
         self.loaded = load_model(source, wanted, name, **model_options(settings.architecture, settings.data))
-        self.settings = settings = self._for_model(settings)
-        self._resize(source)
-        data = settings.data
+        self.settings = settings = _fit_model(settings, self.loaded.model, source)
+        data, plan = settings.data, settings.plan
         self.target = data.dataset or str(data.data_dir)
         if is_streaming(data.dataset):
             raise UserError(
@@ -114,38 +100,19 @@ class FineTuning:
             self.train = open_split(data, data.train_split, is_training=True)
             self.test = open_split(data, data.val_split, unsplit=False)
         self.num_classes = self._check_classes(self.train, self.test)
-        freezing = settings.plan.freeze
-        self.method = 'finetune' if freezing == 'none' else f'finetune-{freezing}-frozen'
-        self.folder = Path(settings.plan.output) if settings.plan.output else self._default_folder()
+        self.method = 'finetune' if plan.freeze == 'none' else f'finetune-{plan.freeze}-frozen'
+        self.folder = Path(plan.output) if plan.output else self._default_folder()
         self.compared = {
             'architecture': architecture(self.loaded.model),
             'weights': weights_hash(self.loaded.model),
             'processes': self.accelerator.num_processes,
             **{key: value for key, value in sorted(flatten(settings).items()) if key not in _NOT_COMPARED},
         }
-        finetune_results.check_folder(self.folder, self.compared)
-        fractions = sorted(set(settings.plan.train_fraction))
-        seeds = range(settings.run.seed, settings.run.seed + settings.plan.seeds)
-        self.plans = [self._plan(fraction, seed) for fraction in fractions for seed in seeds]
+        check_folder(self.folder, self.compared)
+        seeds = range(settings.run.seed, settings.run.seed + plan.seeds)
+        self.plans = [self._plan(fraction, seed) for fraction in sorted(set(plan.train_fraction)) for seed in seeds]
+        self.config = data_config(data, self.loaded.model)
         self._test_images: SplitImages | None = None
-
-    def _for_model(self, settings: FinetuneSettings) -> FinetuneSettings:
-        """The settings with the digits where no data are named, and with the model's channels."""
-        data = settings.data
-        if not data.dataset and not data.data_dir:
-            settings = replace(settings, dataset=digits.NAME)
-        if data.in_chans is None and not data.input_size:
-            settings = replace(settings, in_chans=getattr(self.loaded.model, 'in_chans', 3))
-        return settings
-
-    def _resize(self, source: str) -> None:
-        data, model = self.settings.data, self.loaded.model
-        size = data.input_size[1:] if data.input_size else (data.img_size, data.img_size)
-        if size[0] and hasattr(model, 'set_input_size'):
-            try:
-                model.set_input_size(img_size=size)
-            except (AssertionError, ValueError, RuntimeError) as error:
-                raise UserError(f'`img_size`: {source} cannot take {size[0]}x{size[1]}: {one_line(error)}') from None
 
     def _default_folder(self) -> Path:
         loaded = self.loaded
@@ -167,15 +134,15 @@ class FineTuning:
     def _plan(self, fraction: float, seed: int) -> Plan:
         settings, processes = self.settings, self.accelerator.num_processes
         assert self.train.labels_N is not None and self.test.labels_N is not None
-        wanted_batch, epochs = settings.loader.batch_size, settings.schedule.epochs
-        index_n = draw(self.train.labels_N, round(fraction * len(self.train.labels_N)), seed)
-        count, total = len(index_n), len(self.train.labels_N)
-        batch = min(wanted_batch, count // processes)
+        wanted, epochs, total = settings.loader.batch_size, settings.schedule.epochs, len(self.train.labels_N)
+        index_n = draw(self.train.labels_N, round(fraction * total), seed)
+        count = len(index_n)
+        batch = min(wanted, count // processes)
         if settings.mixup.active:
             batch -= batch % 2
         if not batch:
             raise UserError(f'`train_fraction` {fraction:g}: {count} images are too few for {processes} process(es)')
-        batches_of_all = total // (min(wanted_batch, total // processes) * processes)
+        batches_of_all = total // (min(wanted, total // processes) * processes)
         updates = settings.plan.min_updates * settings.optimizer.grad_accum_steps
         batches = min(batches_of_all, math.ceil(updates / epochs))  # that an epoch should have
         passes = max(1, math.ceil(batches * batch * processes / count))
@@ -184,39 +151,31 @@ class FineTuning:
         return Plan(folder, fraction, seed, index_n, batch, passes, cost)
 
     def run(self) -> Run:
-        """Make the runs that are not finished, and write the results of all.
-
-        Raises:
-            UserError: Settings that training refuses.
-        """
-        pending = {i: plan for i, plan in enumerate(self.plans, 1) if not finetune_results.is_finished(plan.folder)}
-        if len(pending) < len(self.plans):
-            logger.info(f'{len(self.plans) - len(pending)} of {len(self.plans)} runs are finished and kept')
+        """Make the runs that are not finished, and write the results of all; see `finetune`."""
+        main, count = self.accelerator.is_main_process, len(self.plans)
+        pending = {i: plan for i, plan in enumerate(self.plans, 1) if not (plan.folder / RESULTS).is_file()}
+        if len(pending) < count:
+            logger.info(f'{count - len(pending)} of {count} runs are finished and kept')
         started, left, spent = time.monotonic(), sum(plan.cost for plan in pending.values()), 0.0
         for number, plan in pending.items():
-            self._announce(number, plan, (time.monotonic() - started) / spent * left if spent else None)
+            line = (
+                f'run {number} of {count}: fraction {plan.fraction:g}, {len(plan.index_n):,} images, seed {plan.seed}'
+            )
+            if plan.batch_size < self.settings.loader.batch_size:
+                line += f', batch size cut to {plan.batch_size}'
+            line += f', {plan.passes} passes an epoch' * (plan.passes > 1)
+            if spent:
+                line += f', {clock((time.monotonic() - started) / spent * left)} left'
+            logger.info(line)
             row = self._train(plan)
-            if self.accelerator.is_main_process:
-                write_json(plan.folder / finetune_results.RESULTS, row)
+            if main:
+                write_json(plan.folder / RESULTS, row)
                 self._write()
             left, spent = left - plan.cost, spent + plan.cost
-        if self.accelerator.is_main_process:
-            results = self._write()
-            logger.info(finetune_results.conclude(self.folder, results))
+        if main:
+            logger.info(conclude(self.folder, self._write()))
         self.accelerator.wait_for_everyone()
-        first = min(self.plans, key=lambda plan: (-plan.fraction, plan.seed))
-        return Run(first.folder)
-
-    def _announce(self, number: int, plan: Plan, seconds: float | None) -> None:
-        parts = [f'run {number} of {len(self.plans)}: fraction {plan.fraction:g}', f'{len(plan.index_n):,} images']
-        parts.append(f'seed {plan.seed}')
-        if plan.batch_size < self.settings.loader.batch_size:
-            parts.append(f'batch size cut to {plan.batch_size}')
-        if plan.passes > 1:
-            parts.append(f'{plan.passes} passes an epoch')
-        if seconds is not None:
-            parts.append(f'{clock(seconds)} left')
-        logger.info(', '.join(parts))
+        return Run(min(self.plans, key=lambda plan: (-plan.fraction, plan.seed)).folder)
 
     def trainer(self, plan: Plan) -> Trainer:
         """Build a run at its start, or where it was interrupted.
@@ -225,26 +184,16 @@ class FineTuning:
             UserError: What the settings ask for cannot be trained.
         """
         of = self.settings
-        settings = TrainSettings(
-            data=of.data,
-            loader=dataclasses.replace(of.loader, batch_size=plan.batch_size),
-            model=ModelSettings(model=architecture(self.loaded.model), num_classes=self.num_classes),
-            architecture=of.architecture,
-            ctc=CTCSettings(mode='vanilla'),
-            stages=StageSettings(temporal_lr_scale=1.0),
-            loss=of.loss,
-            schedule=of.schedule,
-            optimizer=of.optimizer,
-            augmentation=of.augmentation,
-            mixup=of.mixup,
-            execution=of.execution,
-            batch_norm=of.batch_norm,
-            precision=of.precision,
-            ema=of.ema,
-            monitor=of.monitor,
-            folder=FolderSettings(output=str(self.folder), experiment=plan.folder.name, resume='auto'),
-            run=dataclasses.replace(of.run, seed=plan.seed),
-        )
+        groups = {field.name: getattr(of, field.name, None) for field in dataclasses.fields(TrainSettings)}
+        groups |= {
+            'loader': dataclasses.replace(of.loader, batch_size=plan.batch_size),
+            'model': ModelSettings(model=architecture(self.loaded.model), num_classes=self.num_classes),
+            'ctc': CTCSettings(mode='vanilla'),
+            'stages': StageSettings(temporal_lr_scale=1.0),
+            'folder': FolderSettings(output=str(self.folder), experiment=plan.folder.name, resume='auto'),
+            'run': dataclasses.replace(of.run, seed=plan.seed),
+        }
+        settings = TrainSettings(**{name: group for name, group in groups.items() if group is not None})
         model = self._model(plan.seed)
         frozen = freeze(model, of.plan.freeze)
         part = part_of(self.train, plan.index_n.repeat(plan.passes))
@@ -264,7 +213,7 @@ class FineTuning:
         """Make a run, or what is left of it, and measure its last epoch."""
         trainer = self.trainer(plan)
         if self.accelerator.is_main_process:
-            finetune_results.write_settings(self.folder, self.compared)
+            write_json(self.folder / SETTINGS, plain(self.compared))
         trainer.fit()
         logits_NC, labels_N = self._measure(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
         row: dict[str, Any] = {
@@ -287,14 +236,12 @@ class FineTuning:
     @torch.no_grad()
     def _measure(self, model: Any) -> tuple[Tensor, Tensor]:
         """Logits [N, C] and labels [N] of the test images, which are decoded once for all runs."""
-        settings = self.settings
         if self._test_images is None:
-            config = data_config(settings.data, self.loaded.model)
-            self._test_images = SplitImages(self.test, settings.loader, config, self.accelerator)
+            self._test_images = SplitImages(self.test, self.settings.loader, self.config, self.accelerator)
         model.eval()
         logits, labels = [], []
         for images, targets in self._test_images.batches('measure'):
-            if settings.execution.channels_last:
+            if self.settings.execution.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with self.accelerator.autocast():
                 logits.append(model(images).float())
@@ -309,6 +256,22 @@ class FineTuning:
             'parameters': sum(p.numel() for p in self.loaded.model.parameters()),
             'target': self.target,
             'num_classes': self.num_classes,
-            'input_size': list(data_config(self.settings.data, self.loaded.model)['input_size']),
+            'input_size': list(self.config['input_size']),
         }
-        return finetune_results.write(self.folder, about, self.compared)
+        return write_results(self.folder, about, self.compared)
+
+
+def _fit_model(settings: FinetuneSettings, model: Any, source: str) -> FinetuneSettings:
+    """The settings with the digits where no data are named, and with the model's channels; resizes the model."""
+    data = settings.data
+    if not data.dataset and not data.data_dir:
+        settings = replace(settings, dataset=digits.NAME)
+    if data.in_chans is None and not data.input_size:
+        settings = replace(settings, in_chans=getattr(model, 'in_chans', 3))
+    size = data.input_size[1:] if data.input_size else (data.img_size, data.img_size)
+    if size[0] and hasattr(model, 'set_input_size'):
+        try:
+            model.set_input_size(img_size=size)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f'`img_size`: {source} cannot take {size[0]}x{size[1]}: {one_line(error)}') from None
+    return settings

@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.settings import AugmentationSettings, DataSettings, LoaderSettings, MixupSettings
-from ..models.settings import (
-    ArchitectureSettings,
-    BatchNormSettings,
-    ExecutionSettings,
-    ModelSettings,
-    SourceSettings,
-)
+from ..models.settings import ArchitectureSettings, BatchNormSettings, ExecutionSettings, ModelSettings, SourceSettings
 from ..utils.precision import PrecisionSettings
 from ..utils.settings import group, setting
+
+Schedule = Literal['cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none']
 
 
 @dataclass(frozen=True)
@@ -42,12 +38,7 @@ class CTCSettings:
 class StageSettings:
     """Where the temporal stage starts, and how the two stages' schedules differ."""
 
-    temporal_start_epoch: int | None = setting(
-        None,
-        'first epoch of the temporal stage; 2/3 of the run when not given, never if equal to epochs',
-        low=0,
-        metavar='N',
-    )
+    temporal_start_epoch: int | None = setting(None, 'first of its epochs; at 2/3 when not given', low=0, metavar='N')
     temporal_lr_scale: float = setting(0.1, "temporal stage's learning rate over the instance's", above=0, metavar='X')
     instance_weight_decay_scale: float = setting(1.0, "instance stage's over weight_decay", low=0, metavar='X')
 
@@ -67,9 +58,7 @@ class ScheduleSettings:
     """timm's schedules."""
 
     epochs: int = setting(300, 'length of the run', low=1, high=10**6, metavar='N')
-    sched: Literal['cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none'] = (
-        setting('cosine', "timm's schedules; cosine_open is the paper's, see CosineOpenLRScheduler")
-    )
+    sched: Schedule = setting('cosine', "timm's schedules; cosine_open is the paper's, see CosineOpenLRScheduler")
     sched_on_updates: bool = setting(False, 'step the schedule each update, not each epoch')
     warmup_epochs: int = setting(0, 'of the first stage', low=0, metavar='N')
     warmup_lr: float = setting(1e-5, 'at the start of the warm-up', low=0, metavar='LR')
@@ -135,18 +124,11 @@ class RunSettings:
     seed: int = setting(42, 'of everything random', low=0, metavar='S')
     checkpoint_hist: int = setting(2, 'states kept for a resume', low=1, metavar='N')
     checkpoint_steps: int = setting(0, 'save the state every N steps, not only after each epoch', low=0, metavar='N')
-    keep_every: int | None = setting(
-        None, 'keep the weights of every N-th epoch, 0: none; about 20 over the run when not given', low=0, metavar='N'
-    )
+    keep_every: int | None = setting(None, 'keep weights each N epochs, 0: none; 20 over the run', low=0, metavar='N')
     log_interval: int = setting(50, 'batches between log lines', low=1, metavar='N')
     log_with: str | None = setting(None, "Accelerate's trackers: tensorboard, wandb, ...", metavar='TRACKER')
     eval_interval: int = setting(1, 'epochs between evaluations', low=1, metavar='N')
-    max_bad_steps: int = setting(
-        10,
-        'stop after N discarded steps in a row, whose loss or gradient is not finite; 0: no check',
-        low=0,
-        metavar='N',
-    )
+    max_bad_steps: int = setting(10, 'stop after N steps in a row that are not finite; 0: never', low=0, metavar='N')
 
 
 @dataclass(frozen=True)
@@ -154,9 +136,7 @@ class MonitorSettings:
     """Transfer measured while training."""
 
     monitor_target: str = setting('', 'watch transfer to this data set or folder', metavar='DATASET')
-    monitor_every: int | None = setting(
-        None, 'epochs between measurements; about 20 over the run, or fewer, when not given', low=1, metavar='N'
-    )
+    monitor_every: int | None = setting(None, 'epochs between; about 20 over the run, or fewer', low=1, metavar='N')
     monitor_images: int = setting(1500, 'images, two thirds to fit the probe', low=1, metavar='N')
 
 
@@ -197,13 +177,9 @@ class PlanSettings:
     """What fine-tuning keeps, and which runs it makes."""
 
     freeze: Literal['none', 'stem', 'body'] = setting('none', 'what stays as it is; body is all but the classifier')
-    train_fraction: tuple[float, ...] = setting(
-        (1.0,), 'of the training images, classes in proportion; a run for each', above=0, high=1, metavar='F'
-    )
+    train_fraction: tuple[float, ...] = setting((1.0,), 'of the training images', above=0, high=1, metavar='F')
     seeds: int = setting(3, 'runs of each, from seed on', low=1, metavar='N')
-    min_updates: int = setting(
-        500, 'a fraction gets as many updates as all images would, up to this, by several passes', low=0, metavar='N'
-    )
+    min_updates: int = setting(500, 'a fraction gets as many as all images, up to this', low=0, metavar='N')
     output: str = setting('', "where the runs go; the run's finetune/ or results/NAME", metavar='DIR')
 
 

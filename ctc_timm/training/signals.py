@@ -6,12 +6,17 @@ not take them from the step that is to end, so there it only sets them a limit.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from ..runs import Run
+from ..utils.errors import RunError, Stopped, one_line
+from .checkpoints import TrainState
 
 _GRACE = 60  # seconds that a loader process outlives its signal
 
@@ -29,13 +34,29 @@ class StopSignal:
         self._process = os.getpid()
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
-        """Handle the signals within; outside the main thread, where Python has none, this does nothing."""
+    def heeded(self, run: Run, state: TrainState, save: Callable[[], object]) -> Iterator[None]:
+        """Handle signals within, which outside the main thread Python can't; tell what a run that ends early keeps.
+
+        Raises:
+            Stopped: A signal asked the run to stop; its state is saved.
+            RunError: There is no room for its files.
+        """
         in_main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
         before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
-            yield
+            try:
+                yield
+            except Interrupted:
+                if state.batch:  # between epochs it is saved already
+                    save()
+                where = f'{self.received or "a signal"} after step {state.updates}'  # another rank may have got it
+                raise Stopped(f"stopped by {where}; {newest_state(run)}; continue with `resume='auto'`") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            what = f'{run}: {one_line(error)}; {newest_state(run)}'
+            raise RunError(f"{what}; make room, then continue with `resume='auto'`") from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -62,3 +83,9 @@ class StopSignal:
         self.received = signal.Signals(number).name
         if self._at_once:
             raise Interrupted
+
+
+def newest_state(run: Run) -> str:
+    """Say which state a run can continue from."""
+    states = run.states()
+    return f'its last good state is {states[-1]}' if states else 'it has no state yet'

@@ -7,7 +7,6 @@ not finite is discarded: weights, optimizer, banks and batch norm statistics sta
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from ..utils.tasks import Batch, TrainerTask
 from .optimization import clip_gradients
-from .settings import OptimizerSettings
 
 
 class Step(NamedTuple):
@@ -32,23 +30,15 @@ class Steps:
     """Takes optimizer steps with a prepared task and optimizer.
 
     Args:
-        settings: Of gradient clipping.
-        check: Whether steps with numbers that are not finite are discarded; one wait for the device a step.
-        mixup: See `Trainer`.
+        settings, mixup: See `Trainer`. With `max_bad_steps`, steps with numbers that are not finite are discarded,
+            at the cost of one wait for the device a step.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        task: TrainerTask,
-        optimizer: Any,
-        settings: OptimizerSettings,
-        check: bool,
-        mixup: Callable[[Batch, int], Batch] | None,
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, task: TrainerTask, optimizer: Any, settings: Any, mixup: Any) -> None:
         self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
-        self.settings, self.mixup = settings, mixup
-        self._statistics = _Statistics(unwrap_model(task.get_trainable_module())) if check else None
+        self.settings, self.mixup = settings.optimizer, mixup
+        checks = settings.run.max_bad_steps > 0
+        self._statistics = _Statistics(unwrap_model(task.get_trainable_module())) if checks else None
         self._losses: dict[str, Tensor] = {}
 
     def forward_backward(self, batch: Batch, epoch: int, accumulation_steps: int, last: bool) -> None:
@@ -69,8 +59,7 @@ class Steps:
     def update(self, number: int, stop: bool, ask: bool) -> Step:
         """Take the optimizer's step, numbered from 1, with the gradients that are there.
 
-        `stop` says that this process was asked to stop, `ask` to exchange that with the other ranks even where nothing
-        is checked.
+        `stop`: this process was asked to stop; `ask`: exchange that with other ranks even where nothing is checked.
         """
         losses, self._losses = self._losses, {}
         bad, stop = self._agree(losses['loss'], stop, ask)

@@ -16,8 +16,6 @@ from ..data.mixup import InstanceMixup
 from ..utils.tasks import TrainerTask
 from .settings import TrainSettings
 
-Names = Collection[str]
-
 
 class SupervisedTask(TrainerTask, ClassificationTask):
     """Classification without CTC, of the whole model or of part of it.
@@ -28,7 +26,7 @@ class SupervisedTask(TrainerTask, ClassificationTask):
         **options: For timm's `ClassificationTask`.
     """
 
-    def __init__(self, model: nn.Module, frozen: Names = (), **options: Any) -> None:
+    def __init__(self, model: nn.Module, frozen: Collection[str] = (), **options: Any) -> None:
         super().__init__(model, **options)
         self.frozen = tuple(frozen)
 
@@ -41,17 +39,13 @@ class SupervisedTask(TrainerTask, ClassificationTask):
         return self
 
 
+@dataclasses.dataclass
 class PrepareBatch:
-    """Makes the batch that a classification task takes, (images, targets, index, lam), from one of the loader.
+    """Makes the batch that a classification task takes, (images, targets, index, lam), from one of the loader."""
 
-    Args:
-        mixup: Mixes the batch; None leaves it.
-        off_epoch: Epoch from which nothing is mixed; 0 for never. The criterion still takes soft targets then.
-        channels_last: Memory layout of the images.
-    """
-
-    def __init__(self, mixup: InstanceMixup | None, off_epoch: int, channels_last: bool) -> None:
-        self.mixup, self.off_epoch, self.channels_last = mixup, off_epoch, channels_last
+    mixup: InstanceMixup | None
+    off_epoch: int  # from which nothing is mixed; 0 for never. The criterion still takes soft targets then.
+    channels_last: bool
 
     def __call__(self, batch: tuple[Any, ...], epoch: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Mix images [B, C, H, W] and classes [B] into soft targets [B, K]; lam [B] is None where nothing is mixed."""
@@ -68,14 +62,16 @@ class PrepareBatch:
 
 
 def create_task(
-    settings: TrainSettings, model: nn.Module, labels_N: Tensor | None, device: torch.device, rank: int, frozen: Names
+    settings: TrainSettings,
+    model: nn.Module,
+    labels_N: Tensor | None,
+    device: torch.device,
+    rank: int,
+    frozen: Collection[str],
 ) -> TrainerTask:
     """Create the task that the settings describe; those of CTC are, beside `mode`, arguments of `CTCTask`.
 
-    Args:
-        model: With a head.
-        labels_N: Class of each training image, [N]; None for streams, which need mode 'vanilla'.
-        frozen: See `SupervisedTask`.
+    `labels_N`, the class of each training image, is None for streams, which need mode 'vanilla'.
 
     Raises:
         UserError: What CTC refuses, such as a temperature too low.

@@ -14,15 +14,14 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ..runs import Run
+from ..measure.plots import plot_run
+from ..runs import Run, format_metrics
 from ..utils.errors import RunError, UserError
 from ..utils.progress import clock, progress_bar
 from ..utils.tasks import Batch, Evaluator, Loader, TrainerTask, Watcher
-from . import report
-from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state
+from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state, values_of
 from .schedules import TwoStageSchedule
-from .settings import OptimizerSettings, RunSettings
-from .signals import Interrupted, StopSignal
+from .signals import Interrupted, StopSignal, newest_state
 from .step import Steps, share_statistics
 
 logger = get_logger(__name__)
@@ -31,22 +30,18 @@ logger = get_logger(__name__)
 class Trainer:
     """Trains a task, whatever it is.
 
-        trainer = Trainer(task, loader, evaluator, optimizer, schedule, run, accelerator, ...)
-        trainer.open_run(resume_point, values)
+        trainer = Trainer(settings, task, loader, evaluator, optimizer, schedule, run, accelerator, facts={...})
+        trainer.open_run(resume_point)
         trainer.fit()
 
     Args:
+        settings: Of a command that trains, with the groups run, optimizer, loader and batch_norm.
         task: With its module on the device; module and optimizer are prepared here.
         run: The run's folder, the same on all ranks.
-        settings: What the run saves, logs and tolerates.
-        stepping: Gradient accumulation and clipping.
-        batch_size: Images of a batch of each process.
         facts: What a state must agree on with the run that continues it; metadata of all weights too.
         mixup: mixup(batch, epoch) gives the batch that the task takes; None leaves the loader's.
         monitor: Measures transfer now and then.
         training_images: Gives one pass over the training set without augmentation, for tasks that ask for it.
-        dist_bn: How ranks share batch norm statistics before an evaluation, see `share_statistics`.
-        plot: Draws the finished run.
 
     Attributes:
         state: Where the run stands.
@@ -54,6 +49,7 @@ class Trainer:
 
     def __init__(
         self,
+        settings: Any,
         task: TrainerTask,
         loader: Loader,
         evaluator: Evaluator,
@@ -61,41 +57,35 @@ class Trainer:
         schedule: TwoStageSchedule,
         run: Run,
         accelerator: Accelerator,
-        settings: RunSettings,
-        stepping: OptimizerSettings,
         *,
-        batch_size: int,
         facts: Mapping[str, Any],
         mixup: Callable[[Batch, int], Batch] | None = None,
         monitor: Watcher | None = None,
         training_images: Callable[[], Iterable[Any]] = tuple,
-        dist_bn: str = '',
-        plot: Callable[[Run], object] | None = None,
     ) -> None:
+        self.all_settings, self.settings, self.facts, self.run = settings, settings.run, dict(facts), run
         self.task, self.loader, self.evaluator, self.schedule = task, loader, evaluator, schedule
-        self.run, self.accelerator, self.settings, self.facts = run, accelerator, settings, dict(facts)
-        self.monitor, self.training_images, self.dist_bn, self.plot = monitor, training_images, dist_bn, plot
-        self.global_batch = batch_size * accelerator.num_processes
-        self.accumulation_steps = stepping.grad_accum_steps
+        self.accelerator, self.monitor, self.training_images = accelerator, monitor, training_images
+        self.global_batch = settings.loader.batch_size * accelerator.num_processes
+        self.accumulation_steps = settings.optimizer.grad_accum_steps
         task.trainable_module = accelerator.prepare_model(task.get_trainable_module())
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
         # Up to here ranks are alike, as the moving average copies the model; and what was drawn so far depends on
         # what had been imported before.
-        random_seed(settings.seed, 1 + accelerator.process_index)
-        self.steps = Steps(accelerator, task, self.optimizer, stepping, settings.max_bad_steps > 0, mixup)
+        random_seed(self.settings.seed, 1 + accelerator.process_index)
+        self.steps = Steps(accelerator, task, self.optimizer, settings, mixup)
         task.start_training()
         self.stop, self.state = StopSignal(), TrainState()
         self._skipped_before = self._named = 0
 
-    def open_run(
-        self, point: ResumePoint, values: Mapping[str, Any], write_config: Callable[[], object] | None = None
-    ) -> None:
+    def open_run(self, point: ResumePoint, write_config: Callable[[], object] = tuple) -> None:
         """Continue from a state, or create the run's folder with args.yaml and config.json.
 
         Raises:
             UserError: The state does not fit; nothing has been written.
             RunError: The folder can't be written to.
         """
+        values = values_of(self.all_settings)
         if point.state:
             self._resume(point)
         with raise_on_all_ranks(self.accelerator, f'{self.run} cannot be written to'):
@@ -103,8 +93,7 @@ class Trainer:
                 self.run.clean_up(self.state.epoch, self.state.batch)  # also after a stop before the first state
                 if not point.state:
                     self.run.create(values)
-                    if write_config is not None:
-                        write_config()
+                    write_config()
         if self.accelerator.log_with:  # trackers write into the run's folder
             self.accelerator.project_configuration.logging_dir = str(self.run)
             plain = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
@@ -112,8 +101,8 @@ class Trainer:
 
     def _resume(self, point: ResumePoint) -> None:
         assert point.state is not None
-        progress, rank_state = load_state(self.accelerator, self.task, point.state, self.facts)
-        state = TrainState.restore(progress, rank_state, self.accelerator.device)
+        progress, self.state = load_state(self.accelerator, self.task, point.state, self.facts)
+        state = self.state
         images, accumulation_steps = progress['step_size']
         if (images, accumulation_steps) != (self.global_batch, self.accumulation_steps):
             # To the nearest step before: no image of the epoch is left out, some may be seen again.
@@ -125,7 +114,6 @@ class Trainer:
                 f'`temporal_start_epoch` {self.schedule.temporal_start}: {point.state} is in its {progress["stage"]} '
                 f'stage after {state.epoch} epochs; leave the setting out to go on as before'
             )
-        self.state = state
         for damage in point.damaged:
             logger.info(f'{damage}; going on from the state before')
         within = f', batch {state.batch}' if state.batch else ''
@@ -141,20 +129,20 @@ class Trainer:
             Stopped: A signal asked the run to stop; its state is saved.
             RunError: Files can't be written, or too many steps in a row had a loss or gradient that is not finite.
         """
-        started, first = time.monotonic(), self.state.epoch
+        started, first, epochs = time.monotonic(), self.state.epoch, self.schedule.num_epochs
         metrics: dict[str, float] = {}
-        with report.early_end(self.run, self.stop, self.state, self._save_state):
-            while self.state.epoch < self.schedule.num_epochs:
+        with self.stop.heeded(self.run, self.state, self._save_state):
+            while self.state.epoch < epochs:
                 metrics, line = self._run_epoch(self.state.epoch)
                 spent = time.monotonic() - started
-                left = spent / (self.state.epoch - first) * (self.schedule.num_epochs - self.state.epoch)
+                left = spent / (self.state.epoch - first) * (epochs - self.state.epoch)
                 logger.info(line + (f'  {clock(left)} left' if left >= 1 else ''))
         self.accelerator.wait_for_everyone()
         if self.monitor is not None:
             share = self.monitor.seconds / max(time.monotonic() - started, 1e-9)
             logger.info(f'monitoring took {100 * share:.1f}% of the time')
-        if self.plot is not None and self.accelerator.is_main_process:
-            self.plot(self.run)
+        if self.accelerator.is_main_process:
+            plot_run(self.run)
         for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
             tracker.finish()
         return metrics
@@ -172,18 +160,17 @@ class Trainer:
         began, done = time.monotonic(), self.state.batch
         train = self._train_epoch(epoch)
         rate = (self.state.batch - done) * self.global_batch / (time.monotonic() - began)
-        metrics: dict[str, float] = {}
-        watched: dict[str, float] = {}
+        metrics, watched = dict[str, float](), dict[str, float]()
         with self.stop.at_once(alone):
             if last or (epoch + 1) % self.settings.eval_interval == 0:
-                share_statistics(self.task, self.accelerator, self.dist_bn)
+                share_statistics(self.task, self.accelerator, self.all_settings.batch_norm.dist_bn)
                 metrics = self.evaluator(self._eval_model())
             if self.monitor is not None and self.monitor.due(epoch, last):
                 watched = self.monitor.measure(self._eval_model())
         self._finish_epoch(epoch, train, {**metrics, **watched})
         columns = [name for name in self.evaluator.columns[:4] if name in metrics] + list(watched)[:1]
         shown = {name: {**metrics, **watched}[name] for name in columns}
-        return metrics, report.epoch_line(epoch, stage, train, shown, self._lr(), rate)
+        return metrics, _epoch_line(epoch, stage, train, shown, self._lr(), rate)
 
     def _training_images(self) -> Iterable[Any]:
         return progress_bar(self.training_images(), 'pass over the training images', self.accelerator)
@@ -196,9 +183,8 @@ class Trainer:
         self._skipped_before = (self.loader.skipped or 0) - state.skipped
         self.schedule.step(epoch, min(state.batch // accumulate, self.schedule.updates_per_epoch - 1))
         total, seen = len(self.loader), list[Batch]()
-        rest = self.loader if state.batch < total else ()
         name = f'epoch {epoch} of {self.schedule.num_epochs} ({self._stage(epoch)})'
-        bar = progress_bar(rest, name, self.accelerator, state.batch)
+        bar = progress_bar(self.loader if state.batch < total else (), name, self.accelerator, state.batch)
         for batch in bar:
             in_step = min(accumulate, total - state.batch // accumulate * accumulate)
             last_of_step = (state.batch + 1) % accumulate == 0 or state.batch + 1 == total
@@ -246,6 +232,10 @@ class Trainer:
             self.schedule.step(epoch, update)
         return step.stop
 
+    def _log(self, epoch: int, row: Mapping[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.run.log({'epoch': epoch, 'batch': self.state.batch, 'update': self.state.updates, **row})
+
     def _discard(self, epoch: int, names: list[str]) -> None:
         """Count and log a bad step with the names of its images.
 
@@ -256,14 +246,13 @@ class Trainer:
         state.bad_steps += 1
         state.bad_in_a_row += 1
         where = f'step {state.updates} (epoch {epoch}, batch {state.batch - 1})'
-        if self.accelerator.is_main_process:
-            self.run.log({'epoch': epoch, 'batch': state.batch, 'update': state.updates, 'bad_step_of': names})
+        self._log(epoch, {'bad_step_of': names})
         if state.bad_in_a_row >= self.settings.max_bad_steps:
             more = f' and {len(names) - 4} more in {self.run.metrics_file}' if len(names) > 4 else ''
             images = f' with the images {", ".join(names[:4])}{more}' if names else ''
             raise RunError(
                 f'`max_bad_steps` {state.bad_in_a_row}: loss or gradient not finite in {state.bad_in_a_row} steps in a '
-                f'row, up to {where}{images}; {report.newest_state(self.run)}; try a lower `lr`, `clip_grad`, or '
+                f'row, up to {where}{images}; {newest_state(self.run)}; try a lower `lr`, `clip_grad`, or '
                 f"`amp=False`, then `resume='auto'`"
             )
         if state.bad_steps == 1:
@@ -273,8 +262,7 @@ class Trainer:
         row = {**{key: float(value) for key, value in self.state.means().items()}, 'lr': self._lr()}
         bar.set_postfix({key: f'{value:.4g}' for key, value in row.items()}, refresh=False)
         self.accelerator.log({f'train/{k}': v for k, v in row.items()}, step=self.state.updates)
-        if self.accelerator.is_main_process:
-            self.run.log({'epoch': epoch, 'batch': self.state.batch, 'update': self.state.updates, **row})
+        self._log(epoch, row)
 
     def _lr(self) -> float:
         """Learning rate of the last group, which is the classifier's where layers differ."""
@@ -319,7 +307,20 @@ class Trainer:
         """Save the state, and remove the oldest ones."""
         if self.state.batch:
             self._count_skipped()
-        step_size = {'step_size': [self.global_batch, self.accumulation_steps]}
-        progress = {**self.facts, **self.state.progress(), **step_size, 'stage': self.task.stage}
-        keep = self.settings.checkpoint_hist
-        save_state(self.accelerator, self.task, self.run, progress, self.state.rank_state(), keep)
+        step_size, keep = [self.global_batch, self.accumulation_steps], self.settings.checkpoint_hist
+        checked = {**self.facts, 'step_size': step_size, 'stage': self.task.stage}
+        save_state(self.accelerator, self.task, self.run, self.state, checked, keep)
+
+
+def _epoch_line(
+    epoch: int, stage: str, train: Mapping[str, float], metrics: Mapping[str, float], lr: float, rate: float
+) -> str:
+    """An epoch's mean losses, its validation metrics, learning rate and training images a second in one line."""
+    parts = [f'epoch {epoch:>3}', f'{stage:<8}', f'loss {train["loss"]:.4f}']
+    if 'ctc_loss' in train:
+        parts.append(f'(task {train["task_loss"]:.4f}, ctc {train["ctc_loss"]:.4f})')
+    parts += [format_metrics(metrics)] * bool(metrics) + [f'lr {lr:.3g}', f'{rate:.{int(rate < 10)}f} images/s']
+    for name, what in (('bad_steps', 'bad steps discarded'), ('skipped', 'unreadable')):
+        if train.get(name):
+            parts.append(f'{train[name]:.0f} {what}')
+    return '  '.join(parts)
