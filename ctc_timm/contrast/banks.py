@@ -1,11 +1,8 @@
 """Instance banks: one unit vector per training image, [N, E].
 
-A bank row is updated with the embedding of the step that used it, after that step's loss is computed. With several
-ranks every rank holds the whole bank and applies every rank's updates in the same order, so that the copies stay
-bitwise equal; or each holds a shard of the bank and updates that, see `sharding`.
-
-A bank in bfloat16 takes half the memory. Its rows are read into the precision of the embeddings, updated there and
-rounded when they are written.
+With several ranks every rank holds the whole bank and applies every rank's updates in the same order, so that the
+copies stay bitwise equal; or each holds a shard of the bank and updates that, see `sharding`. A bank in bfloat16 takes
+half the memory: its rows are updated in the precision of the embeddings and rounded when they are written.
 
 Letters: B batch of one rank, G batch of all ranks together, E embedding size, N instances, R rows of one rank.
 """
@@ -38,34 +35,17 @@ def unit(vectors_BE: Tensor) -> Tensor:
 
 
 def new_bank(
-    num_instances: int,
-    embed_dim: int,
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float32,
-    shard: BankShard | None = None,
+    shard: BankShard, embed_dim: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Draw random unit vectors, one per training image: uniform in a cube, then normalized, as the paper's code does.
+    """Draw random unit vectors, [R, E]: uniform in a cube, then normalized, as the paper's code does.
 
-    Args:
-        num_instances: N.
-        embed_dim: E.
-        generator: Source of the numbers; torch's default when None.
-        dtype: Of the bank.
-        shard: Which rows to keep; they are the same numbers as in a whole bank.
-
-    Returns:
-        [N, E], or [R, E] of a shard.
+    The rows of a shard are the same numbers as in a whole bank.
     """
-    rank, world = (0, 1) if shard is None else (shard.rank, shard.world)
-    bank_RE = torch.empty(len(range(rank, num_instances, world)), embed_dim, dtype=dtype)
-    filled = 0
-    # In blocks, so that nothing but the rows kept is ever in memory as a whole.
-    for start in range(0, num_instances, _BLOCK_ROWS):
-        rows = min(_BLOCK_ROWS, num_instances - start)
-        block_E = F.normalize(torch.rand(rows, embed_dim, generator=generator) * 2 - 1, dim=1)
-        kept_E = block_E[(rank - start) % world :: world]
-        bank_RE[filled : filled + len(kept_E)] = kept_E
-        filled += len(kept_E)
+    bank_RE = torch.empty(shard.num_rows, embed_dim, dtype=dtype)
+    for index_B in torch.arange(shard.num_instances).split(_BLOCK_ROWS):  # a whole bank may not fit in memory
+        block_BE = F.normalize(torch.rand(len(index_B), embed_dim, generator=generator) * 2 - 1, dim=1)
+        mine_B, place_B = shard.find(index_B)
+        bank_RE[place_B[mine_B]] = block_BE[mine_B].to(dtype)
     return bank_RE
 
 
@@ -92,7 +72,7 @@ def momentum_update(
     ordered_G, order_G = index_G.sort(stable=True)
     source_G = order_G[torch.searchsorted(ordered_G, index_G)]  # where each image appears first
     place_G = index_G
-    if shard is not None:
+    if shard is not None and shard.world > 1:
         mine_G, place_G = shard.find(index_G)
         # Picking out the images that lie here would wait for the device. So every image writes something: the others
         # repeat what the first image that lies here writes.
@@ -103,6 +83,6 @@ def momentum_update(
     new_GE = torch.lerp(embedding_GE[source_G], old_GE, momentum) if momentum else embedding_GE[source_G]
     length_G1 = new_GE.norm(dim=1, keepdim=True)
     usable_G1 = (length_G1 > NO_DIRECTION) & length_G1.isfinite()
-    if shard is not None:
+    if shard is not None and shard.world > 1:
         usable_G1 &= mine_G.any()
     bank[place_G] = torch.where(usable_G1, (new_GE / length_G1).to(bank.dtype), bank[place_G])

@@ -3,26 +3,20 @@
 Both losses need a sum of f(<v_b, row_n>) over thousands of rows n for every image b of a batch. Written naively,
 autograd keeps several [B, N] tensors between forward and backward. Here rows are visited in blocks small enough to
 stay in the processor's cache; each block gives its part of the sum and, while its scores are still at hand, its part of
-the gradient with respect to v, the slope. What is kept is one [B, E] tensor. Banks are never differentiated: their rows
-change by momentum alone.
+the gradient with respect to v, the slope. What is kept is one [B, E] tensor. Banks are never differentiated. The passes
+are custom operators of torch, as a compiler would unroll their blocks.
 
-The passes are custom operators of torch: a compiler takes each as one step and need not unroll its blocks, whose
-number depends on N.
-
-Letters: B batch (of all ranks together where banks are sharded), E embedding size, N rows of a bank, R rows visited,
-K rows of an image.
+Letters: B batch (of all ranks together where banks are sharded), E embedding size, K rows of an image, N rows of a
+bank, R rows visited.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .negatives import Negatives, OtherClasses, is_own_class
-from .sharding import BankShard, gather_rows
+from .negatives import Negatives, is_own_class
+from .sharding import BankShard
 
 # About a MiB of float32 scores a block, which a CPU core's second-level cache holds. A GPU wants blocks that fill its
 # matrix units.
@@ -36,43 +30,22 @@ def rows_per_block(batch_size: int, device: torch.device) -> int:
     return max(256, scores // max(batch_size, 1))
 
 
-class _SumWithSlope(torch.autograd.Function):
-    """A sum [B] whose gradient with respect to v [B, E] was computed together with it."""
-
-    @staticmethod
-    def forward(ctx: Any, v_BE: Tensor, value_B: Tensor, slope_BE: Tensor) -> Tensor:
-        ctx.save_for_backward(slope_BE)
-        return value_B.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor, None, None]:
-        (slope_BE,) = ctx.saved_tensors
-        return grad_B.unsqueeze(1) * slope_BE, None, None
-
-
-def logsumexp_scores(v_BE: Tensor, bank: Tensor, temperature: float, shard: BankShard | None = None) -> Tensor:
+def logsumexp_scores(v_BE: Tensor, bank: Tensor, temperature: float, shard: BankShard) -> Tensor:
     """Compute log sum_n exp(<v_b, bank_n> / temperature), the partition function of instance discrimination.
 
     Its gradient is softmax attention over the bank, divided by the temperature; both come from the same pass, with a
     running maximum in place of a [B, N] softmax.
 
-    Args:
-        v_BE: Embeddings, [B, E].
-        bank: [N, E], or this rank's rows; not differentiated.
-        temperature: Positive scalar.
-        shard: Of a sharded bank.
-
     Returns:
-        [B], differentiable once with respect to `v_BE`.
+        [B], differentiable once with respect to the embeddings v, [B, E].
     """
-    peak_B, mass_B, attended_BE = _attention(_queries(v_BE, shard), bank, temperature)
-    if shard is not None:
+    peak_B, mass_B, attended_BE = _attention(shard.gather(v_BE), bank, temperature)
+    if shard.world > 1:
         all_peak_B = shard.max(peak_B.clone())
         shrink_B1 = (peak_B - all_peak_B).exp()[:, None]
-        parts = shard.local_sum(torch.cat([mass_B[:, None], attended_BE], dim=1) * shrink_B1)
+        parts = shard.local(shard.sum(torch.cat([mass_B[:, None], attended_BE], dim=1) * shrink_B1))
         peak_B, mass_B, attended_BE = shard.local(all_peak_B), parts[:, 0], parts[:, 1:]
-    return _SumWithSlope.apply(v_BE, mass_B.log() + peak_B, attended_BE / (mass_B * temperature)[:, None])
+    return _with_slope(v_BE, mass_B.log() + peak_B, attended_BE / (mass_B * temperature)[:, None])
 
 
 def logistic_terms(
@@ -81,50 +54,30 @@ def logistic_terms(
     negatives: Negatives,
     temperature: float,
     offset: Tensor,
-    constant: float = 0.0,
-    shard: BankShard | None = None,
+    constant: float,
+    shard: BankShard,
 ) -> Tensor:
     """Compute scale_b * sum_r w_br * (log(1 + exp(<v_b, row_r> / temperature - offset)) + constant).
 
     With offset = log(Z (q + eps)) this is the negatives' part of noise-contrastive estimation, see `losses`.
 
-    Args:
-        v_BE: Embeddings, [B, E].
-        bank: [N, E], or this rank's rows; not differentiated.
-        negatives: Rows r, their weights w and the scale.
-        temperature: Positive scalar.
-        offset: Scalar tensor.
-        constant: Of each term.
-        shard: Of a sharded bank, whose ranks' sums are added.
-
     Returns:
-        [B], differentiable once with respect to `v_BE`.
+        [B], differentiable once with respect to the embeddings v, [B, E].
     """
-    value_B, slope_BE = _logistic(_queries(v_BE, shard), bank, *_tensors(negatives), temperature, offset)
+    value_B, slope_BE = _logistic(shard.gather(v_BE), bank, *negatives[3:], temperature, offset)
     value_B = negatives.scale_B * (value_B + negatives.count_B * constant)
-    slope_BE = negatives.scale_B[:, None] * slope_BE
-    if shard is not None:
-        parts = shard.local_sum(torch.cat([value_B[:, None], slope_BE], dim=1))
-        value_B, slope_BE = parts[:, 0], parts[:, 1:]
-    return _SumWithSlope.apply(v_BE, value_B, slope_BE)
+    parts = shard.local(shard.sum(torch.cat([value_B[:, None], negatives.scale_B[:, None] * slope_BE], dim=1)))
+    return _with_slope(v_BE, parts[:, 0], parts[:, 1:])
 
 
-def exponential_sums(
-    v_BE: Tensor, bank: Tensor, negatives: Negatives, temperature: float, shard: BankShard | None = None
-) -> Tensor:
+def exponential_sums(v_BE: Tensor, bank: Tensor, negatives: Negatives, temperature: float, shard: BankShard) -> Tensor:
     """Compute sum_r w_br * exp(<v_b, row_r> / temperature), [B], over the rows held here, for all ranks' images."""
-    return _logistic(_queries(v_BE, shard), bank, *_tensors(negatives), temperature, None)[0]
+    return _logistic(shard.gather(v_BE), bank, *negatives[3:], temperature, None)[0]
 
 
-def _queries(v_BE: Tensor, shard: BankShard | None) -> Tensor:
-    """What is scored against the rows held here: this rank's embeddings, or with a sharded bank those of all ranks."""
-    return v_BE.detach() if shard is None else gather_rows(v_BE.detach())
-
-
-def _tensors(negatives: Negatives) -> tuple[Tensor | None, ...]:
-    """Rows and weights as tensors, which is all that an operator takes."""
-    rows, weights = negatives.rows, negatives.weights
-    return (rows, None, *weights) if isinstance(weights, OtherClasses) else (rows, weights, None, None)
+def _with_slope(v_BE: Tensor, value_B: Tensor, slope_BE: Tensor) -> Tensor:
+    """Make a value the function of v that has this slope; a second derivative would come out as zero."""
+    return value_B + ((v_BE - v_BE.detach()) * slope_BE).sum(dim=1)
 
 
 @torch.library.custom_op('ctc_timm::attention', mutates_args=())
@@ -163,8 +116,7 @@ def _logistic(
 ) -> tuple[Tensor, Tensor]:
     """Compute, with o = exp(<query, row_r> / T - offset): sum_r w_br log(1 + o), [B], and its slope, [B, E].
 
-    Without an offset the sum is that of w_br o, and the slope zero. Weights are numbers, or booleans, or made of
-    `OtherClasses`.
+    Without an offset the sum is that of w_br o, and the slope is of no use. Rows and weights are those of `Negatives`.
     """
     dtype, device = queries_BE.dtype, queries_BE.device
     if temperature < 0.03 and device.type != 'mps':  # o may reach exp(2 / T), which overflows float32
@@ -205,12 +157,5 @@ def _logistic(
     return value_B.to(dtype), slope_BE.div_(temperature).to(dtype)
 
 
-@_attention.register_fake
-def _attention_shapes(queries_BE: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    batch = queries_BE.shape[:1]
-    return queries_BE.new_empty(batch), queries_BE.new_empty(batch), torch.empty_like(queries_BE)
-
-
-@_logistic.register_fake
-def _logistic_shapes(queries_BE: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return queries_BE.new_empty(queries_BE.shape[:1]), torch.empty_like(queries_BE)
+_attention.register_fake(lambda q, *_: (q.new_empty(q.shape[0]), q.new_empty(q.shape[0]), torch.empty_like(q)))
+_logistic.register_fake(lambda q, *_: (q.new_empty(q.shape[0]), torch.empty_like(q)))

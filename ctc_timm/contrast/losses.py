@@ -7,6 +7,7 @@ a batch shares.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,46 +18,34 @@ from ..utils.errors import UserError
 from .banks import BANK_DTYPES, momentum_update, new_bank, unit
 from .blockwise import exponential_sums, logistic_terms, logsumexp_scores
 from .negatives import Negatives
-from .sharding import BankShard, fetch_rows, is_distributed
+from .sharding import BankShard, is_distributed
 
 EPS = 1e-7
 LEAST_TEMPERATURE = 0.012  # of the temporal stage: exp(1 / temperature) overflows float32 below
 
 
 def check_range(name: str, value: float, low: float, below: float = math.inf, *, above: bool = False) -> None:
-    """Refuse a number outside [low, below), and `low` itself where it must lie `above`.
-
-    Raises:
-        UserError: With the setting's name, its value and what would be right.
-    """
+    """Raise a UserError on a number outside [low, below), and on `low` itself where it must lie `above`."""
     if not low <= value < below or (above and value == low):
         limit = f'above {low:g}' if above else f'at least {low:g}'
-        raise UserError(
-            f'`{name}` {value}: must be {limit} and {"finite" if below == math.inf else f"below {below:g}"}'
-        )
+        raise UserError(f'`{name}` {value}: must be {limit} and {"finite" if below == math.inf else f"below {below}"}')
 
 
 class BankLoss(nn.Module):
-    """A loss that updates its banks with the embeddings of the steps that used them.
+    """A loss with banks, which the embeddings of a step update: at once, in training mode, or when the step is taken.
 
-    It does so after each loss in training mode; or, with `defer_updates`, when `apply_updates` is called because the
-    optimizer has stepped. A step of several batches is then one step for the banks too, and `discard_updates` leaves no
-    trace of a step that was not taken.
+    With `defer_updates` they wait for `apply_updates`, so that a step of several batches is one step for the banks
+    too; `discard_updates` leaves no trace of a step that was not taken.
 
     Args:
-        feature_dim: D.
-        num_instances: N.
-        embed_dim: E.
-        temperature: T, of the contrast.
-        momentum: Share of the old bank row in the new one.
-        generator: Source of the first banks.
-        bank_dtype: float32 or bfloat16.
+        feature_dim, num_instances, embed_dim: D, N and E, at least 1.
+        temperature, momentum: T above 0, of the contrast; the share in [0, 1) of the old bank row in the new one.
+        generator, bank_dtype: Source of the first banks; float32 or bfloat16.
         split_banks: Hold only this rank's shard of the banks, [N / P, E] and not in the module's state, see `sharding`;
             the process group must be there already. The loss stays what it is with whole banks.
 
     Raises:
-        UserError: A size below one, a temperature that is not a positive number, a momentum outside [0, 1), a bank
-            that is neither float32 nor bfloat16.
+        UserError: An argument of another size or kind.
     """
 
     projector_names: tuple[str, ...]
@@ -84,12 +73,11 @@ class BankLoss(nn.Module):
         self.num_instances = num_instances
         self.temperature = temperature
         self.momentum = momentum
-        self.shard = BankShard.of_this_rank(num_instances) if split_banks else None
+        self.shard = BankShard.create(num_instances, split_banks)
         for name in self.projector_names:
             setattr(self, name, nn.Linear(feature_dim, embed_dim))
         for name in self.bank_names:
-            bank = new_bank(num_instances, embed_dim, generator, bank_dtype, self.shard)
-            self.register_buffer(name, bank, persistent=not split_banks)
+            self.register_buffer(name, new_bank(self.shard, embed_dim, generator, bank_dtype), not split_banks)
         self.defer_updates = False
         self._deferred: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -114,21 +102,16 @@ class BankLoss(nn.Module):
 
 
 class InstanceDiscriminationLoss(BankLoss):
-    """Tell each training image from all others (first stage of CTC, arXiv 2203.03871).
-
-        v = unit(projector(features))
-        loss = mean_b cross_entropy(v @ bank.T / temperature, index)
-
-    No [B, N] tensor is stored, see `blockwise`. For arguments see `BankLoss`.
+    """Tell each training image from all others (first stage of CTC, arXiv 2203.03871); see `BankLoss` for arguments.
 
         loss = InstanceDiscriminationLoss(feature_dim=512, num_instances=50_000)
         features_BD, logits_BC = features_and_logits(model, images)
-        value = loss(features_BD, index_B)
-        value.backward()
+        value = loss(features_BD, index_B)     # cross_entropy(unit(projector(features)) @ bank.T / T, index)
+
+    No [B, N] tensor is stored, see `blockwise`.
 
     Attributes:
-        projector: Linear, D -> E. The published code never hands it to the optimizer, so that it stays a fixed
-            random projection; `CTCTask` does likewise by default.
+        projector: Linear, D -> E. In the published code, and by default in `CTCTask`, it is fixed and random.
         bank: [N, E], unit rows.
     """
 
@@ -142,12 +125,11 @@ class InstanceDiscriminationLoss(BankLoss):
         Args:
             features_BD: Pooled features, [B, D].
             index_B: Position of each image in the training set, [B].
-            lam_B: For Mixup and CutMix, the share of image b itself in the mixed image, [B]; the rest is
-                image B - 1 - b, timm's partner. None when nothing is mixed.
+            lam_B: For Mixup and CutMix, the share of image b in mixed image b, [B]; the rest is image B - 1 - b.
         """
         with torch.autocast(features_BD.device.type, enabled=False):
             v_BE = embed(features_BD, self.projector)
-            rows_BE = fetch_rows(self.bank, index_B, self.shard)
+            rows_BE = self.shard.fetch(self.bank, index_B)
             own_B = (v_BE * rows_BE).sum(dim=1)
             if lam_B is not None:
                 own_B = _mix(lam_B, own_B, (v_BE * rows_BE.flip(0)).sum(dim=1))
@@ -162,25 +144,21 @@ class TemporalContrastLoss(BankLoss):
     """Keep features close to what the information bank made of the same images (second stage of CTC).
 
     The present embedding is contrasted with the bank of past embeddings and the past embedding with the bank
-    of present ones, each by noise-contrastive estimation with K negatives an image:
+    of present ones, each by noise-contrastive estimation with K negatives an image, and both are added:
 
-        out = exp(<bank[rows], v> / temperature) / normalizer        with rows = [index, negatives]
+        out = exp(<bank[rows], v> / T) / normalizer        with rows = [index, negatives]
         loss = -mean_b( log(p / (p + q + eps)) + sum_k log(q / (n_k + q + eps)) ),   q = K / N
-
-    and the two directions are added. A normalizer is set once, by the first step, to N * mean(unnormalized out).
 
         loss = TemporalContrastLoss(feature_dim=512, num_instances=50_000)
         loss.refresh(features_BD, index_B)                     # once, over the whole training set
         value = loss(present_BD, past_BD, index_B, sampler.draw(index_B))
 
-    Args:
-        num_negatives: K, at least 1.
-        temperature: T, at least 0.012 so that exp(1 / temperature) fits in float32. For the others see `BankLoss`.
+    Args: as `BankLoss`, with num_negatives, K, and a temperature of at least 0.012, so that exp(1 / T) fits in float32.
 
     Attributes:
         present_projector, past_projector: Linear, D -> E, both trained.
         present_bank, past_bank: [N, E], unit rows.
-        present_normalizer, past_normalizer: Scalars, zero until the first step in training mode sets them.
+        present_normalizer, past_normalizer: Scalars; the first step in training mode sets them to N * mean(out).
     """
 
     projector_names, bank_names = ('present_projector', 'past_projector'), ('present_bank', 'past_bank')
@@ -214,14 +192,13 @@ class TemporalContrastLoss(BankLoss):
         # Whether they are set is known on the host, so that no step waits for the device to say so.
         self._normalizers_set = False
         self._seen: tuple[tuple[Tensor, int], ...] = ()
-        self.register_load_state_dict_post_hook(_sync_after_load)
 
     def forward(
         self,
         present_BD: Tensor,
         past_BD: Tensor | None,
         index_B: Tensor,
-        negatives: Negatives | Tensor | None,
+        negatives: Negatives | Tensor,
         lam_B: Tensor | None = None,
     ) -> Tensor:
         """Compute a batch's loss, a scalar; in training mode both banks' rows of the images are updated afterwards.
@@ -229,25 +206,20 @@ class TemporalContrastLoss(BankLoss):
         Args:
             present_BD: Features of the model being trained, [B, D].
             past_BD: Features of the information bank for the same images, [B, D]. None takes the stored rows of the
-                past bank for its embeddings, which then stay as they are: a departure from the paper, which
-                passes each augmented image through the information bank.
+                past bank for v2, which then stay as they are: a departure from the paper.
             index_B: Position of each image in the training set, [B].
-            negatives: What a `NegativeSampler` drew; or rows of other classes: [B, K], each image's; [R], the same for
-                the whole batch; None, the whole bank.
+            negatives: What a `NegativeSampler` drew, or rows of other classes for each image, [B, K].
             lam_B: For Mixup and CutMix, as in `InstanceDiscriminationLoss`.
-
-        Raises:
-            UserError: Rows of another shape.
         """
         if not torch.compiler.is_compiling():
             self.sync_normalizer_flag()
         if not isinstance(negatives, Negatives):
-            ones_B = torch.ones(len(index_B) * (1 if self.shard is None else self.shard.world), device=index_B.device)
+            ones_B = torch.ones(len(index_B) * self.shard.world, device=index_B.device)
             negatives = Negatives.of_rows(negatives, ones_B, index_B, len(self.past_bank))
         with torch.autocast(present_BD.device.type, enabled=False):
             present_BE = embed(present_BD, self.present_projector)
             if past_BD is None:
-                past_BE = fetch_rows(self.past_bank, index_B, self.shard).to(present_BE.dtype)
+                past_BE = self.shard.fetch(self.past_bank, index_B).to(present_BE.dtype)
             else:
                 past_BE = embed(past_BD, self.past_projector)
             loss = self._contrast(present_BE, self.past_bank, self.present_normalizer, negatives, lam_B)
@@ -268,7 +240,7 @@ class TemporalContrastLoss(BankLoss):
         and a negative's log((n + c) / q) is log(1 + exp(x)) + log(c / q).
         """
         T, q = self.temperature, self.num_negatives / self.num_instances
-        positive_BE = fetch_rows(bank, negatives.positives_B, self.shard)
+        positive_BE = self.shard.fetch(bank, negatives.positives_B)
         score_B = (v_BE * positive_BE).sum(dim=1) / T
         if not self._normalizers_set:
             powers_B = exponential_sums(v_BE, bank, negatives, T, self.shard)
@@ -287,6 +259,10 @@ class TemporalContrastLoss(BankLoss):
         negative_B = logistic_terms(v_BE, bank, negatives, T, offset, math.log1p(EPS / q), self.shard)
         return (positive_B + negative_B).mean()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.sync_normalizer_flag()
+
     def sync_normalizer_flag(self) -> None:
         """Read whether the normalizers are set; waits for the device only where they were written since last time."""
         now = tuple((n, n._version) for n in (self.present_normalizer, self.past_normalizer))
@@ -296,12 +272,7 @@ class TemporalContrastLoss(BankLoss):
 
     @torch.no_grad()
     def refresh(self, features_BD: Tensor, index_B: Tensor) -> None:
-        """Fill the rows of these images in both banks from one model's features, without momentum.
-
-        Args:
-            features_BD: Features of the model when the temporal stage starts, [B, D].
-            index_B: Position of each image in the training set, [B].
-        """
+        """Fill the rows of these images in both banks from the features of the model when the temporal stage starts."""
         with torch.autocast(features_BD.device.type, enabled=False):
             for projector, bank in zip(self.projector_names, self.bank_names):
                 v_BE = embed(features_BD, getattr(self, projector))
@@ -313,10 +284,6 @@ def embed(features_BD: Tensor, projector: nn.Linear) -> Tensor:
     return unit(projector(features_BD.to(projector.weight.dtype)))
 
 
-def _sync_after_load(loss: TemporalContrastLoss, _: object) -> None:
-    loss.sync_normalizer_flag()
-
-
 def _mix(lam_B: Tensor, own_B: Tensor, partner_B: Tensor) -> Tensor:
     lam_B = lam_B.to(own_B.dtype)
     return lam_B * own_B + (1 - lam_B) * partner_B
@@ -324,7 +291,7 @@ def _mix(lam_B: Tensor, own_B: Tensor, partner_B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
-    """Divide a sum by a number, both added up over all ranks."""
+    """Divide a sum by a number, both of all ranks."""
     sums = torch.stack([total, count])
     sums = sums if sums.device.type == 'mps' else sums.double()
     if is_distributed():

@@ -9,14 +9,14 @@ classes, N instances, P classes that an image is mixed from, R rows shared by a 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .sharding import BankShard, gather_rows
+from .sharding import BankShard
 
 MODES = ('sampled', 'shared', 'all')
 POSITIVES = ('exact', 'relaxed')
@@ -24,79 +24,63 @@ POSITIVES = ('exact', 'relaxed')
 # With fewer bank rows per negative than this it is cheaper to score the whole bank, a matrix product, and to weight
 # the rows than to gather each image's rows.
 WHOLE_BANK_RATIO = 12
-# Rows that a draw looks through at a time; so many order numbers, 2 MiB, stay in a CPU core's cache.
+# Rows that a draw looks through at a time: 2 MiB of their order stay in a CPU core's cache.
 _BLOCK = 1 << 19
 _BLOCK_GPU = 1 << 25
-
-
-class OtherClasses(NamedTuple):
-    """The mask [B, R] of rows of other classes, by the labels that it is made from a block at a time."""
-
-    classes_BP: Tensor
-    labels_R: Tensor
 
 
 class Negatives(NamedTuple):
     """A step's negatives, and its positives, from the sampler to the loss.
 
     Attributes:
-        rows: [B, K], each image's rows; [R], rows for the whole batch; None, the whole bank, R = N. In a sharded bank
-            they are places in this rank's shard.
-        weights: How much each row counts for each image: [B, R] booleans or numbers, or `OtherClasses`. None counts
-            every row once; always None with rows of each image.
         count_B: Sum of each image's weights, [B].
         scale_B: Factor of each image's sum over its negatives, [B], so that they stand for K.
         positives_B: Row of each image's positive, by its number in the whole bank, [B]; of this rank's images.
+        rows: [B, K], each image's rows; [R], rows for the whole batch; None, the whole bank, R = N. In a sharded bank
+            they are places in this rank's shard.
+        weights_BR: Which rows count for which image, [B, R] booleans, or how much; None with rows of each image.
+        classes_BP, labels_R: In place of weights: every row counts once whose label is none of the image's classes.
     """
 
-    rows: Tensor | None
-    weights: Tensor | OtherClasses | None
     count_B: Tensor
     scale_B: Tensor
     positives_B: Tensor
+    rows: Tensor | None = None
+    weights_BR: Tensor | None = None
+    classes_BP: Tensor | None = None
+    labels_R: Tensor | None = None
 
     @classmethod
-    def of_rows(cls, rows: Tensor | None, scale_B: Tensor, positives_B: Tensor, num_rows: int) -> Negatives:
-        """Wrap rows as in the attribute, each counted once, in the form that is cheapest to visit.
-
-        Raises:
-            UserError: Rows of another shape.
-        """
-        B, K = len(scale_B), num_rows if rows is None else rows.shape[-1]
-        if rows is not None and rows.ndim != 1 and (rows.ndim != 2 or rows.shape[0] != B):
-            raise UserError(f'negatives must be [B, K], [R] or None, got shape {tuple(rows.shape)}')
-        weights = None
-        if rows is not None and rows.ndim == 2 and num_rows <= WHOLE_BANK_RATIO * K:
-            weights = torch.zeros(B, num_rows, device=rows.device)  # how often an image has a row: it may repeat
-            weights.scatter_add_(1, rows, weights.new_ones(()).expand(rows.shape))
-            rows = None
-        return cls(rows, weights, torch.full_like(scale_B, K), scale_B, positives_B)
+    def of_rows(cls, rows_BK: Tensor, scale_B: Tensor, positives_B: Tensor, num_rows: int) -> Negatives:
+        """Wrap each image's rows of a bank of so many, in the form that is cheapest to visit; a row may repeat."""
+        if rows_BK.ndim != 2 or len(rows_BK) != len(scale_B):
+            raise UserError(f'negatives must be [B, K], got shape {tuple(rows_BK.shape)}')
+        B, K = rows_BK.shape
+        count_B = torch.full_like(scale_B, K)
+        if num_rows > WHOLE_BANK_RATIO * K:
+            return cls(count_B, scale_B, positives_B, rows_BK)
+        times_BR = torch.zeros(B, num_rows, device=rows_BK.device)
+        times_BR.scatter_add_(1, rows_BK, times_BR.new_ones(()).expand(B, K))
+        return cls(count_B, scale_B, positives_B, None, times_BR)
 
 
 class NegativeSampler:
     """Draws negatives, and positives of the same class, with a generator of its own.
 
     `sampled` gives each image K rows of other classes, without repetition where there are that many and with
-    repetition where there are not, as in the paper's code. `shared` draws K rows of the whole set once for the
-    batch and leaves out, image by image, those of the image's class; the sum over the rest is scaled by K over
-    their number, so that an image's loss has the same expectation as with K rows of its own. `all` draws nothing:
-    every row of another class counts K / M times, which is that expectation itself.
-
-        sampler = NegativeSampler(labels_N, num_negatives=16384)
-        negatives = sampler.draw(index_B)
+    repetition where there are not, as in the paper's code. `shared` draws K rows once for the batch and leaves out,
+    image by image, those of the image's class; the sum over the rest is scaled to K rows, so that the loss has the same
+    expectation. `all` draws nothing: every row of another class counts K / M times, which is that expectation itself.
 
     Args:
         labels_N: Class of each training image, [N], integers from 0.
         num_negatives: K.
         mode: 'sampled', 'shared' or 'all'.
         positives: 'exact' takes the image itself, 'relaxed' a random image of its class.
-        seed: Of the generator. Ranks share it for `shared` and differ by `rank` for `sampled`, and for both with
-            sharded banks.
-        rank: This rank's number.
+        seed, rank: Of the generator. Ranks share it for `shared` and differ for `sampled`, and for both with shards.
         device: Where to draw.
-        split: This rank's shard of the banks. It then draws K / P of its rows for the images of all P ranks, weighted
-            so that the ranks' sums together stand for K rows of the whole bank: for every image the expectation is
-            that of a whole bank.
+        split: This rank's shard of the banks. It then draws its share of K of its rows for the images of all ranks,
+            weighted so that the ranks' sums together stand for K rows of the whole bank, in expectation.
 
     Raises:
         UserError: K below one or below the number of ranks, fewer than two classes, an unknown mode, labels that are
@@ -117,13 +101,13 @@ class NegativeSampler:
         for name, value, known in (('negatives', mode, MODES), ('positives', positives, POSITIVES)):
             if value not in known:
                 raise UserError(f'`{name}` {value!r}: must be one of {", ".join(known)}')
-        least = 1 if split is None else split.world
-        if num_negatives < least:
-            raise UserError(f'`num_negatives` {num_negatives}: must be at least {least}, one a process')
         labels_N = torch.as_tensor(labels_N)
+        self.shard = split or BankShard(labels_N.numel())
+        if num_negatives < self.shard.world:
+            raise UserError(f'`num_negatives` {num_negatives}: must be at least {self.shard.world}, one a process')
         if labels_N.ndim != 1 or labels_N.is_floating_point():
             raise UserError(f'labels must be [N] integers, got {labels_N.dtype} of shape {tuple(labels_N.shape)}')
-        if labels_N.numel() and int(labels_N.min()) < 0:
+        if (labels_N < 0).any():
             raise UserError(f'labels must not be negative, got {int(labels_N.min())}')
         sizes_C = torch.bincount(labels_N.long().cpu())
         if int((sizes_C > 0).sum()) < 2:
@@ -132,116 +116,115 @@ class NegativeSampler:
         self.mode = mode
         self.positives = positives
         self.device = torch.device(device)
-        self.shard = split
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(seed if mode == 'shared' and split is None else seed + 7919 * rank)
         # An image mixed from both of two classes has no third; its partner's class then counts as another.
         self._two_classes = int((sizes_C > 0).sum()) == 2
         labels_N = labels_N.long().to(self.device)
-        self._whole = self._held = _ByClass(labels_N, len(sizes_C))
-        self._draw_size = num_negatives
-        if split is not None:
-            self._held = _ByClass(labels_N[split.rows(self.device)], len(sizes_C))
-            self._draw_size = len(range(split.rank, num_negatives, split.world))
+        self._whole = _ByClass(labels_N, len(sizes_C))
+        self._held = self._whole
+        if self.shard.world > 1:
+            self._held = _ByClass(labels_N[self.shard.rows(self.device)], len(sizes_C))
+        self._draw_size = len(range(self.shard.rank, num_negatives, self.shard.world))
         # How many rows of other classes an image has here: at the least, by P, and at the most.
         held_C = self._held.sizes_C.cpu()
         self._least = (self._held.num_rows - held_C.sort(descending=True).values[:2].cumsum(0)).tolist()
         self._most = self._held.num_rows - int(held_C[sizes_C > 0].min())
-
-    @property
-    def num_instances(self) -> int:
-        """N."""
-        return self._whole.num_rows
 
     def draw(self, index_B: Tensor, partner_B: Tensor | None = None) -> Negatives:
         """Draw rows to contrast these images with.
 
         Args:
             index_B: Position of each image of this rank in the training set, [B].
-            partner_B: For Mixup and CutMix, the position of the image mixed into each, [B]: its class is left out
-                too.
+            partner_B: For Mixup and CutMix, that of the image mixed into each, whose class is left out too.
         """
         whole, held, K = self._whole, self._held, self.num_negatives
         positives_B = index_B
         if self.positives == 'relaxed':
-            positives_B = whole.same_class(whole.labels_R[index_B], self._integers(*index_B.shape))
+            positives_B = whole.same_class(whole.labels_R[index_B], self._integers(2**31, *index_B.shape))
         images = [index_B] if partner_B is None or self._two_classes else [index_B, partner_B]
         index_BP = torch.stack(images, dim=1)
-        classes_BP = whole.labels_R[index_BP if self.shard is None else gather_rows(index_BP)]
+        classes_BP = whole.labels_R[self.shard.gather(index_BP)]
         held_B, others_B = held.count_others(classes_BP), whole.count_others(classes_BP)
         if self.mode == 'all':
-            return Negatives(None, OtherClasses(classes_BP, held.labels_R), held_B, K / others_B, positives_B)
+            return Negatives(held_B, K / others_B, positives_B, None, None, classes_BP, held.labels_R)
         # What the rows drawn here stand for: of K rows of the whole bank so many would be of those held here.
         share_B = K * held_B / others_B
         if self.mode == 'shared':
             rows_R = self._shared_rows()
             other_BR = ~is_own_class(classes_BP, held.labels_R[rows_R])
             count_B = other_BR.sum(dim=1)
-            return Negatives(rows_R, other_BR, count_B, share_B / count_B.clamp(min=1), positives_B)
-        scale_B = torch.ones_like(share_B) if self.shard is None else share_B / self._draw_size
+            return Negatives(count_B, share_B / count_B.clamp(min=1), positives_B, rows_R, other_BR)
+        scale_B = torch.ones_like(share_B) if self.shard.world == 1 else share_B / self._draw_size
         return self._sampled(classes_BP, held_B, scale_B, positives_B)
 
     def _sampled(self, classes_BP: Tensor, held_B: Tensor, scale_B: Tensor, positives_B: Tensor) -> Negatives:
-        """Draw K rows for each image, in the form that is cheapest to use: as rows, or as a mask of the whole bank."""
+        """Draw K rows for each image: with repetition, as rows of a large bank, or as a mask of the whole bank."""
         R, K, (B, P) = self._held.num_rows, self._draw_size, classes_BP.shape
         least, most = self._least[P - 1], self._most
-        if least < K and (most < K or int(held_B.min()) < K):  # the last depends on the batch
-            ranks_BK = self._integers(B, K) % held_B.clamp(min=1)[:, None]
-            rows_BK = self._held.other_rows(classes_BP, ranks_BK)
-            return Negatives.of_rows(rows_BK, scale_B, positives_B, R)
-        if R > WHOLE_BANK_RATIO * K and least >= 2 * K:
-            size = _draws_needed(K, least, R)
-            rows_BK = torch.cat([self._distinct_rows(some_BP, size) for some_BP in self._blocks(classes_BP)])
-            return Negatives.of_rows(rows_BK, scale_B, positives_B, R)
-        hardest = min(max(2 * K, least), most)
-        size = _draws_needed(min(K, hardest - K), hardest, R)
-        mask_BR = torch.cat([self._distinct_mask(some_BP, size) for some_BP in self._blocks(classes_BP)])
-        return Negatives(None, mask_BR, torch.full_like(scale_B, K), scale_B, positives_B)
-
-    def _blocks(self, classes_BP: Tensor) -> Sequence[Tensor]:
-        """Split a batch so that what a draw looks through stays small."""
         block = _BLOCK if self.device.type == 'cpu' else _BLOCK_GPU
-        return classes_BP.split(max(1, block // self._held.num_rows))
+        if least < K and (most < K or int(held_B.min()) < K):  # the last depends on the batch
+            rows_BK = self._held.other_class(classes_BP, self._integers(2**31, B, K))
+        elif R > WHOLE_BANK_RATIO * K and least >= 2 * K:
+            size = _draws_needed(K, least, R)
+            blocks = classes_BP.split(max(1, block // size))
+            rows_BK = torch.cat([self._distinct_rows(block_BP, K, size) for block_BP in blocks])
+        else:
+            hardest = min(max(2 * K, least), most)
+            size = _draws_needed(min(K, hardest - K), hardest, R)
+            blocks = classes_BP.split(max(1, block // R))
+            mask_BR = torch.cat([self._distinct_mask(block_BP, K, size) for block_BP in blocks])
+            return Negatives(torch.full_like(scale_B, K), scale_B, positives_B, None, mask_BR)
+        return Negatives.of_rows(rows_BK, scale_B, positives_B, R)
 
-    def _distinct_rows(self, classes_BP: Tensor, size: int) -> Tensor:
-        """Draw K different other-class rows for each image, [B, K], by rejection, for banks of many times K rows."""
-        drawn_BS = self._random_rows(len(classes_BP), size)
-        allowed_BS = ~is_own_class(classes_BP, self._held.labels_R[drawn_BS])
-        return _first_distinct(drawn_BS, allowed_BS, self._draw_size, self._held.num_rows)
+    def _distinct_rows(self, classes_BP: Tensor, count: int, size: int) -> Tensor:
+        """Draw different other-class rows for each image, [B, count], in a time that does not depend on the bank.
 
-    def _distinct_mask(self, classes_BP: Tensor, size: int) -> Tensor:
-        """Draw K different other-class rows for each image, as a mask [B, R], for banks of a few times K rows.
-
-        By rejection, too: each image draws the smaller set, its K negatives or the M - K other rows that are not.
+        By rejection: of `size` random rows the first that are of other classes and have not appeared before are taken.
         """
-        K, others_B1 = self._draw_size, self._held.count_others(classes_BP)[:, None].int()
+        drawn_BS = self._integers(self._held.num_rows, len(classes_BP), size)
+        sorted_BS, order_BS = drawn_BS.sort(dim=1, stable=True)
+        first_BS = torch.ones_like(drawn_BS, dtype=torch.bool)
+        first_BS[:, 1:] = sorted_BS[:, 1:] != sorted_BS[:, :-1]
+        wanted_BS = torch.empty_like(first_BS).scatter_(1, order_BS, first_BS)
+        wanted_BS &= ~is_own_class(classes_BP, self._held.labels_R[drawn_BS])
+        place_BS = wanted_BS.cumsum(dim=1)
+        # What is not wanted goes to one place before the others, which is cut off.
+        place_BS *= wanted_BS & (place_BS <= count)
+        return drawn_BS.new_zeros(len(drawn_BS), count + 1).scatter_(1, place_BS, drawn_BS)[:, 1:]
+
+    def _distinct_mask(self, classes_BP: Tensor, count: int, size: int) -> Tensor:
+        """Draw different other-class rows for each image, as a mask [B, R].
+
+        By rejection, too, of the smaller set: an image's rows, or the M - count other rows that are not. Where each
+        row appears first is kept for the whole bank, which is faster than sorting.
+        """
+        others_B1 = self._held.count_others(classes_BP)[:, None].int()
         own_BR = is_own_class(classes_BP, self._held.labels_R)
-        drawn_BS = self._random_rows(len(classes_BP), size)
-        order_BS = torch.arange(size, dtype=torch.int32, device=self.device).expand(drawn_BS.shape)
+        drawn_BS = self._integers(self._held.num_rows, len(classes_BP), size)
         first_BR = torch.full(own_BR.shape, size, dtype=torch.int32, device=self.device)
+        order_BS = torch.arange(size, dtype=torch.int32, device=self.device).expand(drawn_BS.shape)
         first_BR.scatter_reduce_(1, drawn_BS, order_BS, 'amin').masked_fill_(own_BR, size)
         taken_BS = (first_BR.gather(1, drawn_BS) == order_BS).cumsum(dim=1, dtype=torch.int32)
-        mask_BR = first_BR < (taken_BS <= (others_B1 - K).clamp(max=K)).sum(dim=1, keepdim=True, dtype=torch.int32)
-        if self._least[classes_BP.shape[1] - 1] < 2 * K:
-            mask_BR = (mask_BR ^ (others_B1 < 2 * K)).masked_fill_(own_BR, False)
+        taken_BS = taken_BS <= (others_B1 - count).clamp(max=count)
+        mask_BR = first_BR < taken_BS.sum(dim=1, keepdim=True, dtype=torch.int32)
+        if self._least[classes_BP.shape[1] - 1] < 2 * count:
+            mask_BR = (mask_BR ^ (others_B1 < 2 * count)).masked_fill_(own_BR, False)
         return mask_BR
 
     def _shared_rows(self) -> Tensor:
         """Draw K rows of all held here, [K], without repetition where there are that many."""
         R, K = self._held.num_rows, self._draw_size
         if K > R:
-            return self._random_rows(1, K)[0]
+            return self._integers(R, K)
         wanted = K + 8 * math.sqrt(K) + 16
         if WHOLE_BANK_RATIO * wanted < R:  # a permutation takes a time that grows with R
-            drawn_1S = self._random_rows(1, math.ceil(1.1 * wanted))
-            return _first_distinct(drawn_1S, torch.ones_like(drawn_1S, dtype=torch.bool), K, R)[0]
+            no_class = self._held.labels_R.new_full((1, 1), -1)
+            return self._distinct_rows(no_class, K, math.ceil(1.1 * wanted))[0]
         return torch.randperm(R, generator=self.generator, device=self.device)[:K]
 
-    def _random_rows(self, *shape: int) -> Tensor:
-        return torch.randint(self._held.num_rows, shape, generator=self.generator, device=self.device)
-
-    def _integers(self, *shape: int) -> Tensor:
-        return torch.randint(2**31, shape, generator=self.generator, device=self.device)
+    def _integers(self, below: int, *shape: int) -> Tensor:
+        return torch.randint(below, shape, generator=self.generator, device=self.device)
 
     def get_state(self) -> dict[str, Tensor]:
         """The generator's state."""
@@ -260,10 +243,13 @@ class _ByClass:
         self.num_rows = labels_R.numel()
         self.sizes_C = torch.bincount(labels_R.cpu(), minlength=num_classes).to(labels_R.device)
         self._starts_C = self.sizes_C.cumsum(0) - self.sizes_C
-        self._sorted_R = torch.argsort(labels_R, stable=True)
+
+    @cached_property
+    def _sorted_R(self) -> Tensor:
+        return torch.argsort(self.labels_R, stable=True)
 
     def same_class(self, classes_B: Tensor, integers_B: Tensor) -> Tensor:
-        """Take the row of each class that a random integer falls on, [B]."""
+        """Take the rows of these classes that random integers fall on, [B]."""
         return self._sorted_R[self._starts_C[classes_B] + integers_B % self.sizes_C[classes_B]]
 
     def _sizes(self, classes_BP: Tensor) -> Tensor:
@@ -275,8 +261,9 @@ class _ByClass:
         """M of each image, [B]."""
         return self.num_rows - self._sizes(classes_BP).sum(dim=1)
 
-    def other_rows(self, classes_BP: Tensor, ranks_BK: Tensor) -> Tensor:
-        """Take the rows of these ranks, below M, among those of other classes, [B, K]; any rows where M is zero."""
+    def other_class(self, classes_BP: Tensor, integers_BK: Tensor) -> Tensor:
+        """Take the rows of other classes that random integers fall on, [B, K]; any rows where there are none."""
+        ranks_BK = integers_BK % self.count_others(classes_BP).clamp(min=1)[:, None]
         classes_BP = classes_BP.sort(dim=1).values
         for start_B, size_B in zip(self._starts_C[classes_BP].unbind(1), self._sizes(classes_BP).unbind(1)):
             ranks_BK = ranks_BK + (ranks_BK >= start_B[:, None]) * size_B[:, None]  # skip the run
@@ -286,32 +273,19 @@ class _ByClass:
 def is_own_class(classes_BP: Tensor, labels: Tensor) -> Tensor:
     """Tell which rows, by their labels [R] or [B, R], are of one of the image's classes, [B, R]."""
     own_BR = classes_BP[:, :1] == labels
-    for p in range(1, classes_BP.shape[1]):
-        own_BR |= classes_BP[:, p : p + 1] == labels
+    for class_B in classes_BP.unbind(1)[1:]:
+        own_BR |= class_B[:, None] == labels
     return own_BR
 
 
 def _draws_needed(count: int, others: int, num_rows: int) -> int:
     """How many of R rows to draw until `count` different ones of `others` rows are among them, but for e^-36.
 
-    The wait for each next one is geometric. S. Janson (Tail bounds for sums of geometric and exponential variables,
-    2018, theorem 2.1): with mean m of the whole wait and the least chance p, it exceeds m x with probability at most
-    exp(-p m (x - 1 - ln x)), and x = 1 + sqrt(2 c) + c has x - 1 - ln x >= c.
+    The wait for each next one is geometric. A sum of such waits with mean m and least chance p exceeds x m with
+    probability exp(-p m (x - 1 - ln x)) at most (S. Janson, Tail bounds for sums of geometric and exponential
+    variables, 2018, theorem 2.1), and x = 1 + sqrt(2 c) + c has x - 1 - ln x >= c.
     """
     rest = others - count + 1
     mean = num_rows * (1 / rest + math.log(others / rest)) if count else 0
     least = rest / num_rows
     return math.ceil(mean + math.sqrt(72 * mean / least) + 36 / least)
-
-
-def _first_distinct(drawn_BS: Tensor, allowed_BS: Tensor, count: int, num_rows: int) -> Tensor:
-    """Take from each line the first so many values that are allowed and appear for the first time, [B, count]."""
-    order_BS = torch.arange(drawn_BS.shape[1], dtype=torch.int32, device=drawn_BS.device).expand(drawn_BS.shape)
-    # Only the places that are drawn are ever written or read.
-    first_BR = torch.empty(drawn_BS.shape[0], num_rows, dtype=torch.int32, device=drawn_BS.device)
-    first_BR.scatter_reduce_(1, drawn_BS, order_BS, 'amin', include_self=False)
-    wanted_BS = (first_BR.gather(1, drawn_BS) == order_BS) & allowed_BS
-    place_BS = wanted_BS.cumsum(dim=1)
-    # What is not wanted goes to one place before the others, which is cut off.
-    place_BS *= wanted_BS & (place_BS <= count)
-    return drawn_BS.new_zeros(drawn_BS.shape[0], count + 1).scatter_(1, place_BS, drawn_BS)[:, 1:]

@@ -1,10 +1,11 @@
 """Several ranks that train together: rows gathered from all of them, and banks sharded over them.
 
 A sharded bank costs each of P ranks the memory of N / P rows. Sums over all rows stay exact: every rank scores the
-embeddings of all ranks against its rows, and the parts are added. What travels is one embedding and one slope an
-image, never a bank row, except for the few rows that are asked for by number.
+embeddings of all ranks against its rows, and the parts are added. What travels is one embedding and one slope an image,
+and the few bank rows that are asked for by number.
 
-Letters: B batch of one rank, G batch of all ranks (P times B), E embedding size, N instances, R rows of one rank.
+Letters: B batch of one rank, E embedding size, G batch of all ranks that share a bank (P times B), N instances, R rows
+of one rank.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def is_distributed() -> bool:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Gather the rows of all ranks in rank order, [B, ...] -> [G, ...]; every rank gives B rows. Not differentiable."""
+    """Gather the rows of all ranks in rank order, B from each. Not differentiable."""
     if not is_distributed():
-        return rows
+        return rows.detach()
     gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
     dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
     return gathered
@@ -34,23 +35,18 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BankShard:
-    """Which rows of a bank a rank holds: row n lies with rank n mod P, at place n // P there.
+    """Which rows of a bank a rank holds: row n lies with rank n mod P, at place n // P there. P of one is a whole bank.
 
-    Rows are dealt out in turn because images are often sorted by class, as in folders of images. A run of rows would
-    hold a few classes only; dealt out, every rank has its share of each class, and so of each image's negatives.
-
-    Args:
-        num_instances: N.
-        rank: This rank's number.
-        world: P.
+    Images are often sorted by class, and a run of rows would hold a few classes only. Dealt out in turn, every rank has
+    its share of each class, and so of each image's negatives.
 
     Raises:
         UserError: Fewer rows than ranks.
     """
 
-    num_instances: int
+    num_instances: int  # N
     rank: int = 0
-    world: int = 1
+    world: int = 1  # P
 
     def __post_init__(self) -> None:
         if self.num_instances < self.world:
@@ -58,9 +54,10 @@ class BankShard:
             raise UserError(f'`split_banks=True`: {rows}')
 
     @classmethod
-    def of_this_rank(cls, num_instances: int) -> BankShard:
-        """Make the shard of this rank; all rows where no others train with it."""
-        return cls(num_instances, dist.get_rank(), dist.get_world_size()) if is_distributed() else cls(num_instances)
+    def create(cls, num_instances: int, split_banks: bool) -> BankShard:
+        """Make the shard of this rank; of a whole bank where banks are not split or no others train with it."""
+        split = split_banks and is_distributed()
+        return cls(num_instances, dist.get_rank(), dist.get_world_size()) if split else cls(num_instances)
 
     @property
     def num_rows(self) -> int:
@@ -76,28 +73,29 @@ class BankShard:
         return index_G % self.world == self.rank, (index_G // self.world).clamp_(max=self.num_rows - 1)
 
     def fetch(self, bank_RE: Tensor, index_B: Tensor) -> Tensor:
-        """Fetch rows of the whole bank from the ranks that hold them, [B, E]; in float32 at least."""
+        """Read rows by their numbers in the whole bank, [B, E], from the ranks that hold them."""
+        if self.world == 1:
+            return bank_RE[index_B]
         mine_G, place_G = self.find(gather_rows(index_B))
         rows_GE = torch.where(mine_G[:, None], bank_RE[place_G], 0)
-        return self.local_sum(rows_GE.to(torch.promote_types(bank_RE.dtype, torch.float32)))
+        return self.local(self.sum(rows_GE.to(torch.promote_types(bank_RE.dtype, torch.float32))))
 
-    def local_sum(self, part_G: Tensor) -> Tensor:
-        """Add up all ranks' tensors, in place, and take this rank's images, [G, ...] -> [B, ...]."""
+    def gather(self, rows: Tensor) -> Tensor:
+        """Gather what is looked up in this shard, [B, ...] -> [G, ...]. Not differentiable."""
+        return rows.detach() if self.world == 1 else gather_rows(rows)
+
+    def local(self, rows: Tensor) -> Tensor:
+        """Take this rank's images of all, [G, ...] -> [B, ...]."""
+        return rows.chunk(self.world)[self.rank]
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Add up the tensors of all shards, in place."""
         if self.world > 1:
-            dist.all_reduce(part_G)
-        return self.local(part_G)
+            dist.all_reduce(part)
+        return part
 
-    def max(self, part_G: Tensor) -> Tensor:
-        """Take the maximum of all ranks' tensors entry by entry, in place."""
+    def max(self, part: Tensor) -> Tensor:
+        """Take the maximum of the tensors of all shards, in place."""
         if self.world > 1:
-            dist.all_reduce(part_G, op=dist.ReduceOp.MAX)
-        return part_G
-
-    def local(self, all_G: Tensor) -> Tensor:
-        """Take this rank's images, [G, ...] -> [B, ...]."""
-        return all_G.chunk(self.world)[self.rank]
-
-
-def fetch_rows(bank: Tensor, index_B: Tensor, shard: BankShard | None) -> Tensor:
-    """Read rows by their numbers in the whole bank, [B, E], wherever they lie."""
-    return bank[index_B] if shard is None else shard.fetch(bank, index_B)
+            dist.all_reduce(part, op=dist.ReduceOp.MAX)
+        return part

@@ -77,13 +77,13 @@ def updated_bank(bank: Tensor, index_B: Tensor, embedding_BE: Tensor, momentum: 
 
 def weights_of(negatives: Any, num_rows: int) -> Tensor:
     """How often each row of the bank, or of a shard, is a negative of each image, before scaling, [B, N]."""
-    rows, weights = negatives.rows, negatives.weights
+    rows, weights = negatives.rows, negatives.weights_BR
     weight_BN = torch.zeros(len(negatives.scale_B), num_rows, dtype=torch.float64)
     if rows is not None and rows.ndim == 2:
         return weight_BN.scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64))
     rows = torch.arange(num_rows) if rows is None else rows
-    if weights is None:
+    if negatives.classes_BP is not None:
+        weights = (negatives.classes_BP[:, :, None] != negatives.labels_R).all(dim=1)
+    elif weights is None:
         weights = torch.ones(len(weight_BN), len(rows))
-    elif isinstance(weights, tuple):  # labels
-        weights = (weights.classes_BP[:, :, None] != weights.labels_R).all(dim=1)
     return weight_BN.index_add_(1, rows, weights.double())

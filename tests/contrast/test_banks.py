@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from processes import run_processes
 
 from ctc_timm.contrast.banks import momentum_update, new_bank
+from ctc_timm.contrast.sharding import BankShard
 
 SEEDS = st.integers(0, 2**31 - 1)
 
 
 def test_rows_are_unit_vectors_in_all_directions():
-    bank = new_bank(2000, 16, torch.Generator().manual_seed(0))
+    bank = new_bank(BankShard(2000), 16, torch.Generator().manual_seed(0))
     torch.testing.assert_close(bank.norm(dim=1), torch.ones(2000))
     assert bank.mean(dim=0).abs().max() < 0.05
 
@@ -25,7 +26,7 @@ def test_rows_are_unit_vectors_in_all_directions():
 def test_updates_are_their_equation(N: int, B: int, E: int, momentum: float, seed: int) -> None:
     """Also of batches larger than the bank, in which images appear again and again."""
     generator = torch.Generator().manual_seed(seed)
-    bank = new_bank(N, E, generator).double()
+    bank = new_bank(BankShard(N), E, generator).double()
     index_B = torch.randint(N, (B,), generator=generator)
     embedding_BE = torch.nn.functional.normalize(torch.randn(B, E, generator=generator, dtype=torch.float64))
     expected = updated_bank(bank, index_B, embedding_BE, momentum)
@@ -43,7 +44,7 @@ def test_updates_are_their_equation(N: int, B: int, E: int, momentum: float, see
 )
 def test_rows_stay_unit_or_untouched(kinds: list[str], momentum: float, dtype: torch.dtype) -> None:
     """Whatever an embedding is, and also where it cancels the old row."""
-    bank = new_bank(8, 4, torch.Generator().manual_seed(3), dtype)
+    bank = new_bank(BankShard(8), 4, torch.Generator().manual_seed(3), dtype)
     before = bank.clone()
     made = {
         'zero': lambda row: torch.zeros(4),
@@ -69,7 +70,7 @@ def test_rows_stay_unit_or_untouched(kinds: list[str], momentum: float, dtype: t
 
 def _updates(rank, world):
     generator = torch.Generator().manual_seed(7)
-    bank = new_bank(40, 6, generator)
+    bank = new_bank(BankShard(40), 6, generator)
     for _ in range(5):
         index = torch.randperm(40, generator=generator)[:8]
         embedding = torch.nn.functional.normalize(torch.randn(8, 6, generator=generator), dim=1)

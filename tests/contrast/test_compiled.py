@@ -63,7 +63,7 @@ def test_a_step_never_waits_for_the_device(mode, mixed, monkeypatch):
     task(*batch(1), lam)  # the first step looks at the normalizers
     task(*batch(2), lam)
     drawn = task.sampler.draw(batch(2)[2])
-    assert (drawn.rows is None, drawn.weights is None) == (mode not in ('shared', 'rows'), mode == 'rows')
+    assert (drawn.rows is None, drawn.weights_BR is None) == (mode not in ('shared', 'rows'), mode in ('rows', 'all'))
     with NoWaiting():
         for seed in (3, 4):
             task(*batch(seed), lam)['loss'].backward()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctc_timm import InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
 from ctc_timm.contrast import blockwise, negatives
-from ctc_timm.contrast.negatives import Negatives, OtherClasses
+from ctc_timm.contrast.negatives import Negatives
 from ctc_timm.utils.errors import UserError
 
 HERE = Path(__file__).resolve()
@@ -151,7 +151,8 @@ def test_temporal_loss_is_its_equation(
     loss.present_normalizer.fill_(float(torch.rand(()) * 10 * N + 0.1))
     loss.past_normalizer.fill_(float(torch.rand(()) * 10 * N + 0.1))
     present_BD, past_BD = (torch.randn(B, size['D'], dtype=torch.float64).requires_grad_() for _ in range(2))
-    index_B, labels_N, rows, weights = torch.randint(N, (B,)), torch.arange(N) % 2, None, None
+    index_B, labels_N = torch.randint(N, (B,)), torch.arange(N) % 2
+    rows, weights, classes = None, None, (None, None)
     if form == 'each image':
         rows = torch.randint(N, (B, K))
     elif form.startswith('shared'):
@@ -163,8 +164,8 @@ def test_temporal_loss_is_its_equation(
     elif form == 'numbers':
         weights = torch.randint(4, (B, N)).double()
     elif form == 'other classes':
-        weights = OtherClasses(labels_N[index_B][:, None], labels_N)
-    drawn = Negatives(rows, weights, torch.zeros(B), torch.rand(B).double() * 3, torch.randint(N, (B,)))
+        classes = (labels_N[index_B][:, None], labels_N)
+    drawn = Negatives(torch.zeros(B), torch.rand(B).double() * 3, torch.randint(N, (B,)), rows, weights, *classes)
     weight_BN = weights_of(drawn, N)
     drawn = drawn._replace(count_B=weight_BN.sum(dim=1))
     lam_B = torch.rand(B, dtype=torch.float64) if mixed else None
@@ -193,7 +194,7 @@ def test_many_blocks_against_the_written_out_sum(form, block, monkeypatch):
     same_value_and_slopes(loss(present, past, index, drawn), expected, [present])
 
     v = F.normalize(torch.randn(B, 6, dtype=torch.float64), dim=1).requires_grad_()
-    spread = blockwise.logsumexp_scores(v, loss.past_bank, 0.01)
+    spread = blockwise.logsumexp_scores(v, loss.past_bank, 0.01, loss.shard)
     same_value_and_slopes(spread.sum(), torch.logsumexp(v @ loss.past_bank.T / 0.01, dim=1).sum(), [v])
 
 
@@ -295,5 +296,5 @@ def test_temporal_settings_that_cannot_work():
         TemporalContrastLoss(4, 9, num_negatives=0)
     with pytest.raises(UserError, match='`temperature` 0.005: must be at least 0.012'):
         TemporalContrastLoss(4, 9, temperature=0.005)
-    with pytest.raises(UserError, match=r'negatives must be .* got shape \(3, 40\)'):
+    with pytest.raises(UserError, match=r'negatives must be .B, K., got shape \(3, 40\)'):
         TemporalContrastLoss(4, 90)(*torch.randn(2, 5, 4), torch.arange(5), torch.zeros(3, 40, dtype=torch.long))

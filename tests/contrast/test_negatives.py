@@ -161,9 +161,9 @@ def test_enough_rows_are_drawn(count, others, rows):
 
 def test_the_seed_decides(labels):
     index = torch.arange(8)
-    first, again, other = (NegativeSampler(labels, 30, seed=s).draw(index).weights for s in (1, 1, 2))
+    first, again, other = (NegativeSampler(labels, 30, seed=s).draw(index).weights_BR for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    ranks = [NegativeSampler(labels, 30, seed=1, rank=r).draw(index).weights for r in (0, 1)]
+    ranks = [NegativeSampler(labels, 30, seed=1, rank=r).draw(index).weights_BR for r in (0, 1)]
     assert not torch.equal(*ranks)
     shared = [NegativeSampler(labels, 30, 'shared', seed=1, rank=r).draw(index).rows for r in (0, 1)]
     assert torch.equal(*shared)
@@ -173,10 +173,10 @@ def test_draws_continue_from_a_saved_state(labels):
     sampler, index = NegativeSampler(labels, 30), torch.arange(8)
     sampler.draw(index)
     state = {k: v.clone() for k, v in sampler.get_state().items()}
-    expected = sampler.draw(index).weights
+    expected = sampler.draw(index).weights_BR
     other = NegativeSampler(labels, 30, seed=9)
     other.load_state(state)
-    assert torch.equal(other.draw(index).weights, expected)
+    assert torch.equal(other.draw(index).weights_BR, expected)
 
 
 @pytest.mark.parametrize(

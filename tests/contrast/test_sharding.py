@@ -23,7 +23,7 @@ def test_every_row_is_held_once(world, monkeypatch):
     whole = torch.nn.functional.normalize(torch.rand(N, E, generator=torch.Generator().manual_seed(3)) * 2 - 1, dim=1)
     for rank in range(world):
         split = BankShard(N, rank, world)
-        part = new_bank(N, E, torch.Generator().manual_seed(3), shard=split)
+        part = new_bank(split, E, torch.Generator().manual_seed(3))
         assert torch.equal(part, whole[rank::world]) and split.num_rows == len(part)
         assert torch.equal(whole[split.rows()], part)
         mine, place = split.find(torch.arange(N))
@@ -33,7 +33,7 @@ def test_every_row_is_held_once(world, monkeypatch):
 def test_updates_reach_the_owner_alone():
     """A batch with an image twice and one process that holds none of it: the rows that a whole bank would have."""
     torch.manual_seed(0)
-    whole = new_bank(N, E)
+    whole = new_bank(BankShard(N), E)
     parts = [whole[rank::4].clone() for rank in range(4)]
     index, embedding = torch.tensor([5, 2, 41, 5, 0, 60]), torch.nn.functional.normalize(torch.randn(6, E), dim=1)
     assert 3 not in index % 4
@@ -107,7 +107,7 @@ def contrast(rank, world, split):
 
 def _two_processes(rank, world):
     task = CTCTask(timm.create_model('test_resnet', num_classes=5), LABELS, split_banks=True, num_negatives=K)
-    fetched = task.shard.fetch(new_bank(N, E, torch.Generator().manual_seed(4), shard=task.shard), torch.arange(N))
+    fetched = task.shard.fetch(new_bank(task.shard, E, torch.Generator().manual_seed(4)), torch.arange(N))
     shard = copy.deepcopy(task.get_checkpoint_state())['task_state']['banks']
     return contrast(rank, world, split=True), contrast(rank, world, split=False)[3], fetched, shard
 
@@ -129,7 +129,7 @@ def test_two_processes_with_split_banks_are_one_with_whole_ones(tmp_path):
         for held, all_rows, copied, first in zip(shards, whole, copies, parts[0][1]):
             torch.testing.assert_close(held, all_rows[rank::2], rtol=1e-10, atol=1e-14)
             assert torch.equal(copied, first)
-        assert torch.equal(fetched, new_bank(N, E, torch.Generator().manual_seed(4)))
+        assert torch.equal(fetched, new_bank(BankShard(N), E, torch.Generator().manual_seed(4)))
         assert all(rows.shape == (31 - rank, 128) for rows in shard.values())
 
 
