@@ -12,11 +12,13 @@ medians over rounds. Extra memory is the peak of torch's allocations within a st
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import psutil
 import torch
-from harness import Step, finish, median_ratio, paired_seconds, peak_memory, read_flags
+from harness import Table, finish, read_flags, timing_table
 from torch import Tensor
 
 from ctc_timm import InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
@@ -25,7 +27,7 @@ from ctc_timm.contrast.banks import momentum_update
 from ctc_timm.contrast.losses import EPS, embed
 
 D, CLASSES = 512, 100
-Table = dict[str, dict[str, float]]
+Steps = dict[str, Callable[[], Any]]
 
 
 def inputs(args: argparse.Namespace, num_instances: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,6 +40,13 @@ def inputs(args: argparse.Namespace, num_instances: int) -> tuple[Tensor, Tensor
 
 def negative_sampler(args: argparse.Namespace, num_instances: int, mode: str) -> NegativeSampler:
     return NegativeSampler(torch.arange(num_instances) % CLASSES, args.num_negatives, mode, device=args.device)
+
+
+def losses(args: argparse.Namespace, N: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any, Any]:
+    """The losses of both stages with banks of N rows, a sampler of shared negatives, and inputs."""
+    one = InstanceDiscriminationLoss(D, N, args.embed_dim, bank_dtype=dtype).to(args.device)
+    two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, bank_dtype=dtype).to(args.device)
+    return one, two, negative_sampler(args, N, 'shared'), inputs(args, N)
 
 
 def gathered_loss(loss: TemporalContrastLoss, present_BD: Tensor, past_BD: Tensor, index_B: Tensor, rows_BK: Tensor):
@@ -75,24 +84,11 @@ def temporal_table(args: argparse.Namespace) -> Table:
     loss.load_state_dict(state)
     torch.testing.assert_close(loss(present, past, index, rows_BK).item(), baseline, rtol=1e-4, atol=0.0)
 
-    steps: dict[str, Step] = {'gathered': lambda: gathered_loss(loss, present, past, index, rows_BK).backward()}
+    steps: Steps = {'gathered': lambda: gathered_loss(loss, present, past, index, rows_BK).backward()}
     for mode in modes:
         steps[mode] = lambda mode=mode: loss(present, past, index, draws[mode]).backward()
         steps[f'{mode}, drawn'] = lambda mode=mode: loss(present, past, index, samplers[mode].draw(index)).backward()
-    times = paired_seconds(steps, args.rounds, 'temporal loss')
-    base = peak_memory(steps['gathered'])
-    table = {'gathered': {'ms': 1e3 * statistics.median(times['gathered']), 'MiB': base}}
-    for mode in modes:
-        memory = peak_memory(steps[mode])
-        table[mode] = {
-            'ms': 1e3 * statistics.median(times[mode]),
-            'times as fast': median_ratio(times['gathered'], times[mode]),
-            'MiB': memory,
-            'of its memory, 1 /': base / memory,
-            'ms with the draw': 1e3 * statistics.median(times[f'{mode}, drawn']),
-            'times as fast with it': median_ratio(times['gathered'], times[f'{mode}, drawn']),
-        }
-    return table
+    return timing_table(steps, args.rounds, 'temporal loss', memory=True)
 
 
 def blocked_products(v_BE: Tensor, bank: Tensor) -> Tensor:
@@ -106,66 +102,50 @@ def blocked_products(v_BE: Tensor, bank: Tensor) -> Tensor:
     return result
 
 
-def size_row(args: argparse.Namespace, N: int, dtype: torch.dtype) -> dict[str, float]:
-    """Both losses over N rows: the instance loss against its matrix products alone, the temporal one with its draw."""
-    present, past, index = inputs(args, N)
-    one = InstanceDiscriminationLoss(D, N, args.embed_dim, bank_dtype=dtype).to(args.device)
-    two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, bank_dtype=dtype).to(args.device)
-    sampler, v_BE = negative_sampler(args, N, 'shared'), embed(present, one.projector).detach()
-    steps: dict[str, Step] = {
+def size_steps(args: argparse.Namespace, N: int, dtype: torch.dtype) -> Steps:
+    """The instance loss over N rows, its matrix products alone, and the temporal loss with its draw."""
+    one, two, sampler, (present, past, index) = losses(args, N, dtype)
+    v_BE = embed(present, one.projector).detach()
+    steps: Steps = {
         'instance': lambda: one(present, index).backward(),
-        'blocks': lambda: blocked_products(v_BE, one.bank),
-        'temporal': lambda: two(present, past, index, sampler.draw(index)).backward(),
+        'its two products in the same blocks': lambda: blocked_products(v_BE, one.bank),
+        'temporal, shared, drawn': lambda: two(present, past, index, sampler.draw(index)).backward(),
     }
     if dtype == torch.float32:
-        steps['whole'] = lambda: (v_BE @ one.bank.T) @ one.bank
-    rounds = args.rounds if N <= 100_000 else max(2, args.rounds // 4)
-    times = paired_seconds(steps, rounds, f'N = {N:,}')
-    row = {
-        'instance ms': 1e3 * statistics.median(times['instance']),
-        'instance ns a row': 1e9 * statistics.median(times['instance']) / N,
-        'over the same products in blocks': median_ratio(times['instance'], times['blocks']),
-        'instance extra MiB': peak_memory(steps['instance']),
-        'temporal `shared` ms': 1e3 * statistics.median(times['temporal']),
-        'temporal extra MiB': peak_memory(steps['temporal']),
-    }
-    return row | (
-        {'over the two products': median_ratio(times['instance'], times['whole'])} if 'whole' in times else {}
-    )
+        steps['its two products, whole'] = lambda: (v_BE @ one.bank.T) @ one.bank
+    return steps
 
 
 def size_table(args: argparse.Namespace) -> Table:
-    """Time and memory as N grows; a size that does not fit into memory is left out, with a line that says so."""
-    table = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for N in args.sizes:
-            name = f'N = {N:,}, {str(dtype).removeprefix("torch.")}'
-            scores = args.batch_size * 4 if dtype == torch.float32 else 0
-            needed = N * (3 * args.embed_dim * dtype.itemsize + scores + 8) + 2**30
-            cuda = args.device.startswith('cuda')
-            free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-            if needed > free:
-                print(f'{name}: left out, {needed / 2**30:.1f} GiB needed and {free / 2**30:.1f} GiB free')
-            else:
-                table[name] = size_row(args, N, dtype)
+    """Both losses as N grows, where the banks fit into memory."""
+    table: Table = {}
+    for dtype, N in product((torch.float32, torch.bfloat16), args.sizes):
+        name = f'N = {N:,}, {str(dtype).removeprefix("torch.")}'
+        needed = N * (3 * args.embed_dim * dtype.itemsize + 4 * args.batch_size + 8) + 2**30
+        cuda = args.device.startswith('cuda')
+        free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+        if needed > free:
+            print(f'{name}: left out, {needed / 2**30:.1f} GiB needed and {free / 2**30:.1f} GiB free')
+            continue
+        rounds = args.rounds if N <= 100_000 else max(2, args.rounds // 4)
+        rows = timing_table(size_steps(args, N, dtype), rounds, name, memory=True)
+        table |= {f'{name}: {step}': row for step, row in rows.items()}
     return table
 
 
 def rounding_table(args: argparse.Namespace) -> Table:
     """Largest relative difference of the losses with banks in bfloat16, over ten steps in training."""
-    N, values = args.instances, []
+    values = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        one = InstanceDiscriminationLoss(D, N, args.embed_dim, bank_dtype=dtype).to(args.device)
-        two = TemporalContrastLoss(D, N, args.embed_dim, args.num_negatives, bank_dtype=dtype).to(args.device)
-        sampler, (present, past, index) = negative_sampler(args, N, 'shared'), inputs(args, N)
+        one, two, sampler, (present, past, index) = losses(args, args.instances, dtype)
         steps = [(one(present, index), two(present, past, index, sampler.draw(index))) for _ in range(10)]
         values.append(torch.tensor(steps, dtype=torch.float64))
     instance, temporal = (values[1] / values[0] - 1).abs().amax(dim=0).tolist()
     return {'bfloat16': {'instance loss': instance, 'temporal loss': temporal}}
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(
         __doc__, batch_size=64, instances=50_000, num_negatives=16_384, embed_dim=128, rounds=10, threads=0,
         sizes=[50_000, 1_280_000, 14_000_000], device='cpu', output='', compare='',
@@ -177,7 +157,3 @@ def main() -> None:
     tables['Both losses as N grows'] = size_table(args)
     tables['Largest relative difference by rounding'] = rounding_table(args)
     finish(tables, args)
-
-
-if __name__ == '__main__':
-    main()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Task, read_flags, work
-from tradeoff import METHODS, ROOT, MeasuredRun, measured_runs
+from tradeoff import METHODS, ROOT, measured_runs
 from tradeoff_report import redraw
 
 from ctc_timm.measure.results import write_json
@@ -34,7 +34,7 @@ def task(kind: str, run: Path, seed: int, output: Path) -> Task:
     return Task(name, (['-m', 'ctc_timm', *command],), output / name / 'results.json', output / f'{name}.log')
 
 
-def collect(runs: list[MeasuredRun], output: Path) -> dict[str, Any]:
+def collect(runs: list[tuple[str, int, Path]], output: Path) -> dict[str, Any]:
     """What is stored, of the runs whose numbers are all there."""
     rows = []
     for method, seed, run in runs:
@@ -47,18 +47,14 @@ def collect(runs: list[MeasuredRun], output: Path) -> dict[str, Any]:
     return {'bodies': output.name, 'epochs': EPOCHS, 'commands': commands, 'runs': rows}
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(
         __doc__, 'runs', methods=list(METHODS), jobs=os.cpu_count() or 1, output=Path('runs/dense'), docs=ROOT / 'docs'
     )
     folder = Path(args.runs).resolve()
-    runs = [run for run in measured_runs(folder) if run.method in args.methods]
+    runs = [run for run in measured_runs(folder) if run[0] in args.methods]
     output = args.output.resolve() / folder.name
-    by_seed = sorted(runs, key=lambda run: run.seed)
-    for _ in work([task(kind, run.path, run.seed, output) for run in by_seed for kind in KEPT], args.jobs):
+    by_seed = sorted(runs, key=lambda run: run[1])
+    for _ in work([task(kind, run, seed, output) for _, seed, run in by_seed for kind in KEPT], args.jobs):
         write_json(args.docs / 'results' / f'dense_{folder.name}.json', collect(runs, output))
     redraw(args.docs)
-
-
-if __name__ == '__main__':
-    main()

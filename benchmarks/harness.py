@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,9 @@ from ctc_timm.cli.flags import Parser, add_settings
 from ctc_timm.utils.errors import RunError, Stopped
 from ctc_timm.utils.yaml_files import read_recipe
 
-Step = Callable[[], Any]
-Tables = dict[str, dict[str, dict[str, float]]]
+Table = dict[str, dict[str, float | None]]
+Steps = Mapping[str, Callable[[], Any]]
+Clock = Callable[[], float]
 
 
 def read_flags(doc: str | None, *positional: str, settings: type | None = None, **defaults: Any) -> Any:
@@ -54,10 +56,15 @@ def read_flags(doc: str | None, *positional: str, settings: type | None = None, 
     return argparse.Namespace(**own, values={**recipe, **values})
 
 
-def paired_seconds(
-    steps: Mapping[str, Step], rounds: int, title: str, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of every step, one of each kind a round, so that a busy machine slows them alike."""
+def timing_table(
+    steps: Steps, rounds: int, title: str, warmup: int = 1, clock: Clock = time.perf_counter, memory: bool = False
+) -> Table:
+    """Time steps, one of each kind a round, so that other work on the machine slows them alike.
+
+    Returns:
+        A row a step: its median time, the median and quartiles of its ratio to the first step within a round, and with
+        `memory` its `peak_memory`.
+    """
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -69,15 +76,18 @@ def paired_seconds(
                 torch.cuda.synchronize()
             if i >= warmup:
                 seconds[name].append(clock() - start)
-    return seconds
+    table: Table = {}
+    first = seconds[next(iter(steps))]
+    for name, times in seconds.items():
+        ratios = [time / other for time, other in zip(times, first)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method='inclusive') if rounds > 1 else ratios * 3
+        table[name] = {'ms': 1e3 * statistics.median(times), 'over the first': middle, 'from': low, 'to': high}
+        if memory:
+            table[name]['extra MiB'] = peak_memory(steps[name])
+    return table
 
 
-def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
-    """The median over rounds of the ratio within a round."""
-    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
-
-
-def peak_memory(step: Step) -> float:
+def peak_memory(step: Callable[[], Any]) -> float:
     """MiB that torch allocates at the peak of a step, beyond what is there before.
 
     Read off CUDA's own counter where CUDA is in use, else off the profiler's record of allocations.
@@ -95,11 +105,8 @@ def peak_memory(step: Step) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     events = [event for event in record.profiler.kineto_results.events() if event.name() == '[memory]']
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak / 2**20
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(sizes), default=0) / 2**20
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -108,7 +115,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *body))
 
 
-def show(tables: Tables, before: Tables | None = None) -> None:
+def show(tables: dict[str, Table], before: dict[str, Table] | None = None) -> None:
     """Print tables, rows by columns; beside a number that was there before stands its ratio to that."""
     for title, rows in tables.items():
         columns = list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -119,7 +126,7 @@ def show(tables: Tables, before: Tables | None = None) -> None:
         print(f'\n{title}\n\n{markdown(lines)}')
 
 
-def finish(tables: Tables, args: argparse.Namespace) -> None:
+def finish(tables: dict[str, Table], args: argparse.Namespace) -> None:
     """Print tables, and write or compare them as the flags `output` and `compare` say."""
     show(tables, json.loads(Path(args.compare).read_text())['tables'] if args.compare else None)
     if args.output:

@@ -21,10 +21,10 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from harness import read_flags, show
+from harness import Table, read_flags, show
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,9 +33,10 @@ from ctc_timm.measure.neural import donsker_varadhan
 from ctc_timm.measure.plots.style import COLORS, GRAY, MARKERS, drawing, plt, save
 from ctc_timm.measure.results import write_json
 
-Table = dict[str, dict[str, float]]
 DIMENSION = 20
 CODE_DIM, CODE_NOISE = 64, 0.1
+Case = tuple[str, str, str, int, float, int]
+FIELDS = ('part', 'estimator', 'sample', 'images', 'truth', 'seed')  # sample: 'gaussian' or 'M/flip' of a channel
 ESTIMATORS = ('mine', 'infonce', 'smile', 'renyi')
 PARTS = ['gaussian', 'finite', 'channel', 'exact']
 # Options of a row's estimator, by what follows its name in the table.
@@ -52,17 +53,6 @@ ROWS: list[tuple[str, str, int, tuple[Any, ...], int]] = [
     *(('channel', name, 2000, CHANNELS, 2) for name in ('renyi', 'renyi, shuffles=1')),
     *(('exact', 'true density ratio', images, TEN, 1) for images in (512, 1024, 5000)),
 ]
-
-
-class Case(NamedTuple):
-    """One row: an estimator on one sample."""
-
-    part: str
-    estimator: str
-    sample: str  # 'gaussian' or 'M/flip' of a channel
-    images: int
-    truth: float
-    seed: int
 
 
 def gaussians(nats: float, images: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -98,7 +88,7 @@ def cases(seeds: int) -> Iterator[Case]:
             symbols, _, flip = str(level).partition('/')
             truth = round(channel_nats(int(symbols), float(flip)), 4) + 0.0 if flip else level
             for seed in range(min(seeds, most)):
-                yield Case(part, estimator, str(level) if flip else 'gaussian', images, truth, seed)
+                yield part, estimator, str(level) if flip else 'gaussian', images, truth, seed
 
 
 def exact(truth: float, batch: int, batches: int) -> tuple[float, float]:
@@ -118,19 +108,19 @@ def exact(truth: float, batch: int, batches: int) -> tuple[float, float]:
 
 def measure(case: Case) -> dict[str, Any]:
     """One row of the results."""
-    name, _, variant = case.estimator.partition(', ')
-    symbols, _, flip = case.sample.partition('/')
+    part, estimator, sample, images, truth, seed = case
+    name, _, variant = estimator.partition(', ')
+    symbols, _, flip = sample.partition('/')
     start = time.process_time()
-    if case.part == 'exact':
-        nats, error = exact(case.truth, case.images, 200)
+    if part == 'exact':
+        nats, error = exact(truth, images, 200)
     else:
-        sample = (int(symbols), float(flip)) if flip else (case.truth,)
-        x, t = (channel if flip else gaussians)(*sample, case.images, case.seed)
+        x, t = channel(int(symbols), float(flip), images, seed) if flip else gaussians(truth, images, seed)
         start = time.process_time()
-        estimate = create_estimator(name, **OPTIONS[variant], seed=case.seed).estimate(x, t)
+        estimate = create_estimator(name, **OPTIONS[variant], seed=seed).estimate(x, t)
         nats, error = estimate.nats, estimate.standard_error
-    seconds = round(time.process_time() - start, 2)
-    return {**case._asdict(), 'nats': round(nats, 4), 'standard_error': round(error, 4), 'seconds': seconds}
+    numbers = {'nats': round(nats, 4), 'standard_error': round(error, 4)}
+    return {**dict(zip(FIELDS, case)), **numbers, 'seconds': round(time.process_time() - start, 2)}
 
 
 def calibration(rows: Iterable[dict[str, Any]]) -> Table:
@@ -141,14 +131,12 @@ def calibration(rows: Iterable[dict[str, Any]]) -> Table:
         groups.setdefault(sample, []).append(row)
     table: Table = {}
     for sample, group in groups.items():
-        means = {name: statistics.fmean(row[name] for row in group) for name in ('nats', 'standard_error', 'seconds')}
-        bias, truth = means['nats'] - group[0]['truth'], group[0]['truth']
-        table[sample] = {'mean': means['nats'], 'bias': bias}
-        if truth:
-            table[sample]['bias, %'] = 100 * bias / truth
-        if len(group) > 1:
-            table[sample]['spread over seeds'] = statistics.stdev(row['nats'] for row in group)
-        table[sample] |= {'error claimed': means['standard_error'], 'seconds': means['seconds']}
+        nats, truth = [row['nats'] for row in group], group[0]['truth']
+        table[sample] = {'mean': (mean := statistics.fmean(nats)), 'bias': mean - truth}
+        table[sample]['bias, %'] = 100 * (mean - truth) / truth if truth else None
+        table[sample]['spread over seeds'] = statistics.stdev(nats) if len(nats) > 1 else None
+        for name in ('standard_error', 'seconds'):
+            table[sample][name] = statistics.fmean(row[name] for row in group)
     return table
 
 
@@ -169,16 +157,16 @@ def draw(rows: list[dict[str, Any]], picture: str) -> None:
         save(figure, picture)
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(__doc__, parts=PARTS, seeds=3, output=Path('docs/results/information.json'), picture='')
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {'rows': []}
-    known = {tuple(row[field] for field in Case._fields): row for row in results['rows']}
+    known = {tuple(row[field] for field in FIELDS): row for row in results['rows']}
 
     def write() -> None:
         write_json(args.output, {**results, 'rows': list(known.values()), 'torch': torch.__version__})
 
-    wanted = [case for case in cases(args.seeds) if case.part in args.parts and case not in known]
+    wanted = [case for case in cases(args.seeds) if case[0] in args.parts and case not in known]
     for case in tqdm(wanted, 'calibration', disable=None):
         known[case] = measure(case)
         write()
@@ -186,10 +174,7 @@ def main() -> None:
     for part in args.parts:
         rows = [row for row in known.values() if row['part'] == part]
         show({part: calibration(rows)})
-    show({'cost of a checkpoint, measured once': results.get('cost', {})})
+    if 'cost' in results:
+        show({'cost of a checkpoint, measured once': results['cost']})
     if args.picture:
         draw(list(known.values()), args.picture)
-
-
-if __name__ == '__main__':
-    main()

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from accelerate.utils.other import load
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten_with_path
 from tqdm import tqdm
 
-from ctc_timm.cli.flags import Parser, add_settings, read_flags
 from ctc_timm.runs import Run, weights_metadata
 from ctc_timm.training.build import build_trainer
 from ctc_timm.training.settings import TrainSettings
@@ -76,39 +76,25 @@ def differences(run: Path, other: Path) -> list[str]:
         for path in folder.glob(pattern)
         if path.name != MANIFEST
     }
-    return sorted(name for name in names if not _equal(_content(run / name), _content(other / name)))
+    return sorted(name for name in names if _content(run / name) != _content(other / name))
 
 
 def _content(file: Path) -> Any:
-    """What a file holds; the libraries that write weights and pickles put the same things in any order."""
-    if not file.is_file():
-        return None
-    if file.suffix == '.safetensors':
-        return load_file(file), weights_metadata(file)
-    return load(file) if file.suffix in ('.bin', '.pkl') else file.read_bytes()
+    """What a file holds, to the bit; weights and pickles by path within them, as they come in any order."""
+    if file.suffix not in ('.safetensors', '.bin', '.pkl') or not file.is_file():
+        return file.read_bytes() if file.is_file() else None
+    values = (load_file(file), weights_metadata(file)) if file.suffix == '.safetensors' else load(file)
+    return {str(path): _bits(leaf) for path, leaf in tree_flatten_with_path(values)[0]}
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two values are bit-identical."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, (torch.Tensor, np.ndarray)) and type(a) is type(b):
-        a, b = torch.as_tensor(a), torch.as_tensor(b)
-        return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
-    return type(a) is type(b) and bool(a == b)
+def _bits(leaf: Any) -> Any:
+    if not isinstance(leaf, (torch.Tensor, np.ndarray)):
+        return repr(leaf)
+    return str(leaf.dtype), tuple(leaf.shape), torch.as_tensor(leaf).numpy().tobytes()
 
 
 def kill_often(values: Mapping[str, Any], folder: Path, kills: int, seed: int, quiet: bool = False) -> dict[str, Any]:
-    """Train once undisturbed and once with kills, and compare.
-
-    Args:
-        values: Settings by name.
-        folder: Of the two runs, 'whole' and 'killed'.
-        kills: How often.
-        seed: Of the instants.
-        quiet: Show no bar.
+    """Train once undisturbed and once with kills at instants drawn by the seed, and compare.
 
     Returns:
         'reached', the newest state at each kill, 'while_saving', how many kills left something half-written, and
@@ -140,21 +126,14 @@ def kill_often(values: Mapping[str, Any], folder: Path, kills: int, seed: int, q
     return {'reached': reached, 'while_saving': saving, 'differences': different}
 
 
-def main() -> None:
-    parser = Parser(description=__doc__.split('\n')[0], epilog="all other flags are those of 'ctc-timm train'")
-    parser.add_argument('--kills', type=int, default=20, metavar='N', help='how many')
-    parser.add_argument('--kill-seed', type=int, default=0, metavar='S', help='of the instants')
-    add_settings(parser, TrainSettings)
-    given = read_flags(parser, TrainSettings)
-    kills, seed = given.pop('kills'), given.pop('kill_seed')
+if __name__ == '__main__':
+    from harness import read_flags  # not there for those that import this file by its path
+
+    args = read_flags(__doc__, settings=TrainSettings, kills=20, kill_seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        result = kill_often({**SMALL, **given}, Path(folder), kills, seed)
+        result = kill_often({**SMALL, **args.values}, Path(folder), args.kills, args.kill_seed)
     print('killed after: ' + ', '.join(result['reached']))
     different = ', '.join(result['differences'])
     saving = f'{result["while_saving"]} of them while a file was being written'
     print(f'{len(result["reached"])} kills, {saving}: {different or "bit-identical"}')
     sys.exit(bool(different))
-
-
-if __name__ == '__main__':
-    main()

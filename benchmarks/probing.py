@@ -12,14 +12,14 @@ rankings of all epochs can be compared.
 from __future__ import annotations
 
 import json
-import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from harness import read_flags
+from harness import Table, read_flags, show
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
@@ -53,18 +53,23 @@ def through_network(model: nn.Module, train: SplitImages, test: SplitImages, hea
             optimizer.step()
         schedule.step()
         with torch.no_grad():
-            scores = [(head(features_and_logits(model, batch)[0]), labels) for batch, labels in test.batches('test')]
-        hits = torch.cat([logits.argmax(1) == targets for logits, targets in scores])
-        curve.append(100 * float(hits.float().mean()))
+            hits = [head(features_and_logits(model, x)[0]).argmax(1) == y for x, y in test.batches('test')]
+        curve.append(100 * float(torch.cat(hits).float().mean()))
     return curve
 
 
-def measure(settings: LinearProbeSettings, timed: int) -> dict[str, Any]:
-    """Time and accuracy of both ways, an epoch a row; `timed` epochs are measured through the network too."""
+def timed(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """What a function returns, and its seconds."""
+    start = time.perf_counter()
+    return function(*args), time.perf_counter() - start
+
+
+def measure(settings: LinearProbeSettings, count: int) -> dict[str, Any]:
+    """Time and accuracy of both ways, an epoch a row; `count` epochs are measured through the network too."""
     accelerator, run = Accelerator(), Run(str(settings.source.source))
     files = run.kept_weights()
     epochs = list(files)
-    chosen = {epochs[round(i * (len(files) - 1) / max(timed - 1, 1))] for i in range(timed)}
+    chosen = {epochs[round(i * (len(files) - 1) / max(count - 1, 1))] for i in range(count)}
     config = data_config(settings.data, load_model(files[epochs[0]]).model)
     name, most = target_names(settings.target, settings.data)[0], (settings.target.max_train, settings.target.max_test)
     target = TransferSet(name, settings.data, settings.loader, config['input_size'][0], accelerator, most)
@@ -73,49 +78,44 @@ def measure(settings: LinearProbeSettings, timed: int) -> dict[str, Any]:
         list(images.batches('decode'))  # both ways start from decoded images
     rows = []
     for epoch, file in tqdm(files.items(), 'epochs'):
-        model, times = load_model(file).model, [time.perf_counter()]
-        train, test = (compute_features(model, images, accelerator) for images in splits)
-        times.append(time.perf_counter())
-        (ridge,) = probe('ridge', train, test, target.num_classes)
-        times.append(time.perf_counter())
-        last, best = probe('sgd', train, test, target.num_classes)
-        times.append(time.perf_counter())
-        names = ('features_s', 'ridge_s', 'sgd_on_features_s')
-        row = {'epoch': epoch, **{name: b - a for name, a, b in zip(names, times, times[1:])}}
-        row |= {'ridge': ridge['top1'], 'sgd_last': last['top1'], 'sgd_best': best['top1']}
+        model = load_model(file).model
+        train, train_s = timed(compute_features, model, splits[0], accelerator)
+        test, test_s = timed(compute_features, model, splits[1], accelerator)
+        (ridge,), ridge_s = timed(probe, 'ridge', train, test, target.num_classes)
+        (last, best), sgd_s = timed(probe, 'sgd', train, test, target.num_classes)
+        row = {'epoch': epoch, 'features_s': train_s + test_s, 'ridge_s': ridge_s, 'ridge': ridge['top1']}
+        row |= {'sgd_on_features_s': sgd_s, 'sgd_last': last['top1'], 'sgd_best': best['top1']}
         if epoch in chosen:
             torch.manual_seed(0)
-            curve = through_network(model, *splits, nn.Linear(train.features_ND.shape[1], target.num_classes))
-            seconds = time.perf_counter() - times[-1]
+            head = nn.Linear(train.features_ND.shape[1], target.num_classes)
+            curve, seconds = timed(through_network, model, *splits, head)
             row |= {'network_s': seconds, 'network_last': curve[-1], 'network_best': max(curve)}
         rows.append(row)
     return {'run': run.path.name, 'target': name, 'train': len(train), 'test': len(test), 'rows': rows}
 
 
 def report(results: dict[str, Any]) -> None:
-    """Print seconds, their ratio, and how the rankings agree."""
-    rows = results['rows']
-    seconds = statistics.median(row['features_s'] + row['ridge_s'] for row in rows)
-    print(f'{len(rows)} kept epochs, {results["train"]} training and {results["test"]} test images')
-    print(f'ridge on cached features: {seconds:.2f} s an epoch (median)')
+    """Print seconds of both ways, and how the rankings of epochs agree."""
+    rows: list[dict[str, Any]] = results['rows']
+    table: Table = {}
     for row in rows:
-        if 'network_s' in row:
-            ratio, gap = row['network_s'] / (row['features_s'] + row['ridge_s']), row['network_last'] - row['sgd_last']
-            print(f'epoch {row["epoch"]} through the network: {row["network_s"]:.1f} s, {ratio:.1f} times as long; '
-                  f'{gap:+.2f} points to the same protocol on cached features')  # fmt: skip
+        ridge, network = row['features_s'] + row['ridge_s'], row.get('network_s')
+        table[f'epoch {row["epoch"]}'] = {
+            'ridge, s': ridge,
+            'through the network, s': network,
+            'times as long': network and network / ridge,
+            'points above the same on features': network and row['network_last'] - row['sgd_last'],
+        }
+    show({f'{results["train"]} training and {results["test"]} test images': table})
     for name in ('sgd_last', 'sgd_best'):
         rank = spearmanr([row['ridge'] for row in rows], [row[name] for row in rows]).statistic
         print(f'Spearman of ridge with {name}: {rank:.3f}')
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(__doc__, settings=LinearProbeSettings, through_network=2)
     output = args.values.pop('output', '')
     results = measure(build(LinearProbeSettings, args.values), args.through_network)
     if output:
         Path(output).write_text(json.dumps(results, indent=1) + '\n')
     report(results)
-
-
-if __name__ == '__main__':
-    main()

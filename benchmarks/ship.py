@@ -40,7 +40,7 @@ def measure(command: str, name: str, *flags: str) -> list[dict[str, Any]]:
         return [json.loads(file.read_text()) for file in sorted(Path(folder).rglob('results.json'))]
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(__doc__, 'run', name='', source='hfds/CIFAR100', targets=['digits'], license='apache-2.0')
     file = catalog.SHIPPED.with_name('weights') / f'{args.name}.safetensors'
     tensors = load_file(Path(args.run) / 'last.safetensors').items()  # counters stay whole numbers
@@ -59,7 +59,3 @@ def main() -> None:
         rows.append({'dataset': Path(found['target']).name, 'metric': 'ridge probe top1', 'value': value})
     enter(replace(entry, results=rows))
     print(f'{args.name}: {file.stat().st_size / 2**20:.1f} MiB in {file}')
-
-
-if __name__ == '__main__':
-    main()

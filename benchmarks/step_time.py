@@ -12,12 +12,12 @@ round.
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Callable
 from itertools import cycle
 
 import timm
 import torch
-from harness import Step, Tables, finish, median_ratio, paired_seconds, read_flags
+from harness import finish, read_flags, timing_table
 from timm.task import ClassificationTask, TrainingTask
 
 from ctc_timm import CTCTask
@@ -25,7 +25,7 @@ from ctc_timm import CTCTask
 CLASSES = 100
 
 
-def train_step(task: TrainingTask, batches: list[tuple[torch.Tensor, ...]]) -> Step:
+def train_step(task: TrainingTask, batches: list[tuple[torch.Tensor, ...]]) -> Callable[[], None]:
     """A function that takes the next step of a task."""
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     source = cycle(batches)
@@ -40,7 +40,7 @@ def train_step(task: TrainingTask, batches: list[tuple[torch.Tensor, ...]]) -> S
     return step
 
 
-def steps_of(model: str, args: argparse.Namespace) -> dict[str, Step]:
+def steps_of(model: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """The kinds of step to compare, the supervised one first."""
     generator = torch.Generator().manual_seed(0)
     batches = []
@@ -65,29 +65,13 @@ def steps_of(model: str, args: argparse.Namespace) -> dict[str, Step]:
     return steps
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(
         __doc__, models=['cifar_resnet20', 'cifar_resnet18'], batch_size=64, instances=50_000, num_negatives=16_384,
         img_size=32, rounds=20, threads=0, output='', compare='',
     )  # fmt: skip
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    tables: Tables = {}
-    for model in args.models:
-        seconds = paired_seconds(steps_of(model, args), args.rounds, model, warmup=2)
-        tables[model] = {}
-        for kind, times in seconds.items():
-            ratios = [time / base for time, base in zip(times, seconds['supervised'], strict=True)]
-            low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-            tables[model][kind] = {
-                'over supervised': median_ratio(times, seconds['supervised']),
-                'lower quarter': low,
-                'upper quarter': high,
-                'ms': 1e3 * statistics.median(times),
-            }
+    tables = {model: timing_table(steps_of(model, args), args.rounds, model, warmup=2) for model in args.models}
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch_size}, '
           f'N = {args.instances:,}, K = {args.num_negatives:,}, {args.rounds} rounds')  # fmt: skip
     finish(tables, args)
-
-
-if __name__ == '__main__':
-    main()

@@ -9,23 +9,22 @@ epoch of each kind a round. Figures are medians over rounds, of ratios within a 
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import timm
 import torch
-from harness import Step, median_ratio, paired_seconds, read_flags, show
+from harness import Table, read_flags, show, timing_table
 from timm.task import ClassificationTask
 from torchvision.transforms import RandomCrop
 
-from ctc_timm.data import loaders
 from ctc_timm.data.cached import cache_split
 from ctc_timm.data.datasets import open_split
+from ctc_timm.data.loaders import StreamLoader, TrainLoader
 from ctc_timm.data.transforms import data_config
 from ctc_timm.training.build import build_trainer
 from ctc_timm.training.settings import TrainSettings
@@ -33,13 +32,12 @@ from ctc_timm.training.trainer import Trainer
 from ctc_timm.utils.settings import build, replace
 
 CPU = torch.device('cpu')
-Table = dict[str, dict[str, float]]
 
 
-def timms_loader(settings: TrainSettings, config: dict[str, Any]) -> Iterable:
-    """timm's training loader by the same settings, without indices and seeds."""
+def timms_loader(settings: TrainSettings, config: dict[str, Any]) -> StreamLoader:
+    """timm's own training loader by the same settings, without indices and seeds."""
     dataset, padding = open_split(settings.data, settings.data.train_split).dataset, settings.augmentation.crop_padding
-    loader = loaders._create_train_loader(dataset, settings.loader, settings.augmentation, config, CPU)
+    loader = StreamLoader(dataset, settings.loader, settings.augmentation, config, CPU)
     if padding:
         dataset.transform.transforms.insert(0, RandomCrop(config['input_size'][-2:], padding, pad_if_needed=True))
     return loader
@@ -52,19 +50,15 @@ def loading(settings: TrainSettings, config: dict[str, Any], rounds: int) -> Tab
     options = (settings.loader, settings.augmentation, config, CPU, settings.run.seed)
     kinds: dict[str, Iterable] = {
         "timm's loader": timms_loader(settings, config),
-        'this loader': loaders.TrainLoader(splits[0].dataset, *options),
-        'this loader, --cache-dataset': loaders.TrainLoader(cache_split(splits[1], quiet=True).dataset, *options),
+        'this loader': TrainLoader(splits[0].dataset, *options),
+        'this loader, --cache-dataset': TrainLoader(cache_split(splits[1], quiet=True).dataset, *options),
     }
-    steps: dict[str, Step] = {name: partial(deque, loader, maxlen=0) for name, loader in kinds.items()}
+    steps = {name: partial(deque, loader, maxlen=0) for name, loader in kinds.items()}
     threads, images = torch.get_num_threads(), settings.loader.batch_size * len(kinds['this loader'])
     torch.set_num_threads(1)  # as in a loader process; threads that wait for each other would count
-    seconds = paired_seconds(steps, rounds, 'loading', warmup=0, clock=time.process_time)
+    table = timing_table(steps, rounds, 'loading', warmup=0, clock=time.process_time)
     torch.set_num_threads(threads)
-    base = seconds['this loader']
-    return {
-        name: {'images/s': images / statistics.median(times), 'of this loader': median_ratio(base, times)}
-        for name, times in seconds.items()
-    }
+    return {name: row | {'images/s': 1e3 * images / row['ms']} for name, row in table.items()}
 
 
 def epoch_of(trainer: Trainer) -> None:
@@ -74,9 +68,9 @@ def epoch_of(trainer: Trainer) -> None:
 
 
 def training(settings: TrainSettings, config: dict[str, Any], rounds: int) -> Table:
-    """Seconds an epoch of supervised training, and throughput over that of timm's loader and task in a loop."""
+    """Time of an epoch of supervised training, over that of timm's loader and task in a loop."""
     with tempfile.TemporaryDirectory() as folder:
-        steps: dict[str, Step] = {}
+        steps: dict[str, Callable[[], None]] = {}
         for name, cached in (('this trainer', False), ('this trainer, --cache-dataset', True)):
             place = {'output': folder, 'experiment': name}
             trainer = build_trainer(replace(settings, mode='vanilla', cache_dataset=cached, **place))
@@ -87,26 +81,17 @@ def training(settings: TrainSettings, config: dict[str, Any], rounds: int) -> Ta
 
         def timms_epoch() -> None:
             task.train()
-            for images, targets in loader:
+            for images, targets, _ in loader:
                 task(images, targets)['loss'].backward()
                 sgd.step()
                 sgd.zero_grad()
 
-        seconds = paired_seconds({"timm's parts": timms_epoch, **steps}, rounds, 'training')
-    base = seconds["timm's parts"]
-    return {
-        name: {'s an epoch': statistics.median(times), 'throughput ratio': median_ratio(base, times)}
-        for name, times in seconds.items()
-    }
+        return timing_table({"timm's parts": timms_epoch, **steps}, rounds, 'training')
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(__doc__, settings=TrainSettings, rounds=5)
     settings, rounds = build(TrainSettings, args.values), args.rounds
     config = data_config(settings.data, timm.create_model(settings.model.model, num_classes=2))
     show({'Images a CPU second of one process': loading(settings, config, rounds)})
     show({'Supervised training': training(settings, config, rounds)})
-
-
-if __name__ == '__main__':
-    main()

@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import tradeoff_report
 from harness import Task, cpu_seconds, read_flags, work
+from tradeoff_report import redraw
 
 from ctc_timm.data.datasets import open_split
 from ctc_timm.measure.dynamics import Checkpoint, KeptRun
@@ -33,7 +32,7 @@ from ctc_timm.measure.settings import DynamicsSettings
 from ctc_timm.measure.transfer_sets import TransferSet
 from ctc_timm.models.loading import data_settings
 from ctc_timm.utils.distributed import create_accelerator
-from ctc_timm.utils.settings import build
+from ctc_timm.utils.settings import build, replace
 from ctc_timm.utils.yaml_files import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,17 +80,15 @@ def measure(path: Path, targets: list[str]) -> dict[str, Any]:
     store, data, loader = RowStore(run.dynamics / 'rows.jsonl'), settings.data, settings.loader
     sets = [TransferSet(name, data, loader, run.config['input_size'][0], accelerator) for name in targets]
     images = [target.images(run.config) for target in sets]
-    source = {name: value for name, value in data_settings(run).items() if name != 'workers'}
-    source_test = SplitImages(open_split(replace(data, **source), 'test'), loader, run.config, accelerator)
+    source_test = open_split(replace(data, **data_settings(run)), 'test')
+    source_images = SplitImages(source_test, loader, run.config, accelerator)
 
     def entry(epoch: int, full: bool) -> dict[str, Any]:
         probes, information = (PROBES, 'renyi') if full else (('ridge',), 'none')
         measures = replace(settings.measures, probes=probes, information=information)
-        checkpoint, names = (
-            Checkpoint(run, run.weights[epoch], measures, accelerator),
-            FEATURES if full else FEATURES[-1:],
-        )
-        source, transfer = checkpoint.measure(store, source_test if full else run.source), {}
+        checkpoint = Checkpoint(run, run.weights[epoch], measures, accelerator)
+        names = FEATURES if full else FEATURES[-1:]
+        source, transfer = checkpoint.measure(store, source_images if full else run.source), {}
         for target, (train, test) in zip(sets, images):
             measured = checkpoint.measure(store, test, target, train)
             found = {key.removesuffix('_top1'): value for key, value in measured.items() if key.endswith('_top1')}
@@ -109,19 +106,11 @@ def measure(path: Path, targets: list[str]) -> dict[str, Any]:
     return {'stage_change': run.change, 'trajectory': trajectory, 'ends': ends}
 
 
-class MeasuredRun(NamedTuple):
-    """A run whose numbers are there."""
-
-    method: str
-    seed: int
-    path: Path
-
-
-def measured_runs(folder: Path) -> list[MeasuredRun]:
-    """All measured runs, those of earlier calls too, in the order of `METHODS`."""
-    runs = [file.parent for file in folder.glob('*/tradeoff.json')]
-    found = [MeasuredRun(run.name.rpartition('-')[0], int(run.name.rpartition('-')[2]), run) for run in runs]
-    return sorted(found, key=lambda run: (list(METHODS).index(run.method), run.seed))
+def measured_runs(folder: Path) -> list[tuple[str, int, Path]]:
+    """Method, seed and folder of all measured runs, those of earlier calls too, in the order of `METHODS`."""
+    found = [(*file.parent.name.rsplit('-', 1), file.parent) for file in folder.glob('*/tradeoff.json')]
+    runs = [(method, int(seed), run) for method, seed, run in found]
+    return sorted(runs, key=lambda run: (list(METHODS).index(run[0]), run[1]))
 
 
 def collect(args: argparse.Namespace, folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -143,20 +132,16 @@ def collect(args: argparse.Namespace, folder: Path, recipe: dict[str, Any]) -> d
     }
 
 
-def main() -> None:
+if __name__ == '__main__':
     args = read_flags(
         __doc__, source='hfds/CIFAR100', targets=['digits'], recipe='tradeoff_small', methods=list(METHODS), seeds=3,
         jobs=os.cpu_count() or 1, output=Path('runs/tradeoff'), docs=ROOT / 'docs', measure='', redraw=False,
     )  # fmt: skip
     if args.measure:
         write_json(Path(args.measure) / 'tradeoff.json', measure(Path(args.measure), args.targets))
-        return
-    if not args.redraw:
+    elif not args.redraw:
         recipe, folder = read_recipe(args.recipe), args.output.resolve() / Path(args.recipe).stem
         for _ in work(plan(args, folder, recipe['epochs']), args.jobs):
             write_json(args.docs / 'results' / f'{folder.name}.json', collect(args, folder, recipe))
-    tradeoff_report.redraw(args.docs)
-
-
-if __name__ == '__main__':
-    main()
+    if not args.measure:
+        redraw(args.docs)

@@ -75,9 +75,12 @@ def test_sigterm_stops_all(tmp_path: Path) -> None:
 
 def test_timing_is_paired_and_memory_is_the_peak() -> None:
     order: list[str] = []
-    seconds = harness.paired_seconds({name: lambda name=name: order.append(name) for name in 'ab'}, 3, 'title')
-    assert order == list('ab' * 4) and [len(times) for times in seconds.values()] == [3, 3]
-    assert harness.median_ratio([1.0, 9.0, 4.0], [2.0, 3.0, 2.0]) == 2.0
+    seconds = iter([0, 1, 1, 3, 3, 4, 4, 8, 8, 10, 10, 12])  # a: 1, 1, 2; b: 2, 4, 2
+    steps = {name: lambda name=name: order.append(name) for name in 'ab'}
+    table = harness.timing_table(steps, 3, 'title', warmup=0, clock=lambda: next(seconds))
+    assert order == list('ababab')
+    assert table['a'] == {'ms': 1000, 'over the first': 1, 'from': 1, 'to': 1}
+    assert table['b'] == {'ms': 2000, 'over the first': 2, 'from': 1.5, 'to': 3}
     # two tensors of 2 MiB at a time, three in all
     assert harness.peak_memory(lambda: torch.ones(2**19).add(1).add(1)) == pytest.approx(4, rel=0.01)
 

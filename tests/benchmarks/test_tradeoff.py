@@ -25,20 +25,8 @@ from ctc_timm.utils.yaml_files import RECIPES
 DOCS = ROOT / 'docs'
 STORED = {**report.stored(DOCS), **report.stored(DOCS, 'dense')}
 RECIPE = """
-mode: ctc
-model: test_resnet
-train-split: train[:300]
-img-size: 16
-mean: [0.3, 0.3, 0.3]
-std: [0.4, 0.4, 0.4]
-batch-size: 50
-workers: 0
-epochs: 3
-temporal-start-epoch: 2
-lr: 0.01
-num-negatives: 32
-no-aug: true
-keep-every: 1
+{mode: ctc, model: test_resnet, train-split: 'train[:300]', img-size: 16, mean: 0.3, std: 0.4, batch-size: 50,
+workers: 0, epochs: 3, temporal-start-epoch: 2, lr: 0.01, num-negatives: 32, no-aug: true, keep-every: 1}
 """
 
 
