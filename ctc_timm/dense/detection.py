@@ -142,16 +142,17 @@ def create_detector(
         raise UserError(
             f"`detector_kwargs`: torchvision's {detector.__name__} has no {unknown}{nearest(unknown, known)}"
         )
-    last, channels, width = pyramid.strides[-1], pyramid.out_channels, settings.head_channels
-    names = [str(i) for i in range(len(pyramid.strides))]
-    if settings.detector == 'retinanet':
-        octaves = [(settings.anchor_scale or 4) * 2 ** (i / 3) for i in range(3)]
-        sizes = [[octave * stride for octave in octaves] for stride in (*pyramid.strides, 2 * last, 4 * last)]
-        options: dict[str, Any] = {'num_classes': num_classes + 1, 'anchor_generator': _anchors(sizes)}
+    dense = settings.detector == 'retinanet'
+    scale, steps = settings.anchor_scale or (4 if dense else 8), 3 if dense else 1
+    strides = [*pyramid.strides, *(pyramid.strides[-1] * factor for factor in ((2, 4) if dense else (2,)))]
+    sizes = tuple(tuple(scale * stride * 2 ** (i / 3) for i in range(steps)) for stride in strides)
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    names, channels, width = [str(i) for i in range(len(pyramid.strides))], pyramid.out_channels, settings.head_channels
+    if dense:
+        options: dict[str, Any] = {'num_classes': num_classes + 1, 'anchor_generator': anchors}
     else:
-        sizes = [[(settings.anchor_scale or 8) * stride] for stride in (*pyramid.strides, 2 * last)]
         options = {
-            'rpn_anchor_generator': _anchors(sizes),
+            'rpn_anchor_generator': anchors,
             'box_roi_pool': MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
             'box_head': TwoMLPHead(channels * 7 * 7, width),
             'box_predictor': FastRCNNPredictor(width, num_classes + 1),
@@ -169,7 +170,3 @@ def create_detector(
         return detector(pyramid, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f'`detector_kwargs`: {one_line(error)}') from None
-
-
-def _anchors(sizes: list[list[float]]) -> AnchorGenerator:
-    return AnchorGenerator(tuple(map(tuple, sizes)), ((0.5, 1.0, 2.0),) * len(sizes))

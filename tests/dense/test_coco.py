@@ -161,43 +161,6 @@ def test_a_shifted_box_counts_up_to_its_overlap(split: CocoSplit) -> None:
     assert (metrics['box_ap50'], metrics['box_ap75']) == pytest.approx((1.0, 0.5))
 
 
-def brute_force_ap50(split: CocoSplit, rows: list[dict[str, Any]], category: int) -> float:
-    """Average precision at IoU 0.5, written out: match greedily by score, then 101 points of the upper envelope."""
-    objects = [(o['image_id'], o['bbox']) for o in split.coco.anns.values() if o['category_id'] == category]
-    taken: set[int] = set()
-    hits = []
-    for row in sorted((r for r in rows if r['category_id'] == category), key=lambda r: -r['score']):
-        best, chosen = 0.5, -1
-        for n, (image, (x, y, w, h)) in enumerate(objects):
-            if image != row['image_id'] or n in taken:
-                continue
-            a, b, c, d = row['bbox']
-            inner = max(0, min(x + w, a + c) - max(x, a)) * max(0, min(y + h, b + d) - max(y, b))
-            iou = inner / (w * h + c * d - inner)
-            if iou >= best:
-                best, chosen = iou, n
-        hits.append(chosen >= 0)
-        taken.add(chosen)
-    precision = [sum(hits[:n]) / n for n in range(1, len(hits) + 1)]
-    recall = [sum(hits[:n]) / len(objects) for n in range(1, len(hits) + 1)]
-    points = [max((p for p, r in zip(precision, recall) if r >= i / 100 - 1e-9), default=0) for i in range(101)]
-    return sum(points) / 101
-
-
-@pytest.mark.parametrize('seed', range(4))
-def test_brute_force(split: CocoSplit, seed: int) -> None:
-    """Shaken boxes, false ones and doubles, with scores that all differ."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for row in perfect(split) * 2:
-        box = (np.asarray(row['bbox']) + rng.normal(0, 2.5, 4)).clip(1).tolist()
-        category = int(rng.choice([3, 11])) if rng.random() < 0.2 else row['category_id']
-        rows.append({**row, 'bbox': box, 'category_id': category, 'score': float(rng.random())})
-    expected = [brute_force_ap50(split, rows, category) for category in (3, 11)]
-    assert 0 < expected[0] < 1
-    assert evaluate_results(split, rows)['box_ap50'] == pytest.approx(np.mean(expected), abs=1e-9)
-
-
 def test_crowds_are_neither_missed_nor_false(tmp_path: Path) -> None:
     """A crowd that is not found costs nothing, and detections within it neither."""
     crowded = content()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,21 +182,15 @@ def test_the_score_is_that_of_the_annotations_file(data: Path, tmp_path: Path, m
     )
 
 
-class _InProcesses:
-    """A function of (rank, world) that can be sent to other processes."""
-
-    def __init__(self, data: Path, folder: Path) -> None:
-        self.words = {**SCRATCH, **SMALL, 'data_dir': data, 'output': folder, 'experiment': 'two'}
-
-    def __call__(self, rank: int, world: int) -> Any:
-        forget_processes()
-        return str(ctc_timm.detect(**self.words).path)
+def detect_in_process(words: dict[str, Any], rank: int, world: int) -> str:
+    forget_processes()
+    return str(ctc_timm.detect(**words))
 
 
 def test_processes_share_the_evaluation(data: Path, tmp_path: Path) -> None:
     """Two processes get the numbers that one process gets from the weights that they leave."""
-    first, second = run_processes(_InProcesses(data, tmp_path), 2, tmp_path)
-    assert first == second == str(tmp_path / 'two')
+    words = {**SCRATCH, **SMALL, 'data_dir': data, 'output': tmp_path, 'experiment': 'two'}
+    assert run_processes(partial(detect_in_process, words), 2, tmp_path) == [str(tmp_path / 'two')] * 2
     forget_processes()
     settings = build(DetectSettings, {**SCRATCH, **SMALL})
     pyramid = open_pyramid(settings.source, settings.backbone, 32, extra_levels('fasterrcnn', 16))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import VOCSegmentation
 
@@ -73,32 +73,15 @@ def test_semantic_masks_are_the_instances(folder: Path) -> None:
 
 
 def test_no_validation_digit_in_training_scenes() -> None:
-    """Every mask is that of a digit of its own split, enlarged, and of no digit of the other."""
+    """Each split paints scikit-learn's digits of its own part of a stratified split, and photographs of its own."""
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    parts = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-
-    def gives(part: int, digit: int, mask: np.ndarray) -> bool:
-        """Whether some digit of the part gives this mask at some size."""
-        for pixels in parts[part][parts[part + 2] == digit]:
-            rough = (pixels >= 110).any(1).sum()
-            for high in range(max(8, round(mask.shape[0] * 8 / (rough + 1))), 50):
-                if high * (rough - 1) / 8 > mask.shape[0] + 1:
-                    break
-                for wide in range(max(8, round(0.8 * high)), round(1.2 * high) + 1):
-                    ink = np.asarray(Image.fromarray(pixels).resize((wide, high), Image.Resampling.BICUBIC)) >= 110
-                    if np.array_equal(cut(ink), mask):
-                        return True
-        return False
-
-    def cut(mask: np.ndarray) -> np.ndarray:
-        y, x = np.nonzero(mask)
-        return mask[y.min() : y.max() + 1, x.min() : x.max() + 1]
-
-    for part, split in enumerate(('train', 'val')):
-        scene = scenes.compose(split, 3, SIZE)
-        mask, digit = cut(scene.masks[0]), scene.digits[0]
-        assert gives(part, digit, mask) and not gives(1 - part, digit, mask)
+    parts = train_test_split(images, test_size=0.2, stratify=digits.target, random_state=0)
+    for part, split in zip(parts, ('train', 'val')):
+        assert np.array_equal(scenes._sources(split)[0].images, part)
+    whole = [pixels.shape[1] for pixels in load_sample_images().images]
+    widths = [[photograph.width for photograph in scenes._sources(split)[1]] for split in ('train', 'val')]
+    assert [sum(pair) for pair in zip(*widths)] == whole
 
 
 def test_a_seed_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:

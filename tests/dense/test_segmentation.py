@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +199,15 @@ def test_masks_are_measured_at_their_own_size(tmp_path: Path) -> None:
     assert 0 <= evaluated(model)['miou'] <= 1
 
 
-class _InProcesses:
-    """A function of (rank, world) that can be sent to other processes."""
-
-    def __init__(self, data: Path, folder: Path) -> None:
-        self.words = {**SCRATCH, **SMALL, 'data_dir': data, 'output': folder, 'experiment': 'two'}
-
-    def __call__(self, rank: int, world: int) -> Any:
-        forget_processes()
-        return str(ctc_timm.segment(**self.words).path)
+def segment_in_process(words: dict[str, Any], rank: int, world: int) -> str:
+    forget_processes()
+    return str(ctc_timm.segment(**words))
 
 
 def test_processes_share_the_evaluation(data: Path, tmp_path: Path) -> None:
     """Two processes get the numbers that one process gets from the weights that they leave."""
-    assert run_processes(_InProcesses(data, tmp_path), 2, tmp_path) == [str(tmp_path / 'two')] * 2
+    words = {**SCRATCH, **SMALL, 'data_dir': data, 'output': tmp_path, 'experiment': 'two'}
+    assert run_processes(partial(segment_in_process, words), 2, tmp_path) == [str(tmp_path / 'two')] * 2
     forget_processes()
     model, mean = trained(tmp_path / 'two')
     metrics = json.loads((tmp_path / 'two' / 'results.json').read_text())['metrics']
@@ -224,14 +220,6 @@ def test_a_killed_run_goes_on_with_no_flag_typed_again(
     """Exit code 75; then the same bits as without the stop, from the run's own arguments."""
     words = [*_WORDS.split(), '--data-dir', str(data)]
     stop_and_go_on(script, 'transfer/segment.py', words, tmp_path, SegmentationTask, 'run_batch')
-
-
-def test_ade_with_its_zero_left_out(tmp_path: Path) -> None:
-    """Three classes of the values 1, 2, 3."""
-    words = {**SCRATCH, **SMALL, 'epochs': 1, 'reduce_zero_label': True}
-    run = ctc_timm.segment(**words, data_dir=write_ade(tmp_path / 'ade'), output=tmp_path / 'runs')
-    results = json.loads((run.path / 'results.json').read_text())
-    assert results['classes'] == ['0', '1', '2'] and results['images'] == {'train': 4, 'val': 2}
 
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -255,13 +243,13 @@ def test_mistakes(data: Path, tmp_path: Path, words: dict[str, Any], message: st
     assert not (tmp_path / 'runs').exists()
 
 
-def test_runs_are_not_mixed_up(data: Path, tmp_path: Path) -> None:
-    """A folder that holds a run is left alone, and a state goes on with its own backbone only."""
-    words = {**SCRATCH, **SMALL, 'epochs': 1, 'data_dir': data, 'output': tmp_path, 'experiment': 'one'}
-    run = ctc_timm.segment(**words)
+def test_ade_and_its_resume(tmp_path: Path) -> None:
+    """Three classes of the values 1, 2, 3; a state goes on with its own backbone only."""
+    words = {**SCRATCH, **SMALL, 'epochs': 1, 'reduce_zero_label': True}
+    run = ctc_timm.segment(**words, data_dir=write_ade(tmp_path / 'ade'), output=tmp_path / 'runs')
+    results = json.loads((run.path / 'results.json').read_text())
+    assert results['classes'] == ['0', '1', '2'] and results['images'] == {'train': 4, 'val': 2}
     forget_processes()
-    with pytest.raises(UserError, match="holds a run already; continue it with `resume='auto'`"):
-        ctc_timm.segment(**words)
     with pytest.raises(UserError, match="was saved with body 'cifar_resnet20', this run has 'test_convnext'"):
         ctc_timm.segment(resume=str(run), model='test_convnext')
 
