@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -117,7 +117,43 @@ class RefreshLoader:
             yield images, rows_B3[:, 0], rows_B3[:, 1]
 
 
-class TrainLoader:
+class EpochLoader:
+    """Batches of a dataset whose items go by (epoch, index), in an order that is a function of seed and epoch.
+
+    Raises:
+        UserError: Fewer images than one global batch.
+    """
+
+    def __init__(
+        self, dataset: Any, loader: LoaderSettings, seed: int, rank: int, world_size: int, collate: Callable[..., Any]
+    ) -> None:
+        count, workers = len(dataset), worker_count(loader.workers)
+        self.batches = EpochBatches(count, loader.batch_size, seed, rank, world_size)
+        if not len(self.batches):
+            raise UserError(
+                f'`batch_size` {loader.batch_size} times {world_size} process(es) is more than the {count} training '
+                f'images; use at most {max(1, count // world_size)}'
+            )
+        self.loader: Any = DataLoader(
+            dataset,
+            batch_sampler=self.batches,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=loader.pin_mem,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # workers' seeds must not draw from the state that dropout draws from
+        )
+        self.unreadable: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Set the epoch of the next iteration, and the batch at which it begins."""
+        self.batches.epoch, self.batches.first = epoch, first_batch
+
+
+class TrainLoader(EpochLoader):
     """Batches of (images, targets, index) on the device, in an order that is a function of seed and epoch.
 
     Args:
@@ -155,23 +191,8 @@ class TrainLoader:
         self._indexed.transform = (
             dataset.faster_transform(transform) if isinstance(dataset, CachedDataset) else transform
         )
-        self.batches = EpochBatches(len(self._indexed), loader.batch_size, seed, rank, world_size)
-        if not len(self.batches):
-            raise UserError(
-                f'`batch_size` {loader.batch_size} times {world_size} process(es) is more than the '
-                f'{len(self._indexed)} training images; use at most {max(1, len(self._indexed) // world_size)}'
-            )
-        workers = worker_count(loader.workers)
-        batches = DataLoader(
-            self._indexed,
-            batch_sampler=self.batches,
-            num_workers=workers,
-            collate_fn=fast_collate,
-            pin_memory=loader.pin_mem,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # workers' seeds must not draw from the state that dropout draws from
-        )
-        self._loader = PrefetchLoader(batches, config['mean'], config['std'], config['input_size'][0], device)
+        super().__init__(self._indexed, loader, seed, rank, world_size, fast_collate)
+        self.loader = PrefetchLoader(self.loader, config['mean'], config['std'], config['input_size'][0], device)
         self._erasing: RandomErasing | None = None
         if augmentation.reprob > 0 and not augmentation.no_aug:
             self._erasing = RandomErasing(
@@ -181,26 +202,18 @@ class TrainLoader:
                 device=device if device.type == 'cuda' else 'cpu',  # whose random state can be restored
             )
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.unreadable: list[str] = []
 
     @property
     def skipped(self) -> int:
         """Number of unreadable images so far, replaced by the next. Waits for the device."""
         return int(self._skipped)
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Set the epoch of the next iteration, and the batch at which it begins."""
-        self.batches.epoch, self.batches.first = epoch, first_batch
-
     def image_names(self, batch: tuple[Any, ...]) -> list[str]:
         """Names of a batch's images."""
         return [self._indexed.name(index) for index in batch[2].tolist()]
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for (images, rows_B3), keys in zip(fetch_batches(self._loader), self.batches):
+        for (images, rows_B3), keys in zip(fetch_batches(self.loader), self.batches):
             if self._erasing is not None:
                 erase(self._erasing, images, keys, self.batches.seed)
             targets_B, index_B, requested_B = rows_B3.unbind(dim=1)

@@ -17,15 +17,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 from torchvision.tv_tensors import Image, Mask
 
 from ..data.decoding import read_image, translate_errors
-from ..data.indexed import EpochBatches, random_state_kept, seed_transforms
+from ..data.indexed import random_state_kept, seed_transforms
+from ..data.loaders import EpochLoader
 from ..data.settings import LoaderSettings
-from ..data.transforms import worker_count
 from ..utils.errors import UserError, one_line
 from .settings import CanvasSettings
 
@@ -80,6 +80,9 @@ class Transformed(Dataset):
     def __init__(self, dataset: Any, transform: Transform, seed: int | None = None) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
     def __getitem__(self, key: Any) -> Any:
         if self.seed is None:
             return self.transform(*self.dataset[key])
@@ -93,38 +96,18 @@ def collate(items: list[tuple[Tensor, dict[str, Any]]]) -> Batch:
     return [image for image, _ in items], [target for _, target in items]
 
 
-def create_loader(dataset: Dataset, settings: LoaderSettings, **options: Any) -> Any:
-    """Make PyTorch's loader of batches; `options` say which."""
-    options |= {'num_workers': worker_count(settings.workers), 'pin_memory': settings.pin_mem, 'collate_fn': collate}
-    # Workers' seeds must not draw from the state that the model draws from.
-    return DataLoader(dataset, generator=torch.Generator(), **options)
-
-
-class TrainLoader:
-    """Training batches on the device, in an order that is a function of (seed, epoch), see `utils.tasks.Loader`."""
+class TrainLoader(EpochLoader):
+    """Training batches on the device, see `utils.tasks.Loader`."""
 
     skipped = None  # an unreadable image ends the run
 
     def __init__(
         self, dataset: Any, transform: Transform, settings: LoaderSettings, seed: int, accelerator: Accelerator
     ) -> None:
-        count, size, world = len(dataset), settings.batch_size, accelerator.num_processes
-        if count < size * world:
-            raise UserError(
-                f'`batch_size` {size} times {world} process(es) is more than the {count} training images; use at most '
-                f'{max(1, count // world)}'
-            )
-        self.device, self.unreadable = accelerator.device, list[str]()
-        self.batches = EpochBatches(count, size, seed, accelerator.process_index, world)
-        options = {'batch_sampler': self.batches, 'persistent_workers': worker_count(settings.workers) > 0}
-        self.loader = create_loader(Transformed(dataset, transform, seed), settings, **options)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and the batch of it to begin at."""
-        self.batches.epoch, self.batches.first = epoch, first_batch
+        images = Transformed(dataset, transform, seed)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        super().__init__(images, settings, seed, rank, world_size, collate)
+        self.device = accelerator.device
 
     def __iter__(self) -> Iterator[Batch]:
         with translate_errors():

@@ -122,13 +122,16 @@ def open_masks(
 
 
 def _layout(root: Path, wanted: str) -> str:
-    voc, ade = (root / 'ImageSets' / 'Segmentation').is_dir(), (root / 'images').is_dir()
     if not root.is_dir():
         raise UserError(f'`data_dir` {root}: no such folder')
-    if wanted == 'auto' and voc == ade:
-        what = 'the layouts of both' if voc else 'neither ImageSets/Segmentation/ nor images/training/, the layouts'
-        raise UserError(f"`data_dir` {root}: holds {what} of VOC and ADE; see `layout='voc'` and `layout='ade'`")
-    return wanted if wanted != 'auto' else 'voc' if voc else 'ade'
+    marks = {'voc': root / 'ImageSets' / 'Segmentation', 'ade': root / 'images'}
+    found = [layout for layout, mark in marks.items() if mark.is_dir()] if wanted == 'auto' else [wanted]
+    if len(found) != 1:
+        what = 'both' if found else 'none'
+        raise UserError(
+            f"`data_dir` {root}: holds {what} of ImageSets/Segmentation/, `layout='voc'`, and images/, 'ade'"
+        )
+    return found[0]
 
 
 def _pairs(root: Path, layout: str, split: str) -> list[tuple[Path, Path]]:

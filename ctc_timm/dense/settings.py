@@ -40,9 +40,7 @@ class DetectorSettings:
     """torchvision's detectors."""
 
     detector: Literal['fasterrcnn', 'maskrcnn', 'retinanet'] = setting('fasterrcnn', 'maskrcnn measures masks too')
-    anchor_scale: float | None = setting(
-        None, "anchors' size over their level's stride; 8, of retinanet 4, when not given", above=0, metavar='X'
-    )
+    anchor_scale: float | None = setting(None, 'anchors over their stride; 8, retinanet 4', above=0, metavar='X')
     head_channels: int = setting(1024, "of R-CNN's box head", low=1, high=65536, metavar='N')
     detector_kwargs: dict[str, Any] = setting({}, "more for torchvision's class", metavar='KEY=VALUE')
     drawn_images: int = setting(6, 'in the picture of detections', low=1, metavar='N')

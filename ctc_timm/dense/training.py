@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from ..data.decoding import translate_errors
 from ..data.settings import LoaderSettings
+from ..data.transforms import worker_count
 from ..measure.plots.style import Figure, plt
 from ..measure.results import write_json
 from ..models.creation import checkpoint_gradients, prepare_model
@@ -28,7 +29,7 @@ from ..training.checkpoints import locate_run
 from ..utils.progress import clock, progress_bar
 from ..utils.settings import replace
 from ..utils.tasks import TrainerTask
-from .loading import FitCanvas, TrainLoader, Transformed, create_loader, train_transform
+from .loading import FitCanvas, TrainLoader, Transformed, collate, train_transform
 from .pyramid import Pyramid
 from .scenes import default_scenes
 from .settings import DenseSettings
@@ -62,12 +63,17 @@ class DenseEvaluator:
         """The model's output for each image with its target; of this process's share where no indices are given."""
         if indices is None:
             indices = range(len(self.split))[self.accelerator.process_index :: self.accelerator.num_processes]
-        images = Subset(Transformed(self.split, self.transform), indices)
-        size = self.loader.validation_batch_size or self.loader.batch_size
+        batches: Any = DataLoader(
+            Subset(Transformed(self.split, self.transform), indices),
+            batch_size=self.loader.validation_batch_size or self.loader.batch_size,
+            num_workers=worker_count(self.loader.workers),
+            collate_fn=collate,
+            pin_memory=self.loader.pin_mem,
+            generator=torch.Generator(),  # workers' seeds must not draw from the state that the model draws from
+        )
         model.eval()
         with translate_errors():
-            batches = progress_bar(create_loader(images, self.loader, batch_size=size), 'validation', self.accelerator)
-            for batch, targets in batches:
+            for batch, targets in progress_bar(batches, 'validation', self.accelerator):
                 with self.accelerator.autocast():
                     outputs = model([image.to(self.accelerator.device) for image in batch])
                 yield from zip(outputs, targets)
@@ -110,17 +116,9 @@ def train_dense(
     results: Mapping[str, Any],
     drawn_images: int,
 ) -> Run:
-    """Train a task, or what is left of its run, and write results.json and pictures.
+    """Train a task on the training split, or what is left of its run, and write results.json and pictures.
 
-    Args:
-        settings: All of them.
-        task: Of a new model on the pyramid.
-        pyramid: The pyramid.
-        train: Training split.
-        evaluator: A `DenseEvaluator` on the validation split.
-        facts: What a state must agree on with the run that continues it.
-        results: More for results.json.
-        drawn_images: Of the validation split.
+    `facts` is what a state must agree on with the run that continues it, `results` more for results.json.
     """
     accelerator, val, model = evaluator.accelerator, evaluator.split, task.eval_model
     run, point = locate_run(settings)

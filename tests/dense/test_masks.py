@@ -95,9 +95,9 @@ CASES: list[tuple[str, Callable[[Path], object], str]] = [
     ('ImageSets/Segmentation/val.txt', Path.unlink, 'val.txt: not a list of names'),
     ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('\n'), "split 'val' has no images"),
     ('ImageSets/Segmentation/val.txt', lambda path: path.write_text('../JPEGImages/val0\n'), 'is not there'),
-    ('ImageSets/Segmentation', shutil.rmtree, 'neither ImageSets/Segmentation/ nor images/training/'),
+    ('ImageSets/Segmentation', shutil.rmtree, 'holds none of ImageSets/Segmentation/'),
     ('classes.txt', lambda path: path.write_text('a\nb\na\n'), 'classes.txt: must name 2 to 255 classes, each once'),
-    ('images', Path.mkdir, "holds the layouts of both of VOC and ADE; see `layout='voc'`"),
+    ('images', Path.mkdir, "holds both of ImageSets/Segmentation/, `layout='voc'`, and images/, 'ade'"),
 ]
 
 
