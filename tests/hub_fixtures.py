@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from hub_server import Blob, Hub, Repo
 
 
 @pytest.fixture(scope='session')
-def forker() -> Iterator[subprocess.Popen]:
+def forker():
     """The process that forks clients."""
     process = start_forker()
     yield process
@@ -22,7 +20,7 @@ def forker() -> Iterator[subprocess.Popen]:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub():
     """An empty Hub."""
     with Hub() as server:
         yield server
@@ -30,14 +28,14 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def client(forker: subprocess.Popen, hub: Hub, tmp_path: Path) -> Client:
+def client(forker, hub, tmp_path):
     """Processes that know only this Hub, with an empty cache, logged in as alice."""
     (tmp_path / 'client').mkdir()
     return Client(forker, tmp_path / 'client', hub_environment(hub, tmp_path / 'cache', ALICE))
 
 
 @pytest.fixture
-def anyone(client: Client) -> Callable[..., Client]:
+def anyone(client):
     """Others: who they are by their token, and what is theirs."""
 
     def make(token: str = '', cache: str = 'cache', **env: str) -> Client:
@@ -48,7 +46,7 @@ def anyone(client: Client) -> Callable[..., Client]:
 
 
 @pytest.fixture(scope='session')
-def trained(forker: subprocess.Popen, tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(forker, tiny, tmp_path_factory):
     """A run of both stages on digits, with twelve classes of which two never occur, and its validation."""
     folder = tmp_path_factory.mktemp('trained')
     client = Client(forker, folder, {'HF_HUB_OFFLINE': '1'})
@@ -61,13 +59,13 @@ def trained(forker: subprocess.Popen, tiny: list[str], tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
+def run(trained, tmp_path):
     """A copy of the run that a test may change."""
     return Path(shutil.copytree(trained, tmp_path / 'runs' / 'mine'))
 
 
 @pytest.fixture(scope='session')
-def export(forker: subprocess.Popen, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Blob]:
+def export(forker, trained, tmp_path_factory):
     """The files of that run's repo, as `ctc-timm publish` makes them."""
     client = Client(forker, tmp_path_factory.mktemp('export'), {'HF_HUB_OFFLINE': '1'})
     done = client.command('publish', str(trained), '--repo-id', 'alice/test_resnet_ctc.digits', '--dry-run')
@@ -79,7 +77,7 @@ def export(forker: subprocess.Popen, trained: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def shelve(hub: Hub, export: dict[str, Blob]) -> Callable[..., Repo]:
+def shelve(hub, export):
     """Put that run into a repo, with files of one's own in place of some."""
 
     def make(repo_id: str, files: dict[str, Blob | None] | None = None, private: bool = False) -> Repo:

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,12 @@ DRY_RUN = 'publish'  # folder in the run
 
 @dataclass(frozen=True)
 class Published:
-    """Where a run was published.
-
-    Attributes:
-        url: Of the commit, or the folder of a dry run.
-        load: The line that loads exactly this, whatever is committed later.
-        pull_request: Its URL, or empty.
-        notes: What was left out, and why.
-    """
+    """Where a run was published: URL of the commit or folder of a dry run, and the line that loads exactly this."""
 
     url: str
     load: str
-    pull_request: str = ''
-    notes: list[str] = field(default_factory=list)
+    pull_request: str  # its URL, or empty
+    notes: list[str]  # what was left out, and why
 
     def report(self) -> str:
         """Lines for people; the commit's URL and the pinned line to load it come last."""
@@ -91,15 +84,13 @@ def push(
     _check(repo_id, revision, tags, license)
     hidden = Private()
     details = summarize(run, hidden)
-    if dry_run:
-        folder = details.path / DRY_RUN
+    with tempfile.TemporaryDirectory(prefix='ctc-timm-') as temporary:
+        folder = details.path / DRY_RUN if dry_run else Path(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         _write_folder(details, folder, repo_id, license, tags, hidden)
-        return Published(str(folder), _load_line(details, f'local-dir:{folder}'), notes=details.notes)
-    with tempfile.TemporaryDirectory(prefix='ctc-timm-') as temporary:
-        _write_folder(details, Path(temporary), repo_id, license, tags, hidden)
-        title = f'Publish {details.architecture}, by ctc-timm'
-        info = _upload(Path(temporary), repo_id, private, revision, create_pr, title)
+        if dry_run:
+            return Published(str(folder), _load_line(details, f'local-dir:{folder}'), '', details.notes)
+        info = _upload(folder, repo_id, private, revision, create_pr, f'Publish {details.architecture}, by ctc-timm')
     load = _load_line(details, f'hf-hub:{repo_id}@{info.oid}')
     return Published(str(info.commit_url), load, str(info.pr_url or ''), details.notes)
 
@@ -193,10 +184,10 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str, cre
 def _check(repo_id: str, revision: str = '', tags: Sequence[str] = (), license: str = 'other') -> None:
     if not is_repo_id(repo_id):
         raise UserError(f'`repo_id` {repo_id!r}: must be USER/NAME, of letters, digits, dots, dashes and underscores')
-    if revision and (not re.fullmatch(r'[\w][\w./-]{0,199}', revision) or '..' in revision):
+    if not re.fullmatch(r'(\w(?!.*\.\.)[\w./-]{0,199})?', revision):
         raise UserError(f'`revision` {revision!r}: must be the name of a branch')
     for tag in tags:
-        if not re.fullmatch(r'[\w][\w .:/+-]{0,63}', tag):
+        if not re.fullmatch(r'\w[\w .:/+-]{0,63}', tag):
             raise UserError(f'`tags` {tag!r}: must be short texts of letters, digits, spaces and . : / + -')
     if not re.fullmatch(r'[a-z0-9][a-z0-9.+-]{0,63}', license):
         raise UserError(f'`license` {license!r}: must be an identifier of the Hub such as apache-2.0, mit or other')

@@ -99,15 +99,11 @@ class CifarShuffleNetV2(EfficientNet):
     """ShuffleNetV2 for 32x32 images: torchvision's blocks between EfficientNet's stem and head.
 
     timm has no ShuffleNet, but an EfficientNet has the same skeleton (stem, stages of blocks, 1x1 convolution, pooled
-    linear head), so all of its methods serve; only what they run over is built here. The first block of a stage halves
-    the map; `channels` are those of the stem and of each stage.
+    linear head), so all of its methods serve; only what they run over is built here.
     """
 
     def __init__(
         self,
-        layers: tuple[int, ...] = (4, 8, 4),
-        channels: tuple[int, ...] = (24, 116, 232, 464),
-        num_features: int = 1024,
         num_classes: int = 100,
         in_chans: int = 3,
         drop_rate: float = 0.0,
@@ -117,27 +113,23 @@ class CifarShuffleNetV2(EfficientNet):
     ) -> None:
         nn.Module.__init__(self)  # not the parent's: it would build EfficientNet's blocks
         norm_act = get_norm_act_layer(nn.BatchNorm2d, nn.ReLU)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
-        self.grad_checkpointing = False
+        self.num_classes, self.num_features, self.in_chans = num_classes, 1024, in_chans
+        self.drop_rate, self.grad_checkpointing = drop_rate, False
 
-        self.conv_stem = create_conv2d(in_chans, channels[0], 1)
-        self.bn1 = norm_act(channels[0], inplace=True)
+        self.conv_stem = create_conv2d(in_chans, 24, 1)
+        self.bn1 = norm_act(24, inplace=True)
         self.blocks = nn.Sequential()
-        self.feature_info = [dict(module='bn1', num_chs=channels[0], stage=0, reduction=1)]
-        for i, (depth, before, after) in enumerate(zip(layers, channels, channels[1:])):
-            first = InvertedResidual(before, after, stride=2)
-            rest = [InvertedResidual(after, after, stride=1) for _ in range(depth - 1)]
-            self.blocks.append(nn.Sequential(first, *rest))
+        self.feature_info = [dict(module='bn1', num_chs=24, stage=0, reduction=1)]
+        for i, (depth, before, after) in enumerate(((4, 24, 116), (8, 116, 232), (4, 232, 464))):
+            first = InvertedResidual(before, after, stride=2)  # halves the map
+            self.blocks.append(nn.Sequential(first, *(InvertedResidual(after, after, 1) for _ in range(depth - 1))))
             self.feature_info.append(dict(module=f'blocks.{i}', num_chs=after, stage=i + 1, reduction=2 ** (i + 1)))
         self.stage_ends = [info['stage'] for info in self.feature_info]
 
-        self.conv_head = create_conv2d(channels[-1], num_features, 1)
-        self.bn2 = norm_act(num_features, inplace=True)
-        self.num_features = num_features
-        self.global_pool, self.classifier = create_classifier(num_features, num_classes, global_pool)
-        self.head_hidden_size = num_features * self.global_pool.feat_mult()
+        self.conv_head = create_conv2d(464, self.num_features, 1)
+        self.bn2 = norm_act(self.num_features, inplace=True)
+        self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, global_pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
         efficientnet_init_weights(self)
         self.to(device=device, dtype=dtype)  # torchvision's blocks don't take these two
 

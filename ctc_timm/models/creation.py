@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
@@ -40,7 +41,8 @@ def create_model(model: ModelSettings, built: ArchitectureSettings, data: DataSe
     except Exception as error:  # of timm, torch and huggingface_hub, about weights and configs of other people
         raise UserError(f'`model` {name}: {one_line(error)}') from None
     if model.initial_checkpoint:
-        load_weights(created, model.initial_checkpoint, 'initial_checkpoint')
+        file = Path(model.initial_checkpoint)
+        load_weights(created, file, f'`initial_checkpoint` {file}')
     if not has_classification_head(created):
         raise UserError(f'`model` {name}: has no classification head to train; choose a model with one')
     return created

@@ -101,21 +101,25 @@ def load_model(
     return LoadedModel(model.eval(), file_name(source), source)
 
 
-def load_weights(model: Any, path: str | os.PathLike, setting: str) -> None:
-    """Load all of a weights file into a model.
+def load_weights(model: Any, file: Path, where: str) -> None:
+    """Load all of a weights file into a model: safetensors, or a checkpoint that loads with `weights_only=True`.
 
     Args:
         model: Of the same architecture.
-        path: Safetensors, or a checkpoint that loads with `weights_only=True`.
-        setting: That names the file, for messages.
+        file: The weights.
+        where: For messages: the setting that names the file, and the file.
 
     Raises:
         UserError: No such file, not a weights file, or weights of another architecture.
     """
-    file = Path(path)
     if not file.is_file():
-        raise UserError(f'`{setting}` {path}: no such file')
-    _load(model, file, f'`{setting}` {path}', architecture_of(model))
+        raise UserError(f'{where}: no such file')
+    try:
+        if file.suffix == '.safetensors':
+            check_hash(file)
+        timm.models.load_checkpoint(model, str(file), weights_only=True)
+    except Exception as error:  # of any format
+        raise UserError(f'{where}: not weights of {architecture_of(model)}: {one_line(error)}') from None
 
 
 def run_of(source: str | os.PathLike) -> Path | None:
@@ -163,15 +167,6 @@ def _load_file(weights: Path, where: str, architecture: str, options: dict[str, 
         model = timm.create_model(architecture, **{**arguments, **options})
     except Exception as error:  # of any architecture
         raise UserError(f'{where}: not weights of {architecture}: {one_line(error)}') from None
-    _load(model, weights, where, architecture)
+    load_weights(model, weights, where)
     name = file_name(f'{run.name}-{weights.stem}' if run is not None else weights.stem)
     return LoadedModel(model.eval(), name, str(weights), run)
-
-
-def _load(model: Any, weights: Path, where: str, architecture: str) -> None:
-    try:
-        if weights.suffix == '.safetensors':
-            check_hash(weights)
-        timm.models.load_checkpoint(model, str(weights), weights_only=True)
-    except Exception as error:  # of any format
-        raise UserError(f'{where}: not weights of {architecture}: {one_line(error)}') from None

@@ -139,42 +139,40 @@ def _resolve(
     arch: str, pretrained: bool, pretrained_cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any
 ) -> tuple[PretrainedCfg, Entry | None]:
     """Find the config that was meant, and the published weights that it points at, if it does."""
-    name = arch + SUFFIX
-    tag = pretrained_cfg if isinstance(pretrained_cfg, str) else ''
-    cfg = None
+    name, tag = arch + SUFFIX, pretrained_cfg if isinstance(pretrained_cfg, str) else ''
     try:
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
     except RuntimeError as error:  # a tag that no catalog has
         if not pretrained:
             raise _not_published(name, tag) from error
-    entry = _find_entry(arch, cfg) if cfg is not None else None
-    given = cfg is not None and entry is None and (cfg.has_weights or cfg.state_dict)  # by the caller
-    if cfg is not None and (given or not pretrained):
+        cfg = PretrainedCfg()
+    entry = _find_entry(arch, cfg)
+    if not pretrained or (entry is None and (cfg.has_weights or cfg.state_dict)):
         return cfg, entry
     if _problems:  # a catalog that can't be read may say which weights are meant
         raise NoPretrainedWeights(f'{name}: {catalog.ENVIRONMENT}: {_problems[0]}')
-    if cfg is not None and entry is not None:
-        return cfg, entry
-    entry = _find_in_namespace(name, tag, cache_dir)
     if entry is None:
-        raise _not_published(name, tag)
-    whole: Any = entry.to_timm()  # which timm takes too, beside the dict it declares
-    return resolve_pretrained_cfg(name, whole, overlay), entry
+        entry = _find_in_namespace(name, tag, cache_dir)
+        found: Any = entry.to_timm()  # which timm takes too, beside the dict it declares
+        cfg = resolve_pretrained_cfg(name, found, overlay)
+    return cfg, entry
 
 
 def _find_entry(arch: str, cfg: PretrainedCfg) -> Entry | None:
     """Find the catalog's entry that a config is of, if timm would load its weights for that config."""
     entry = _entries.get(arch, {}).get(cfg.tag or '')
-    theirs = entry.to_timm() if entry is not None and not cfg.state_dict else None
-    places = [(c.file, c.hf_hub_id, c.hf_hub_filename) for c in (cfg, theirs) if c is not None]
-    return entry if len(places) == 2 and places[0] == places[1] else None
+    if entry is None or cfg.state_dict:
+        return None
+    theirs = entry.to_timm()
+    same = all(getattr(cfg, key) == getattr(theirs, key) for key in ('file', 'hf_hub_id', 'hf_hub_filename'))
+    return entry if same else None
 
 
-def _find_in_namespace(name: str, tag: str, cache_dir: Any) -> Entry | None:
-    """Find the weights of that name in the user's own namespace on the Hub; None without a namespace."""
+def _find_in_namespace(name: str, tag: str, cache_dir: Any) -> Entry:
+    """Find the weights of that name in the user's own namespace on the Hub."""
     namespace = os.environ.get(NAMESPACE, '').strip()
     if not namespace:
-        return None
+        raise _not_published(name, tag)
     from .download import NotPublished, find
 
     if not catalog.is_word(namespace):

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import timm
 import yaml
-from hub_client import Client
-from hub_server import Hub, front_matter
+from hub_server import front_matter
 from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -37,7 +36,7 @@ def wilson_by_search(hits: int, count: int) -> tuple[float, float]:
     return 100 * inside.min(), 100 * inside.max()
 
 
-def test_the_card_is_what_the_run_says(client: Client, hub: Hub, run: Path) -> None:
+def test_the_card_is_what_the_run_says(client, hub, run):
     validation = json.loads((run / 'validation' / 'results.json').read_text())
     row = {'target': 'hfds/someone/flowers', 'split': 'test', 'num_test': 400}
     rows = [
@@ -74,7 +73,7 @@ def test_the_card_is_what_the_run_says(client: Client, hub: Hub, run: Path) -> N
     assert f'hf-hub:{REPO}' in text and 'ctc-timm train -c recipe.yaml\n' in text
 
 
-def test_nothing_private_is_published(client: Client, hub: Hub, run: Path, tmp_path: Path) -> None:
+def test_nothing_private_is_published(client, hub, run, tmp_path):
     marked = 'hf_MarkedMarkedMarkedMarkedMarked'
     hub.users[marked] = 'alice'
     home, user, host = '/home/jane.doe', 'jane.doe', 'db7.intra.example'
@@ -123,7 +122,7 @@ def test_nothing_private_is_published(client: Client, hub: Hub, run: Path, tmp_p
     assert 'label_names' not in json.loads(files['config.json'].data)
 
 
-def test_what_slips_through_is_found_before_anything_is_sent(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_slips_through_is_found_before_anything_is_sent(run, monkeypatch):
     config = json.loads((run / 'config.json').read_text())
     monkeypatch.setenv('HF_TOKEN', 'hf_MarkedMarkedMarkedMarkedMarked')
     for text, kind in (
@@ -147,11 +146,11 @@ PRIVATE = {
 
 
 @pytest.mark.parametrize(('text', 'kind'), [(text, kind) for kind, texts in PRIVATE.items() for text in texts])
-def test_what_is_private(text: str, kind: str) -> None:
+def test_what_is_private(text, kind):
     assert Private().find(text) == kind
 
 
-def test_an_architecture_of_this_package_says_so(tmp_path: Path) -> None:
+def test_an_architecture_of_this_package_says_so(tmp_path):
     model = timm.create_model('cifar_resnet20_ctc', num_classes=4)
     save_file(model.state_dict(), tmp_path / 'best.safetensors')
     save_config_for_hf(model, str(tmp_path / 'config.json'))

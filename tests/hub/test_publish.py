@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hub_client import ALICE, BOB, COMMAND, IMAGES, Client, logits_of
-from hub_server import Hub
+from hub_client import ALICE, BOB, COMMAND, IMAGES, logits_of
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
@@ -23,7 +21,7 @@ NAMES = {'.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'plo
 EMPTY = {'.gitattributes'}
 
 
-def test_from_a_run_to_the_hub_and_back(client: Client, anyone: Callable[..., Client], hub: Hub, trained: Path) -> None:
+def test_from_a_run_to_the_hub_and_back(client, anyone, hub, trained):
     done = client.command('publish', str(trained), '--repo-id', REPO)
     assert done.code == 0, done.err
     head = hub.repos[REPO].at()
@@ -61,7 +59,7 @@ model.eval = lambda: model
         assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained)), cache
 
 
-def test_the_recipe_makes_the_run_again(client: Client, run: Path, tmp_path: Path) -> None:
+def test_the_recipe_makes_the_run_again(client, run, tmp_path):
     push(run, REPO, dry_run=True)
     where = ['--output', str(tmp_path), '--experiment', 'again', '-j', '0']
     done = client.command('train', '-c', str(run / 'publish' / 'recipe.yaml'), *where)
@@ -71,7 +69,7 @@ def test_the_recipe_makes_the_run_again(client: Client, run: Path, tmp_path: Pat
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_an_interrupted_upload_shows_nothing_and_a_repeat_completes_it(client: Client, hub: Hub, trained: Path) -> None:
+def test_an_interrupted_upload_shows_nothing_and_a_repeat_completes_it(client, hub, trained):
     hub.fail('POST .*/commit/', 'hold')
     publish = ('publish', str(trained), '--repo-id', REPO)
     process = client.start(COMMAND, *publish)
@@ -88,9 +86,7 @@ def test_an_interrupted_upload_shows_nothing_and_a_repeat_completes_it(client: C
     assert done.code == 0 and hub.repos[REPO].at() is head and done.out.splitlines()[-2].endswith(head.oid)
 
 
-def test_a_failed_upload_is_one_line_and_shows_nothing(
-    client: Client, anyone: Callable[..., Client], hub: Hub, trained: Path
-) -> None:
+def test_a_failed_upload_is_one_line_and_shows_nothing(client, anyone, hub, trained):
     # Each client sleeps between the retries of huggingface_hub, so they run side by side.
     cases = {
         'limit': ('alice/limit/preupload', 429, '(HTTP 429); retry later'),
@@ -140,9 +136,7 @@ print(json.dumps(found))
         assert set(hub.files(f'alice/{name}')) == NAMES and len(hub.repos[f'alice/{name}'].commits) == 2
 
 
-def test_branches_pull_requests_and_privacy_of_repos(
-    client: Client, anyone: Callable[..., Client], hub: Hub, trained: Path
-) -> None:
+def test_branches_pull_requests_and_privacy_of_repos(client, anyone, hub, trained):
     publish = ('publish', str(trained), '--repo-id')
     assert client.command(*publish, 'alice/hidden', '--private').code == 0
     assert client.command(*publish, REPO, '--revision', 'next').code == 0
@@ -155,7 +149,7 @@ def test_branches_pull_requests_and_privacy_of_repos(
     assert client(done.last, HF_HOME='elsewhere').code == 0
 
 
-def test_a_dry_run_sends_nothing(client: Client, hub: Hub, run: Path) -> None:
+def test_a_dry_run_sends_nothing(client, hub, run):
     done = client.command('publish', str(run), '--repo-id', REPO, '--dry-run')
     assert done.code == 0 and not hub.requests, done.err
     files = {p.relative_to(run / 'publish').as_posix() for p in (run / 'publish').rglob('*') if p.is_file()}
@@ -164,7 +158,7 @@ def test_a_dry_run_sends_nothing(client: Client, hub: Hub, run: Path) -> None:
         assert not file.metadata()
 
 
-def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
+def test_what_is_no_run_is_refused(run, tmp_path):
     def refused(match: str, folder: Path = run) -> None:
         with pytest.raises(ctc_timm.UserError, match=match) as caught:
             push(folder, REPO, dry_run=True)
@@ -190,9 +184,7 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     refused('config.json')
 
 
-def test_a_run_is_published_when_it_is_done(
-    client: Client, anyone: Callable[..., Client], hub: Hub, tiny: list[str], tmp_path: Path
-) -> None:
+def test_a_run_is_published_when_it_is_done(client, anyone, hub, tiny, tmp_path):
     """Best weights and card in one commit; who may not is told before anything is trained."""
     where = ['--epochs', '1', '--mode', 'vanilla', '--output', str(tmp_path / 'runs')]
     done = client.command('train', *tiny, *where, '--experiment', 'one', '--push-to-hub', 'alice/pushed')

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_client import Client
-from hub_server import Blob, Hub, Repo
+from hub_server import Blob, Repo
 from safetensors.torch import save_file
 
 from ctc_timm.hub.collect import add
@@ -28,7 +27,7 @@ def models(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())['models']
 
 
-def test_a_run_on_this_machine_without_a_network(client: Client, hub: Hub, trained: Path, tmp_path: Path) -> None:
+def test_a_run_on_this_machine_without_a_network(client, hub, trained, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / 'zoo' / 'runs' / 'my run'))
     file = tmp_path / 'zoo' / 'zoo.json'
     done = client.command('zoo', 'add', str(run), '--tag', 'mine', '--zoo', str(file), HF_HUB_OFFLINE='1')
@@ -63,7 +62,7 @@ save_config_for_hf(model, 'config.json')
     assert not hub.requests
 
 
-def test_names_and_replacing(client: Client, trained: Path, tmp_path: Path) -> None:
+def test_names_and_replacing(client, trained, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / 'runs' / 'Müller & co'))
     file = tmp_path / 'zoo.json'
     assert add(run, file).name == 'test_resnet_ctc.M_ller_co'
@@ -91,7 +90,7 @@ def test_names_and_replacing(client: Client, trained: Path, tmp_path: Path) -> N
     assert done.code == 1 and 'is not the file that was cataloged' in done.err  # that name still means the old weights
 
 
-def test_a_repo_is_pinned(client: Client, hub: Hub, shelve: Shelve, export: dict[str, Blob], tmp_path: Path) -> None:
+def test_a_repo_is_pinned(client, hub, shelve, export, tmp_path):
     repo = shelve(REPO)
     pinned = repo.refs['main']
     shelve(REPO, {'model.safetensors': Blob(b'other', lfs=True)})

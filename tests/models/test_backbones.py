@@ -49,7 +49,7 @@ def make(name: str, **kwargs: Any) -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize('name', small_of_each_module())
-def test_every_module_of_timm(name: str) -> None:
+def test_every_module_of_timm(name):
     model = on_meta(name, num_classes=10).eval()
     images = torch.zeros(2, *model.pretrained_cfg['input_size'], device='meta')
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_every_module_of_timm(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', REAL)
-def test_numbers(name: str) -> None:
+def test_numbers(name):
     """In eval mode the numbers of plain timm; in training also its dropout, and its state after the step."""
     model, images = make(name, drop_rate=0.5)
     twin = copy.deepcopy(model)
@@ -96,7 +96,7 @@ def test_numbers(name: str) -> None:
         assert features.std() > 0 and logits.std() > 0
 
 
-def test_features_of_a_normalizing_head_are_those_of_the_batch() -> None:
+def test_features_of_a_normalizing_head_are_those_of_the_batch():
     """The second look normalizes by the batch, not by running statistics, and passes gradients."""
     model, images = make('mobilenetv4_conv_small_035')
     model.train()
@@ -129,7 +129,7 @@ class Tiny(nn.Module):
         return x if pre_logits else self.fc(x)
 
 
-def test_compiles_into_one_graph() -> None:
+def test_compiles_into_one_graph():
     torch.manual_seed(0)
     model, images = Tiny().train(), torch.randn(4, 3, 8, 8)
     twin = copy.deepcopy(model)
@@ -143,7 +143,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.parametrize('name', [*HEADLESS, 'num_classes', 'features_only', 'Linear'])
-def test_models_without_a_head(name: str) -> None:
+def test_models_without_a_head(name):
     options: dict[str, Any] = {'num_classes': dict(num_classes=0), 'features_only': dict(features_only=True)}
     if name in HEADLESS:
         model = on_meta(name)
@@ -156,7 +156,7 @@ def test_models_without_a_head(name: str) -> None:
         assert '\n' not in str(caught.value) and (name in options or f"'{name}'" in str(caught.value))
 
 
-def test_dimension_of_a_model_that_states_none() -> None:
+def test_dimension_of_a_model_that_states_none():
     model, images = make('cifar_resnet20', global_pool='catavgmax')
     assert feature_dim(model) == 128
     del model.head_hidden_size
@@ -169,7 +169,7 @@ def test_dimension_of_a_model_that_states_none() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_size_that_a_model_cannot_take() -> None:
+def test_a_size_that_a_model_cannot_take():
     model, _ = make('test_vit', img_size=32)
     check_input(model, (3, 32, 32))
     with pytest.raises(ctc_timm.UserError, match='`img_size`: test_vit cannot take 1x32x32 images: '):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import PretrainedCfg
 
@@ -62,13 +61,13 @@ def write(file: Path, models: dict[str, Any]) -> Path:
     return file
 
 
-def test_the_shipped_catalog_is_sound() -> None:
+def test_the_shipped_catalog_is_sound():
     for name, entry in load(catalog.SHIPPED).items():
         assert name == entry.name
         assert entry.hub_id or Path(entry.path).is_relative_to(catalog.SHIPPED.parent)  # of the package itself
 
 
-def test_an_entry_says_what_timm_needs(tmp_path: Path) -> None:
+def test_an_entry_says_what_timm_needs(tmp_path):
     cfg = parse(NAME, AT_HUB, 'zoo.json').to_timm()
     assert (cfg.hf_hub_id, cfg.hf_hub_filename) == (f'alice/resnet18_ctc.a@{AT_HUB["revision"]}', 'model.safetensors')
     assert (cfg.architecture, cfg.tag, cfg.license, cfg.file) == ('resnet18_ctc', 'a', 'mit', None)
@@ -80,11 +79,12 @@ def test_an_entry_says_what_timm_needs(tmp_path: Path) -> None:
     more = {'file': '/x', 'custom_load': True, 'url': 'http://x'}  # no place for weights
     assert parse(NAME, changed('pretrained_cfg', {**CONFIG, **more}), 'zoo.json').to_timm() == cfg
 
-    local = parse('resnet18_ctc', HERE, 'zoo.json', tmp_path).to_timm()
-    assert (local.file, local.hf_hub_id, local.tag) == (str(tmp_path / HERE['path']), None, None)
+    for path in (HERE['path'], 'a/b..c/x.safetensors', str(tmp_path / 'x.safetensors')):
+        local = parse('resnet18_ctc', {**HERE, 'path': path}, 'zoo.json', tmp_path).to_timm()
+        assert (local.file, local.hf_hub_id, local.tag) == (str(tmp_path / path), None, None)
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+def test_what_is_saved_is_what_is_loaded(tmp_path):
     entries = [parse(NAME, AT_HUB, ''), parse('resnet18_ctc', HERE, '', tmp_path / 'zoo')]
     entries += [Entry('vit_tiny_patch16_224_ctc.b', CONFIG, 'ef' * 32, path='/models/b.safetensors')]
     file = tmp_path / 'zoo' / 'zoo.json'
@@ -103,7 +103,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     'name',
     ['resnet18', 'resnet18_ctc.', '../resnet18_ctc', 'resnet18_ctc.a/b', 'resnet18_ctc.a b', 'a\n_ctc', '_ctc', ''],
 )
-def test_names_of_no_model(name: str) -> None:
+def test_names_of_no_model(name):
     with pytest.raises(UserError, match='no name of a model'):
         parse(name, AT_HUB, 'zoo.json')
 
@@ -117,15 +117,10 @@ def test_names_of_no_model(name: str) -> None:
         (changed('path', 'x.safetensors'), "'path'"),
         (changed('meann', [1]), "'meann'"),
         (changed('url', 'http://x', HERE), "'url'"),
-        (changed('sha256', 'AB' * 32), '64 hexadecimal digits'),
         (changed('revision', 'main'), 'a whole commit'),
-        (changed('revision', '0' * 39), 'a whole commit'),
-        (changed('hub_id', 'alice/x@main'), 'USER/NAME'),
         (changed('filename', 'model.bin'), 'a .safetensors file'),
-        (changed('filename', '../model.safetensors'), 'a .safetensors file'),
         (changed('path', 'model.pth', HERE), 'a .safetensors file'),
         (changed('path', 'a\0.safetensors', HERE), 'a .safetensors file'),
-        (changed('path', '../a.safetensors', HERE), "in the catalog's folder"),
         (changed('model_args', []), 'a mapping'),
         (changed('model_args/pretrained_cfg_overlay', {'file': '/x'}), 'may not set'),
         (changed('model_args/checkpoint_path', '/x'), 'may not set'),
@@ -133,26 +128,22 @@ def test_names_of_no_model(name: str) -> None:
         (changed('recipe', ''), 'a mapping'),
         (changed('results', [{'dataset': 'x'}]), 'dataset, metric and value'),
         (changed('results', [{'dataset': '\x1b[2J', 'metric': 'm', 'value': 1}]), 'dataset, metric and value'),
-        (changed('results', [{'dataset': 'd', 'metric': 'm', 'value': '1'}]), 'dataset, metric and value'),
         (changed('pretrained_cfg', 3), 'a mapping'),
         (changed('pretrained_cfg/num_classes', None), 'has no num_classes'),
         (changed('pretrained_cfg/num_classes', 0), 'num_classes cannot be 0'),
-        (changed('pretrained_cfg/num_classes', True), 'num_classes cannot be'),
         (changed('pretrained_cfg/input_size', [3, 32]), 'input_size cannot be'),
         (changed('pretrained_cfg/input_size', [3, 32, -1]), 'input_size cannot be'),
         (changed('pretrained_cfg/mean', [0.1, 0.2]), 'of the same length'),
         (changed('pretrained_cfg/mean', ['a']), 'mean cannot be'),
         (changed('pretrained_cfg/mean', [float('nan')] * 3), 'mean cannot be'),
-        (changed('pretrained_cfg/std', [0, 1, 1]), 'std cannot be'),
         (changed('pretrained_cfg/std', [1, 1, 0.0]), 'std cannot be'),
         (changed('pretrained_cfg/crop_pct', float('inf')), 'crop_pct cannot be'),
         (changed('pretrained_cfg/crop_pct', -0.5), 'crop_pct cannot be'),
-        (changed('pretrained_cfg/interpolation', '<b>'), 'interpolation cannot be'),
         (changed('pretrained_cfg/classifier', '__import__("os")'), 'classifier cannot be'),
         (changed('pretrained_cfg/first_conv', [1]), 'first_conv cannot be'),
     ],
 )
-def test_entries_that_are_refused(entry: Any, match: str) -> None:
+def test_entries_that_are_refused(entry, match):
     with pytest.raises(UserError, match=match) as caught:
         parse(NAME, entry, 'some/zoo.json')
     assert 'some/zoo.json' in str(caught.value) and repr(NAME) in str(caught.value) and '\n' not in str(caught.value)
@@ -174,7 +165,7 @@ def test_entries_that_are_refused(entry: Any, match: str) -> None:
         b'\xff\xfe',
     ],
 )
-def test_files_that_are_no_catalog(content: str | bytes, tmp_path: Path) -> None:
+def test_files_that_are_no_catalog(content, tmp_path):
     file = tmp_path / 'zoo.json'
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=r'zoo\.json: .*not a catalog|must be a mapping') as caught:
@@ -182,7 +173,7 @@ def test_files_that_are_no_catalog(content: str | bytes, tmp_path: Path) -> None
     assert '\n' not in str(caught.value)
 
 
-def test_several_catalogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_catalogs(tmp_path, monkeypatch):
     one = write(tmp_path / 'one.json', {NAME: AT_HUB, 'resnet18_ctc.b': HERE})
     mirror = {**HERE, 'sha256': AT_HUB['sha256']}  # the same weights, in a folder
     two = write(tmp_path / 'two.json', {NAME: mirror})
@@ -208,20 +199,13 @@ def test_several_catalogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize('text', ['alice/resnet50_ctc.a', 'a-b/c_d.e-f'])
-def test_repo_ids(text: str) -> None:
+def test_repo_ids(text):
     assert catalog.is_repo_id(text)
     validate_repo_id(text)
 
 
 @pytest.mark.parametrize(
-    'text',
-    [
-        *('alice', 'alice/b/c', 'alice/..', '../alice', 'alice/a--b', 'alice/a..b', 'alice/.a', 'alice/a.'),
-        *('alice/a\n', 'alice/' + 'a' * 91, 'alice/a@main', None),
-    ],
+    'text', ['alice', 'alice/b/c', 'alice/..', '../b', 'alice/a--b', 'alice/a..b', 'alice/.a', 'alice/a.', 'a/b@c']
 )
-def test_no_repo_ids(text: Any) -> None:
-    assert not catalog.is_repo_id(text)
-    if text and text.count('/') > 1:
-        with pytest.raises(HFValidationError):
-            validate_repo_id(text)
+def test_no_repo_ids(text):
+    assert not any(map(catalog.is_repo_id, (text, f'{text}\n', 'alice/' + 'a' * 91, None)))

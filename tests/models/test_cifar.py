@@ -34,7 +34,7 @@ def images(size: int = 32, channels: int = 3) -> torch.Tensor:
     return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def test_list_is_complete() -> None:
+def test_list_is_complete():
     assert set(timm.list_models(module='cifar')) == set(PUBLISHED)
     shipped = {**catalog.load(catalog.SHIPPED), **catalog.load(catalog.BASELINES)}
     assert set(timm.list_pretrained('cifar_*')) == set(shipped)
@@ -43,7 +43,7 @@ def test_list_is_complete() -> None:
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
-def test_published_numbers_and_feature_levels(name: str) -> None:
+def test_published_numbers_and_feature_levels(name):
     parameters, maps, features = PUBLISHED[name]
     model, levels = make(name).eval(), make(name, features_only=True).eval()  # of the same seed
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -67,7 +67,7 @@ def test_published_numbers_and_feature_levels(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', PUBLISHED)
-def test_arguments_of_timm(name: str) -> None:
+def test_arguments_of_timm(name):
     model = make(name, num_classes=0, in_chans=1, global_pool='catavgmax', drop_rate=0.5)
     with torch.no_grad():
         assert model.eval()(images(16, channels=1)).shape == (2, 2 * PUBLISHED[name][2])  # 16x16 images too
@@ -88,7 +88,7 @@ def test_arguments_of_timm(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', ['cifar_resnet20', 'cifar_wrn_16_2', 'cifar_shufflenetv2'])
-def test_checkpointing_changes_no_gradient(name: str) -> None:
+def test_checkpointing_changes_no_gradient(name):
     gradients = []
     for enable in (False, True):
         model = make(name).train()
@@ -99,7 +99,7 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     assert gradients[0].abs().sum() > 0
 
 
-def test_resnet18_is_timms_with_another_stem() -> None:
+def test_resnet18_is_timms_with_another_stem():
     ours, plain = make('cifar_resnet18').eval(), timm.create_model('resnet18', num_classes=100).eval()
     plain.conv1, plain.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     plain.load_state_dict(ours.state_dict())  # the same names
@@ -107,7 +107,7 @@ def test_resnet18_is_timms_with_another_stem() -> None:
         assert torch.equal(ours(images()), plain(images()))
 
 
-def test_shufflenet_is_torchvisions_with_another_stem() -> None:
+def test_shufflenet_is_torchvisions_with_another_stem():
     ours, plain = make('cifar_shufflenetv2').eval(), ShuffleNetV2([4, 8, 4], [24, 116, 232, 464, 1024], 100).eval()
     plain.conv1[0], plain.maxpool = nn.Conv2d(3, 24, 1, bias=False), nn.Identity()
     plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values(), strict=True)))

@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -37,7 +36,7 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 @pytest.fixture
-def trained(tmp_path: Path) -> tuple[nn.Module, Path]:
+def trained(tmp_path):
     """A model whose weights are nobody's, and the folder of its `model.safetensors`."""
     torch.manual_seed(0)
     model = timm.create_model(SMALL, num_classes=10)
@@ -53,7 +52,7 @@ def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
         assert key == other and torch.equal(value, wanted), key
 
 
-def test_every_architecture_has_its_ctc_name() -> None:
+def test_every_architecture_has_its_ctc_name():
     of_timm = [n for n in BASES if model_entrypoint(n).__module__.startswith('timm.')]
     assert len(of_timm) >= 1371  # as many as timm 1.0.31 lists
     assert set(BASES) - set(of_timm) == set(timm.list_models(module='cifar'))
@@ -66,7 +65,7 @@ def test_every_architecture_has_its_ctc_name() -> None:
     assert pickle.loads(pickle.dumps(registry.resnet50_ctc)) is registry.resnet50_ctc
 
 
-def test_import_is_silent_and_registering_again_changes_nothing() -> None:
+def test_import_is_silent_and_registering_again_changes_nothing():
     code = (
         'import timm, ctc_timm; before = timm.list_models(); from ctc_timm.models.registry import register_all; '
         'register_all(); assert timm.list_models() == before and "resnet50_ctc" in before'
@@ -76,7 +75,7 @@ def test_import_is_silent_and_registering_again_changes_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
-def test_timm_knows_the_names() -> None:
+def test_timm_knows_the_names():
     assert timm.is_model('resnet50_ctc') and 'resnet50_ctc' in timm.list_models(module='registry')
     assert get_arch_name('resnet50_ctc.some_tag') == 'resnet50_ctc'
     assert timm.list_pretrained('*_ctc*') == sorted(SHIPPED)
@@ -85,7 +84,7 @@ def test_timm_knows_the_names() -> None:
     assert list(get_arch_pretrained_cfgs('resnet50_ctc')) == ['resnet50_ctc']
 
 
-def test_configs_keep_input_and_shape_and_nothing_else() -> None:
+def test_configs_keep_input_and_shape_and_nothing_else():
     blank = PretrainedCfg()
     for base in set(BASES) - {entry.architecture for entry in SHIPPED.values()}:
         ours, theirs = timm.get_pretrained_cfg(base + '_ctc'), timm.get_pretrained_cfg(base)
@@ -96,7 +95,7 @@ def test_configs_keep_input_and_shape_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize('base', small_of_each_module())
-def test_the_model_is_the_base(base: str) -> None:
+def test_the_model_is_the_base(base):
     plain, ours = on_meta(base), on_meta(base + '_ctc')
     assert type(ours) is type(plain) and shapes(ours) == shapes(plain)
     for key in KEPT:
@@ -105,7 +104,7 @@ def test_the_model_is_the_base(base: str) -> None:
     assert ours.pretrained_cfg['architecture'] == base and not ours.pretrained_cfg['custom_load']
 
 
-def test_widths_that_timm_reads_off_a_tag() -> None:
+def test_widths_that_timm_reads_off_a_tag():
     plain, ours = on_meta('qwen3_vit_88m_merge'), on_meta('qwen3_vit_88m_merge_ctc')
     assert shapes(ours) == shapes(plain)
     assert 'tag' in plain.pretrained_cfg and 'tag' not in ours.pretrained_cfg
@@ -113,7 +112,7 @@ def test_widths_that_timm_reads_off_a_tag() -> None:
     assert 'tag' not in features.pretrained_cfg and 'tag' not in features.model.pretrained_cfg
 
 
-def test_same_numbers_as_the_base() -> None:
+def test_same_numbers_as_the_base():
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     outputs = []
     for name in (SMALL, SMALL + '_ctc'):
@@ -123,7 +122,7 @@ def test_same_numbers_as_the_base() -> None:
     assert outputs[0].shape == (2, 10) and torch.equal(*outputs)
 
 
-def test_arguments_of_the_base() -> None:
+def test_arguments_of_the_base():
     options = dict(features_only=True, out_indices=(1, 2), in_chans=1, drop_path_rate=0.1)
     plain, ours = on_meta('convnext_tiny', **options), on_meta('convnext_tiny_ctc', **options)
     assert type(ours) is type(plain) and shapes(ours) == shapes(plain)
@@ -137,7 +136,7 @@ def test_arguments_of_the_base() -> None:
 
 
 @pytest.mark.parametrize('base', ['resnet50', 'inception_v3', 'vit_base_patch14_dinov2', 'cifar_resnet18'])
-def test_pretrained_never_takes_the_weights_of_the_base(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_never_takes_the_weights_of_the_base(base, monkeypatch):
     def reached(*_: object, **__: object) -> None:
         raise AssertionError('weights were looked for')
 
@@ -150,13 +149,13 @@ def test_pretrained_never_takes_the_weights_of_the_base(base: str, monkeypatch: 
 
 
 @pytest.mark.parametrize('pretrained', [False, True])
-def test_tags_of_the_base_are_unknown(pretrained: bool) -> None:
+def test_tags_of_the_base_are_unknown(pretrained):
     assert timm.is_model_pretrained('resnet50.a1_in1k')
     with pytest.raises(registry.NoPretrainedWeights, match=r"'resnet50_ctc\.a1_in1k'"):
         timm.create_model('resnet50_ctc.a1_in1k', pretrained=pretrained)
 
 
-def test_a_source_the_user_gives_is_used(trained: tuple[nn.Module, Path]) -> None:
+def test_a_source_the_user_gives_is_used(trained):
     expected, folder = trained
     file = str(folder / 'model.safetensors')
     for source in (
@@ -176,9 +175,7 @@ def test_a_source_the_user_gives_is_used(trained: tuple[nn.Module, Path]) -> Non
     assert rest and all(torch.equal(v, expected.state_dict()[k]) for k, v in rest.items())
 
 
-def test_local_dir_and_hub_configs_may_name_a_ctc_architecture(
-    trained: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_local_dir_and_hub_configs_may_name_a_ctc_architecture(trained, monkeypatch):
     expected, folder = trained
     cfg = dict(input_size=[3, 64, 64], classifier='head.fc', first_conv='stem.conv')
     (folder / 'config.json').write_text(
@@ -192,7 +189,7 @@ def test_local_dir_and_hub_configs_may_name_a_ctc_architecture(
         assert tuple(model.pretrained_cfg['input_size']) == (3, 64, 64)
 
 
-def test_exported_models_load_in_plain_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exported_models_load_in_plain_timm(tmp_path, monkeypatch):
     model = timm.create_model(SMALL + '_ctc', num_classes=10)
     save_for_hf(model, tmp_path, safe_serialization=True)
     assert '_ctc' not in (tmp_path / 'config.json').read_text()

