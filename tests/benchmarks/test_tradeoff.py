@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,10 +64,7 @@ def test_intervals_are_students() -> None:
     mean, half = report.interval(list(values))
     assert math.isclose(half, stats.t.ppf(0.975, 4) * values.std(ddof=1) / math.sqrt(5))
     assert math.isclose(mean, values.mean()) and report.interval([7.0]) == (7.0, None)
-    mine, others = (
-        {seed: {'a': value} for seed, value in values.items()}
-        for values in ({0: 5.0, 2: 7.0}, {0: 4.0, 1: 9.0, 2: 9.0})
-    )
+    mine, others = {0: {'a': 5.0}, 2: {'a': 7.0}}, {0: {'a': 4.0}, 1: {'a': 9.0}, 2: {'a': 9.0}}
     assert report.differences(mine, others, 'a') == [1.0, -2.0]
     assert report.show([0.96, 1.0], sign='+') == '+1.0 ± 0.3' and report.show([-0.01]) == '0.0'
 
@@ -112,3 +110,8 @@ def test_the_dense_comparison_gives_flags_that_the_commands_take(kind: str, cls:
     assert command[:4] == ['-m', 'ctc_timm', kind, 'RUN/last.safetensors']
     found = [values[name] for name in ('seed', 'freeze_stages', 'freeze_bn', 'resume')]
     assert found == [7, 4, True, 'auto'] and task.done == Path('OUT') / values['experiment'] / 'results.json'
+
+
+def test_the_example_of_a_loop_learns(capsys: pytest.CaptureFixture) -> None:
+    runpy.run_path(str(ROOT / 'examples' / 'own_loop.py'))
+    assert float(capsys.readouterr().out.split()[-1].rstrip('%')) > 85
