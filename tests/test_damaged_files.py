@@ -28,10 +28,9 @@ from ctc_timm.data.datasets import open_split
 from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.hub.collect import add
-from ctc_timm.measure.features import SplitImages, features_of
+from ctc_timm.measure.features import LabeledFeatures, SplitImages, features_of
 from ctc_timm.measure.plots.training import plot_run, stage_change
 from ctc_timm.measure.results import RowStore
-from ctc_timm.measure.transfer_sets import LabeledFeatures
 from ctc_timm.models import catalog
 from ctc_timm.models.creation import load_weights
 from ctc_timm.models.loading import data_settings, load_model

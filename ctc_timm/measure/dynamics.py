@@ -9,7 +9,7 @@ another probe is computed alone, from the cached features.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..runs import Run
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, nearest
 from ..utils.progress import outer_bar
-from .features import SplitImages, features_of
+from .features import LabeledFeatures, SplitImages, check_finite, features_of
 from .geometry import measure_geometry
 from .information import create_estimator
 from .plots.dynamics import by_trajectory, main_column, plot_dynamics
@@ -35,7 +35,6 @@ from .plots.training import stage_change
 from .probes import probe
 from .results import RowStore, table, write_csv, write_json
 from .scores import METRICS, bootstrap_scores
-from .sets import LabeledFeatures, check_finite
 from .settings import DynamicsSettings, MeasureSettings
 from .transfer_sets import COCO, TransferSet, target_names
 
@@ -54,21 +53,17 @@ class DetectionEvaluator(Protocol):
     def measure(self, loaded: LoadedModel, accelerator: Accelerator) -> dict[str, Any]: ...
 
 
-def _no_detection(folder: str, epochs: int, images: int, seed: int) -> DetectionEvaluator:
+def _no_detection(folder: str, *options: int) -> DetectionEvaluator:
     raise UserError(f'`target` {COCO}{folder}: is measured by `ctc_timm.dynamics`, which brings a detector')
 
 
 def dynamics(
     settings: DynamicsSettings, open_detection: Callable[[str, int, int, int], DetectionEvaluator] = _no_detection
 ) -> dict[str, Any]:
-    """Measure all runs on all sets, write results.json, results.csv and the pictures, and log.
+    """Measure all runs on all sets, write results.json, results.csv and the pictures, log, and return what they hold.
 
     Args:
-        settings: Runs, measures and targets.
-        open_detection: Opens the folder of a target coco:FOLDER, given folder, epochs, images and seed.
-
-    Returns:
-        What results.json holds.
+        open_detection: Opens the folder of a target coco:FOLDER: folder, epochs, images, seed.
 
     Raises:
         UserError: A run without kept weights, a target that can't be measured. Finished rows stay.
@@ -82,11 +77,9 @@ def dynamics(
     most = (settings.target.max_train, settings.target.max_test)
     sets = [name for name in names if name not in detections]
     targets = [TransferSet(name, settings.data, settings.loader, channels, accelerator, most) for name in sets]
-    rows: list[dict[str, Any]] = []
     total = sum(len(run.weights) for run in runs) * (1 + len(targets) + len(detections))
     with outer_bar(total, 'dynamics', accelerator) as bar:
-        for run in runs:
-            rows += run.measure(targets, detections, bar)
+        rows = [row for run in runs for row in run.measure(targets, detections, bar)]
     results = {
         'runs': [{'name': run.name, 'path': str(run), 'stage_change': run.change} for run in runs],
         'targets': [target.name for target in targets],
@@ -121,11 +114,10 @@ def table_of(results: dict[str, Any]) -> str:
 
 def _short_names(paths: tuple[str, ...]) -> dict[Path, str]:
     """Name each run by its folder, or by as many parts of its path as distinguish it from the others."""
-    folders = list(dict.fromkeys(Path(path) for path in paths))
-    depth = 1
-    while len({folder.resolve().parts[-depth:] for folder in folders}) < len({f.resolve() for f in folders}):
+    folders, depth = {Path(path): Path(path).resolve().parts for path in paths}, 1
+    while len({parts[-depth:] for parts in folders.values()}) < len(set(folders.values())):
         depth += 1
-    return {folder: '/'.join(folder.resolve().parts[-depth:]) for folder in folders}
+    return {folder: '/'.join(parts[-depth:]) for folder, parts in folders.items()}
 
 
 class KeptRun(Run):
@@ -144,10 +136,9 @@ class KeptRun(Run):
         kept = self.kept_weights()
         if not kept:
             raise UserError(f'`runs` {path}: no kept epochs in {self.weights_folder}; train with `keep_every` above 0')
-        last, args = max(kept), self.args()
-        self.name, self.change, self._mode = name, stage_change(self), str(args.get('mode', ''))
+        last, flags = max(kept), data_settings(self)
+        self.name, self.change, self._mode = name, stage_change(self), str(self.args().get('mode', ''))
         self.weights = dict(list(kept.items())[:: settings.measures.every]) | {last: kept[last]}
-        flags = data_settings(self)
         loader = replace(settings.loader, workers=flags.pop('workers', settings.loader.workers))
         data = replace(settings.data, **flags)
         with accelerator.main_process_first():
@@ -155,33 +146,24 @@ class KeptRun(Run):
         self.config = data_config(settings.data, load_model(kept[last], setting='runs').model)
         self.source = SplitImages(source, loader, self.config, accelerator)
 
-    def stage(self, epoch: int) -> str:
-        """Return 'instance', 'temporal', or the mode of a run of one stage."""
-        if self.change is None:
-            return self._mode
-        return 'instance' if epoch < self.change else 'temporal'
-
     def measure(
         self, targets: list[TransferSet], detections: dict[str, DetectionEvaluator], bar: tqdm
-    ) -> list[dict[str, Any]]:
+    ) -> Iterator[dict[str, Any]]:
         """Measure all rows, in the order of the epochs."""
         store = RowStore(self.dynamics / 'rows.jsonl', write=self._accelerator.is_main_process)
         images = [target.images(self.config) for target in targets]
-        rows = []
-
-        def add(epoch: int, kind: str, dataset: str, measured: dict[str, Any]) -> None:
-            where = {'run': self.name, 'epoch': epoch, 'stage': self.stage(epoch), 'set': kind, 'dataset': dataset}
-            rows.append({**where, 'weights': str(self.weights[epoch]), **measured})
-            bar.update()
-
         for epoch, file in self.weights.items():
+            stage = self._mode if self.change is None else 'instance' if epoch < self.change else 'temporal'
             checkpoint = Checkpoint(self, file, self._measures, self._accelerator)
-            add(epoch, 'source', self.source.source.name, checkpoint.measure(store, self.source))
+            parts = [('source', self.source.source.name, partial(checkpoint.measure, store, self.source))]
             for target, (train, test) in zip(targets, images):
-                add(epoch, 'target', target.name, checkpoint.measure(store, test, target, train))
+                parts.append(('target', target.name, partial(checkpoint.measure, store, test, target, train)))
             for name, detection in detections.items():
-                add(epoch, 'detection', name, checkpoint.detect(store, detection))
-        return rows
+                parts.append(('detection', name, partial(checkpoint.detect, store, detection)))
+            for kind, dataset, measure in parts:
+                where = {'run': self.name, 'epoch': epoch, 'stage': stage, 'set': kind, 'dataset': dataset}
+                yield {**where, 'weights': str(file), **measure()}
+                bar.update()
 
 
 class Checkpoint:
@@ -217,14 +199,18 @@ class Checkpoint:
         """
         measures, seed = self._measures, self._measures.seed
         features = cache(partial(self.features, test, logits=target is None))
+
+        def accuracy() -> dict[str, Any]:
+            found = features()
+            assert found.logits_NC is not None
+            return {'num_test': len(found), **bootstrap_scores(found.logits_NC, found.labels_N, seed)}
+
         # Of each part what it depends on beside weights and test images, and how it is measured.
-        parts: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]]
-        if target is None or train is None:
-            parts = {'accuracy': ({}, lambda: self._accuracy(features()))}
-        else:
+        parts: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {'accuracy': ({}, accuracy)}
+        if target is not None and train is not None:
+            probing = partial(self._probe, target, train, features)
             values = {'train': train.identity, 'seed': seed}
-            probe_target = partial(self._probe, target, train, features)
-            parts = {method: (values, partial(probe_target, method)) for method in measures.probes}
+            parts = {method: (values, partial(probing, method)) for method in measures.probes}
         parts['geometry'] = {}, lambda: measure_geometry(features().features_ND, features().labels_N)
         if measures.information != 'none':
             values = {'estimator': measures.information, 'images': measures.information_images, 'seed': seed}
@@ -242,10 +228,6 @@ class Checkpoint:
         loaded = partial(load_model, self.file, setting='runs')  # the detector cuts it down
         return store.get(values | detection.facts(), lambda: detection.measure(loaded(), self._accelerator))
 
-    def _accuracy(self, test: LabeledFeatures) -> dict[str, Any]:
-        assert test.logits_NC is not None
-        return {'num_test': len(test), **bootstrap_scores(test.logits_NC, test.labels_N, self._measures.seed)}
-
     def _probe(
         self, target: TransferSet, images: SplitImages, features: Callable[[], LabeledFeatures], method: str
     ) -> dict[str, Any]:
@@ -257,15 +239,12 @@ class Checkpoint:
 
     def _information(self, images: SplitImages, test: LabeledFeatures) -> dict[str, Any]:
         """Estimate I(X;T) and I(T;Y) of a seeded draw of the test images."""
-        measures = self._measures
+        measures, row = self._measures, dict[str, Any]()
         draw = torch.Generator().manual_seed(measures.seed)
         chosen = torch.randperm(len(test), generator=draw)[: measures.information_images]
         pixels, features = images.pixels()[chosen], test.features_ND[chosen]
-        row: dict[str, Any] = {}
-        name, published, _ = measures.information.partition('-published')
+        options: dict[str, Any] = {'seed': measures.seed, 'device': self._accelerator.device}
         for pair, x, t in (('xt', pixels, features), ('ty', features, test.labels_N[chosen])):
-            preset = f'published_{pair}' if published else 'small'
-            estimator = create_estimator(name, preset, seed=measures.seed, device=self._accelerator.device)
-            estimate = estimator.estimate(x, t)
+            estimate = create_estimator(measures.information, of_labels=pair == 'ty', **options).estimate(x, t)
             row |= {f'information_{pair}': estimate.nats, f'information_{pair}_se': estimate.standard_error}
         return row

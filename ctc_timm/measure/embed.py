@@ -54,23 +54,20 @@ logger = get_logger(__name__)
 
 
 def embed(settings: EmbedSettings) -> Path:
-    """Write the features of a folder or a data set; see above for the columns.
+    """Write the features of a folder or a data set to a file, and return it; see above for the columns.
 
     Memory does not grow with the number of images, except for .npz. The file is complete or not there.
-
-    Returns:
-        The file.
 
     Raises:
         UserError: Another suffix than .parquet, .npz and .csv; a model or data that can't be opened; no image.
     """
-    output, data = Path(settings.embedding.output), settings.data
+    output, data, named = Path(settings.embedding.output), settings.data, named_source(settings.source)
     open_writer = _writer_of(output)
     accelerator = create_accelerator(settings.precision)
     in_folder = not data.dataset or ('/' not in data.dataset and data.data_dir is not None)
     with accelerator.main_process_first():
         source = open_split(data, settings.embedding.split or ('' if in_folder else data.val_split), labeled=False)
-    loaded = load_model(*named_source(settings.source), in_chans=data.in_chans, **settings.built.model_kwargs)
+    loaded = load_model(*named, in_chans=data.in_chans, **settings.built.model_kwargs)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
     batches = _embedded(loaded.model.to(accelerator.device), source, settings, config, accelerator)
@@ -110,12 +107,12 @@ def _embedded(
     for images, targets in progress_bar(loader, 'embed', accelerator):
         if settings.built.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        values: dict[str, torch.Tensor] = {}
+        values: tuple[torch.Tensor, ...]
         with accelerator.autocast():
             if has_head:
-                values['features'], values['logits'] = features_and_logits(model, images)
+                values = features_and_logits(model, images)
             else:
-                values['features'] = model.forward_head(model.forward_features(images), pre_logits=True).flatten(1)
+                values = (model.forward_head(model.forward_features(images), pre_logits=True).flatten(1),)
         index_B = torch.arange(done, done + len(images) * accelerator.num_processes)
         done += len(index_B)
         targets = in_order(targets, accelerator).cpu()
@@ -129,8 +126,8 @@ def _embedded(
             columns['file_name'] = np.array(names)
         if streamed or source.labels_N is not None:
             columns['label'] = label_B[kept_B].numpy()
-        for name in ('features', 'logits')[: 1 + with_logits]:
-            columns[name] = in_order(values[name].float(), accelerator).cpu()[kept_B].numpy()
+        for name, rows in zip(('features', 'logits')[: 1 + with_logits], values):
+            columns[name] = in_order(rows.float(), accelerator).cpu()[kept_B].numpy()
         if len(columns['index']):
             yield columns
     if unreadable:
@@ -174,11 +171,10 @@ def _parquet_writer(file: Path, first: Columns) -> Iterator[Write]:
 
 @contextmanager
 def _csv_writer(file: Path, first: Columns) -> Iterator[Write]:
-    header: list[str] = []
-    for name, values in first.items():
-        header += [f'{name[0]}{i:04d}' for i in range(values.shape[1])] if values.ndim == 2 else [name]
     with file.open('w', encoding='utf-8', newline='') as stream:
-        writer = csv.writer(stream)
+        writer, header = csv.writer(stream), list[str]()
+        for name, values in first.items():
+            header += [f'{name[0]}{i:04d}' for i in range(values.shape[1])] if values.ndim == 2 else [name]
         writer.writerow(header)
 
         def write(columns: Columns) -> None:  # each number as the shortest text that is read back as the same float32

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,43 @@ from ..models.loading import LoadedModel
 from ..runs import HASH, tensors_hash
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
-from .sets import LabeledFeatures
 
 KEPT_BYTES = 2 * 2**30  # decoded images of a split that stay in memory for the next model
+
+
+@dataclass(frozen=True)
+class LabeledFeatures:
+    """Pooled features [N, D] of images, the class of each, int64 [N] from 0, and where computed the logits [N, C]."""
+
+    features_ND: Tensor
+    labels_N: Tensor
+    logits_NC: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def select(self, chosen: Tensor) -> LabeledFeatures:
+        """Return the images at these positions, or where this mask is true, without logits."""
+        return LabeledFeatures(self.features_ND[chosen], self.labels_N[chosen])
+
+    def to(self, device: torch.device | str) -> LabeledFeatures:
+        """Return features and labels on a device, without logits."""
+        return LabeledFeatures(self.features_ND.to(device), self.labels_N.to(device))
+
+
+def check_finite(features_ND: Tensor, what: str) -> None:
+    """Refuse features with NaN or infinite entries by a UserError that begins with `what`."""
+    if bad := int((~torch.isfinite(features_ND).all(dim=1)).sum()):
+        images = f'{bad} of {len(features_ND)} images'
+        raise UserError(f'{what} of {images} are NaN or infinite; take weights from before the training diverged')
 
 
 class SplitImages:
     """A split's images as a model sees them, decoded once and kept in memory where they fit.
 
     Args:
-        source: The opened split.
-        loader: Batch size and processes.
+        source: The opened split; its transform is set.
         config: Image transform, of `data_config`.
-        accelerator: Device and processes.
         most: Draw this many images, with the classes in proportion; all when None.
 
     Attributes:
@@ -75,16 +99,17 @@ class SplitImages:
         """Iterate over batches of (images, targets) on the device, behind a progress bar."""
         return progress_bar(self._loader, description, self.accelerator)
 
-    def gather(self, rows: Sequence[Tensor]) -> Tensor:
+    def gather(self, rows: list[Tensor]) -> Tensor:
         """Join the rows of all processes in the split's order, on the CPU."""
-        return in_order(torch.cat(list(rows)), self.accelerator)[: self._count].cpu()
+        return in_order(torch.cat(rows), self.accelerator)[: self._count].cpu()
 
     def pixels(self, side: int = 32) -> Tensor:
         """Return the images as vectors, [N, P], normalized as the model sees them, averaged down to this side."""
         rows = []
         for images, _ in self.batches('pixels'):
-            if max(images.shape[-2:]) > side:
-                images = adaptive_avg_pool2d(images, (min(side, images.shape[-2]), min(side, images.shape[-1])))
+            height, width = (min(side, length) for length in images.shape[-2:])
+            if (height, width) != images.shape[-2:]:
+                images = adaptive_avg_pool2d(images, (height, width))
             rows.append(images.flatten(1).float())
         return self.gather(rows)
 
@@ -100,11 +125,7 @@ def in_order(rows: Tensor, accelerator: Accelerator) -> Tensor:
 def features_of(
     loaded: LoadedModel, images: SplitImages, accelerator: Accelerator, cache: Path | None, logits: bool = False
 ) -> LabeledFeatures:
-    """Compute the features of a model on a split, or read them from the cache.
-
-    Args:
-        cache: Folder of the cache; None computes anew and keeps nothing.
-        logits: Whether the model's own logits are needed too.
+    """Compute the features of a model on a split, or read them from the cache's folder; None computes anew.
 
     Raises:
         UserError: A model without a classification head, or one that cannot take images of this size.
@@ -121,7 +142,11 @@ def features_of(
     check_input(loaded.model.cpu(), images.config['input_size'])
     features = compute_features(loaded.model.to(accelerator.device), images, accelerator, logits)
     if file and accelerator.is_main_process:
-        _write(file, features)
+        tensors = {'features': features.features_ND, 'labels': features.labels_N, 'logits': features.logits_NC}
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(kept, file.with_suffix('.tmp'), metadata={HASH: tensors_hash(kept)})
+        os.replace(file.with_suffix('.tmp'), file)
     return features
 
 
@@ -129,18 +154,14 @@ def features_of(
 def compute_features(
     model: nn.Module, images: SplitImages, accelerator: Accelerator, logits: bool = False
 ) -> LabeledFeatures:
-    """Pass a split through a model once, in evaluation mode; features and logits are float32.
-
-    Raises:
-        UserError: The model has no classification head.
-    """
+    """Pass a split once through a model, which must have a head; features and logits are float32."""
     model.eval()
-    batches = []
+    rows: list[tuple[Tensor, ...]] = []
     for batch, targets in images.batches(f'features of {images.source.name}'):
         with accelerator.autocast():
             features_BD, logits_BC = features_and_logits(model, batch)
-        batches.append((features_BD.float(), targets, logits_BC.float())[: 2 + logits])
-    return LabeledFeatures(*(images.gather(part) for part in zip(*batches)))
+        rows.append((features_BD.float(), targets, logits_BC.float())[: 2 + logits])
+    return LabeledFeatures(*(images.gather(list(part)) for part in zip(*rows)))
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -176,12 +197,3 @@ def _read(file: Path | None, logits: bool) -> LabeledFeatures | None:
         return LabeledFeatures(held['features'], held['labels'], held['logits'] if logits else None)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
         return None
-
-
-def _write(file: Path, features: LabeledFeatures) -> None:
-    tensors = {'features': features.features_ND, 'labels': features.labels_N, 'logits': features.logits_NC}
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
-    temporary = file.with_suffix('.tmp')
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(kept, temporary, metadata={HASH: tensors_hash(kept)})
-    os.replace(temporary, file)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
+from .features import LabeledFeatures
 from .probes import cross_folds, predict, shuffled_places
 from .scores import mean_scores, point_scores
-from .sets import LabeledFeatures, check_sets
-
-_MOST_FOLDS = 5
+from .transfer_sets import check_sets
 
 
 def few_shot(
@@ -27,9 +26,6 @@ def few_shot(
 ) -> Iterator[dict[str, Any]]:
     """Score probes on draws of a few training images a class, one number of shots after the other; see `probe`.
 
-        for row in few_shot('ridge', train, test, 10, shots=[1, 5, 10, 25], seeds=range(5)):
-            print(row['shots'], row['top1'])
-
     The draws of a seed are the same for every method, and nested: its five shots hold its one shot. Ridge and logistic
     regression choose their strength by cross-validation within the drawn images, in as many folds as there are shots
     and at most five; a single shot leaves nothing to hold out.
@@ -39,23 +35,23 @@ def few_shot(
         seeds: One draw each, also the seed of the folds and of the SGD head.
 
     Yields:
-        For each number of shots the rows of the method's probes, three for `knn` and two for `sgd`: method, shots,
-        seeds, and the mean over the draws with its interval, see `mean_scores`.
+        For each number of shots a row a probe: method, shots, seeds, and the mean over the draws, see `mean_scores`.
 
     Raises:
         UserError: See `check_sets`; a number of shots that some class doesn't have, after the rows of those before it.
     """
     check_sets(train, test, num_classes)
     class_P, count_P = train.labels_N.unique(return_counts=True)
-    fewest = int(count_P.argmin())
+    fewest, images = class_P[count_P.argmin()], count_P.min()
     for count in shots:
-        if count > count_P[fewest]:
-            few = f'class {class_P[fewest]} has {count_P[fewest]} training images'
-            raise UserError(f'`shots` {count} is more than every class has: {few}')
+        if count > images:
+            raise UserError(
+                f'`shots` {count} is more than every class has: class {fewest} has {images} training images'
+            )
         found: dict[str, list[dict[str, float]]] = {}
         for seed in seeds:
             drawn = train.select(sample_shots(train.labels_N, count, seed).to(train.labels_N.device))
-            fold_N = cross_folds(drawn.labels_N, min(count, _MOST_FOLDS), seed)
+            fold_N = cross_folds(drawn.labels_N, min(count, 5), seed)
             for prediction in predict(method, drawn, test, num_classes, fold_N, seed, device):
                 labels_M = test.labels_N.to(prediction.logits_MC.device)
                 found.setdefault(prediction.method, []).append(point_scores(prediction.logits_MC, labels_M))

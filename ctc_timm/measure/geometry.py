@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-from .sets import check_finite, exact_mean, float64_device, gram, unit_rows
+from .features import check_finite
 
+BLOCK_ROWS = 8192
 _EPS = torch.finfo(torch.float64).eps
 _BLOCK_PAIRS = 1 << 23
 
@@ -33,18 +34,10 @@ class ClassSpread(NamedTuple):
 
 
 def measure_geometry(features_ND: Tensor, labels_N: Tensor) -> dict[str, float]:
-    """Compute all measures of this file by name; dead features and zero vectors give no NaN.
-
-    Raises:
-        UserError: Features that are not finite; one class only; no two images of a class.
-    """
+    """Compute all measures by name. A UserError: features not finite; one class only; no two images of a class."""
     check_finite(features_ND, 'the features')
-    return {
-        'effective_rank': effective_rank(features_ND),
-        **class_spread(features_ND, labels_N)._asdict(),
-        'alignment': alignment(features_ND, labels_N),
-        'uniformity': uniformity(features_ND),
-    }
+    measured = {'effective_rank': effective_rank(features_ND), **class_spread(features_ND, labels_N)._asdict()}
+    return measured | {'alignment': alignment(features_ND, labels_N), 'uniformity': uniformity(features_ND)}
 
 
 def effective_rank(features_ND: Tensor) -> float:
@@ -88,8 +81,8 @@ def alignment(features_ND: Tensor, labels_N: Tensor) -> float:
     """Average the squared distance between unit-length features of two images of a class, over all such pairs.
 
     Wang & Isola 2020 (arXiv 2005.10242, section 4.1, alpha 2), with the images of a class as positives. For n vectors
-    with mean m the sum over ordered pairs is 2 n sum |u - m|^2, so no pair is ever formed. 0 when each class is a point
-    on the sphere, about 2 when its images are spread evenly over it. Without two images of a class a UserError.
+    with mean m the sum over ordered pairs is 2 n sum |u - m|^2, so no pair is ever formed. From 0, each class a
+    point, to about 2, its images all over the sphere. Without two images of a class a UserError.
     """
     count_C, _, residual_ND, class_N = _by_class(unit_rows(features_ND), labels_N)
     pairs = float((count_C * (count_C - 1)).sum())
@@ -101,16 +94,13 @@ def alignment(features_ND: Tensor, labels_N: Tensor) -> float:
 def uniformity(features_ND: Tensor) -> float:
     """Compute the log of the mean Gaussian potential exp(-2 |u - v|^2) of unit-length features over pairs of images.
 
-    Wang & Isola 2020 (arXiv 2005.10242, section 4.1, t 2), in blocks, to bound the memory. From 0, all images at one
-    point, down to about -4 for features even over a sphere of many dimensions. Fewer than two images: a UserError.
+    Wang & Isola 2020 (section 4.1, t 2), in blocks, to bound the memory. From 0, all images at one point, to about -4,
+    even over a sphere of many dimensions. Fewer than two images: a UserError.
     """
     unit_ND = unit_rows(features_ND)
-    count = len(unit_ND)
-    if count < 2:
+    if (count := len(unit_ND)) < 2:
         raise UserError(f'uniformity needs at least two images, got {count}')
-    square_N = unit_ND.square().sum(dim=1)
-    total = 0.0
-    rows = max(1, _BLOCK_PAIRS // count)
+    square_N, total, rows = unit_ND.square().sum(dim=1), 0.0, max(1, _BLOCK_PAIRS // count)
     for start in range(0, count, rows):
         # Columns begin at the block's first image, so that above the diagonal each pair comes once.
         inner_BN = unit_ND[start : start + rows] @ unit_ND[start:].T
@@ -122,9 +112,8 @@ def uniformity(features_ND: Tensor) -> float:
 def _by_class(features_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Split features into class means and what is left of each image, float64.
 
-    Returns:
-        Images of each class present [C], class means less the mean of all images [C, D], features less their class
-        means [N, D], and each image's class among those present [N].
+    Returns images of each class present [C], class means less the mean of all images [C, D], features less their class
+    means [N, D], and each image's class among those present [N].
     """
     device = float64_device(features_ND.device)
     _, class_N, count_C = labels_N.to(device).unique(return_inverse=True, return_counts=True)
@@ -133,3 +122,45 @@ def _by_class(features_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Te
     mean_CD = centered_ND.new_zeros(len(count_C), centered_ND.shape[1]).index_add_(0, class_N, centered_ND)
     mean_CD /= count_C[:, None]
     return count_C, mean_CD, centered_ND - mean_CD[class_N], class_N
+
+
+def unit_rows(features_ND: Tensor) -> Tensor:
+    """Normalize each row to unit length, in float32 or better; a zero row stays zero."""
+    rows_ND = features_ND.to(torch.promote_types(features_ND.dtype, torch.float32))
+    # A division by the largest entry first, so that no scale of the features over- or underflows.
+    largest_N1 = rows_ND.abs().amax(dim=1, keepdim=True)
+    rows_ND = rows_ND / torch.where(largest_N1 > 0, largest_N1, 1.0)
+    return rows_ND / rows_ND.norm(dim=1, keepdim=True).clamp_min(1)
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """Return the device, or the CPU in place of one without float64 (Apple's)."""
+    device = torch.device(device)
+    return torch.device('cpu') if device.type == 'mps' else device
+
+
+def exact_mean(features_ND: Tensor) -> Tensor:
+    """Average over images, [D], float64, such that a constant feature differs from its mean by exactly zero.
+
+    A plain mean leaves a rounding error in a dead feature, which a division by its variance would blow up.
+    """
+    origin_D = features_ND[0].double()
+    return origin_D + sum((b.double() - origin_D).sum(dim=0) for b in features_ND.split(BLOCK_ROWS)) / len(features_ND)
+
+
+def gram(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the mean of the features [D] and the smaller of their two second-moment matrices, float64.
+
+    With X the features less their mean: the covariance X'X / N, [D, D], or when there are fewer images than features
+    X X' / N, [N, N], which has the same eigenvalues but for zeros.
+    """
+    count, size = features_ND.shape
+    mean_D = exact_mean(features_ND)
+    if count < size:
+        centered_ND = features_ND.double() - mean_D
+        return mean_D, centered_ND @ centered_ND.T / count
+    gram_DD = torch.zeros(size, size, dtype=torch.float64, device=features_ND.device)
+    for block_BD in features_ND.split(BLOCK_ROWS):  # a float64 copy of all the features would be large
+        centered_BD = block_BD.double() - mean_D
+        gram_DD.addmm_(centered_BD.T, centered_BD)
+    return mean_D, gram_DD / count

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sets import LabeledFeatures, unit_rows
+from .features import LabeledFeatures
+from .geometry import unit_rows
 
 TEMPERATURE = 0.07
 NEIGHBORS = (1, 5, 20)
@@ -20,14 +21,13 @@ BLOCK_SIMILARITIES = 1 << 23
 
 
 def neighbor_votes(train: LabeledFeatures, features_MD: Tensor, num_classes: int) -> list[Tensor]:
-    """Sum the votes of each class for each test image.
+    """Sum the votes of each class for each test image, in blocks, to bound the memory.
 
     Of training images equally similar, the first ones in the training set are the nearer. A feature vector of zero
-    has similarity zero to everything. Similarities are computed in blocks of test images, to bound the memory.
+    has similarity zero to everything.
 
     Returns:
-        For each k of `NEIGHBORS`, [M, C], float64: the sums of exp((similarity - 1) / temperature), in which the
-        factor common to all keeps them from overflowing, and zero for a class that none of the neighbors is of.
+        For each k of `NEIGHBORS`, [M, C], float64: the sums of exp((similarity - 1) / temperature).
     """
     bank_ND = unit_rows(train.features_ND)
     votes: list[list[Tensor]] = [[] for _ in NEIGHBORS]

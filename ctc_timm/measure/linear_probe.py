@@ -30,8 +30,7 @@ def linear_probe(settings: LinearProbeSettings) -> list[dict[str, Any]]:
     """Measure probes of a model's features on all targets, write results.json, results.csv and probes.png, and log.
 
     Returns:
-        The rows of all targets: target, split, num_test, num_train or shots and seeds, method, top1, top1_low, ...;
-        in the main process.
+        The main process's rows: target, split, num_test, num_train or shots and seeds, method, top1, top1_low, ...
 
     Raises:
         UserError: A model or a target that can't be opened or measured. Finished rows stay.
@@ -40,17 +39,13 @@ def linear_probe(settings: LinearProbeSettings) -> list[dict[str, Any]]:
     loaded = load_model(*named_source(settings.source), in_chans=data.in_chans, **settings.built.model_kwargs)
     config = data_config(data, loaded.model)
     channels, most = config['input_size'][0], (settings.target.max_train, settings.target.max_test)
-    targets = [
-        TransferSet(name, data, settings.loader, channels, accelerator, most)
-        for name in target_names(settings.target, data)
-    ]
-    rows = []
+    names = target_names(settings.target, data)
+    targets = [TransferSet(name, data, settings.loader, channels, accelerator, most) for name in names]
     total = len(targets) * len(settings.probe.probes) * (1 + bool(settings.probe.shots))
     with outer_bar(total, 'probes', accelerator) as bar:
-        for target in targets:
-            rows += _probe_target(loaded, target, config, settings, accelerator, bar)
+        found = [_probe_target(loaded, target, config, settings, accelerator, bar) for target in targets]
     accelerator.wait_for_everyone()
-    return rows
+    return [row for rows in found for row in rows]
 
 
 def _probe_target(
@@ -90,8 +85,8 @@ def _probe_target(
             bar.update()
 
     target.check(train, test)
+    about = {'target': target.name, 'split': settings.data.val_split, 'num_test': len(test)}
     for row in rows():
-        about = {'target': target.name, 'split': settings.data.val_split, 'num_test': len(test)}
         results['rows'].append(about | row)
         write_json(folder / 'results.json', results)
         write_csv(folder / 'results.csv', results['rows'])
@@ -102,11 +97,9 @@ def _probe_target(
 
 def table_of(results: dict[str, Any]) -> str:
     """Format what a target's results.json holds for a terminal."""
-    headings = {'method': 'probe', 'shots': 'shots', 'top1': 'top-1 %', 'top1_low': 'from', 'top1_high': 'to'}
-    headings |= {'top5': 'top-5 %', 'mean_per_class': 'per class %'}
-    if not any('shots' in row for row in results['rows']):
-        del headings['shots']
-    first = results['rows'][0]
+    few, first = any('shots' in row for row in results['rows']), results['rows'][0]
+    headings = {'method': 'probe'} | ({'shots': 'shots'} if few else {}) | {'top1': 'top-1 %', 'top1_low': 'from'}
+    headings |= {'top1_high': 'to', 'top5': 'top-5 %', 'mean_per_class': 'per class %'}
     return (
         f'\n{results["model"]} ({results["weights"]}) on {results["target"]}, {first["num_train"]:,} training and '
         f'{first["num_test"]:,} test images, {results["feature_dim"]} features, 95% intervals\n'

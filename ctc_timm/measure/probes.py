@@ -7,7 +7,7 @@
 refitted on all of it. `knn` and `sgd` have nothing to choose, except that the published protocol, `sgd-best`, takes the
 best epoch on the test set.
 
-Letters: N training images, M test images, D feature size, C classes.
+Letters: N training images, M test images, H held-out images, D feature size, C classes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from . import logistic, ridge
+from .features import LabeledFeatures
+from .geometry import float64_device
 from .knn import NEIGHBORS, neighbor_votes
 from .scores import bootstrap_scores, point_scores, ranks
-from .sets import LabeledFeatures, check_sets, float64_device
 from .sgd import EPOCHS, train_head
+from .transfer_sets import check_sets
 
 METHODS = ('ridge', 'logistic', 'knn', 'sgd')
 NEVER = -1
@@ -31,7 +33,7 @@ class Prediction(NamedTuple):
     """A probe's class scores of the test images."""
 
     method: str  # ridge, logistic, knn-1, knn-5, knn-20, sgd-last or sgd-best
-    logits_MC: Tensor  # for knn the votes
+    logits_MC: Tensor  # for knn the votes, on the device where they were computed
     # What was chosen: `strength` and `selection_accuracy` (percent, None when the training set was too small to hold
     # images out), `neighbors` (fewer when there are fewer training images), or `epoch`.
     settings: dict[str, float | int | None]
@@ -45,13 +47,9 @@ def probe(
     seed: int = 0,
     device: torch.device | str = 'cpu',
 ) -> list[dict[str, Any]]:
-    """Fit a probe on frozen features and score it on test images.
+    """Fit a probe, one of `METHODS`, on frozen features and score it on test images.
 
     Args:
-        method: One of `METHODS`.
-        train: What to fit on.
-        test: What to score on; nothing is chosen on it but the epoch of `sgd-best`.
-        num_classes: C.
         seed: Of the training split, the SGD head and the bootstrap.
         device: Where to compute; for ridge and logistic regression the CPU in place of a device without float64.
 
@@ -64,11 +62,11 @@ def probe(
         ValueError: An unknown method.
     """
     check_sets(train, test, num_classes)
-    predictions = predict(method, train, test, num_classes, hold_out(train.labels_N, seed), seed, device)
-    return [
-        {'method': p.method, **bootstrap_scores(p.logits_MC, test.labels_N.to(p.logits_MC.device), seed), **p.settings}
-        for p in predictions
-    ]
+    rows = []
+    for p in predict(method, train, test, num_classes, hold_out(train.labels_N, seed), seed, device):
+        scores = bootstrap_scores(p.logits_MC, test.labels_N.to(p.logits_MC.device), seed)
+        rows.append({'method': p.method, **scores, **p.settings})
+    return rows
 
 
 def ridge_scores(train: LabeledFeatures, test: LabeledFeatures, num_classes: int) -> dict[str, float]:
@@ -90,7 +88,8 @@ def predict(
     """Fit a probe and predict, for sets that have been checked; see `probe`.
 
     The strength of `ridge` and `logistic` is that of the highest accuracy over the held-out images, the strongest if
-    several; their `DEFAULT_STRENGTH` where no image is held out. `fold_N` is of `hold_out` or `cross_folds`.
+    several; their `DEFAULT_STRENGTH` where no image is held out. `fold_N` is the fold in which each training image is
+    held out, of `hold_out` or `cross_folds`.
     """
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')

@@ -41,9 +41,8 @@ def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 class RowStore:
     """Rows by what they depend on, one a line, each on disk as soon as it is finished.
 
-    Args:
-        file: Where they are. Lines that cannot be read, such as a last one that was cut off, are ignored.
-        write: False where another process writes.
+    Lines that cannot be read, such as a last one that was cut off, are ignored. With `write=False` another process
+    writes.
     """
 
     def __init__(self, file: Path, write: bool = True) -> None:
@@ -76,12 +75,7 @@ class RowStore:
 
 
 def table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> str:
-    """Format rows of plain values for a terminal, words to the left, numbers to the right, None as nothing.
-
-    Args:
-        rows: One a line.
-        columns: Heading of each column by its name.
-    """
+    """Format rows under the headings of their columns, words to the left, numbers to the right, None as nothing."""
     lines = []
     for name, heading in columns.items():
         values = [row.get(name) for row in rows]

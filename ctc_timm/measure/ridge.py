@@ -27,7 +27,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .sets import BLOCK_ROWS, LabeledFeatures, gram
+from .features import LabeledFeatures
+from .geometry import BLOCK_ROWS, gram
 
 STRENGTHS = tuple(10 ** (power / 2) for power in range(8, -13, -1))  # 1e4 down to 1e-6
 DEFAULT_STRENGTH = 10.0  # the best or near it with one image a class, on digits and on CIFAR-10

@@ -15,7 +15,6 @@ from scipy import stats
 from torch import Tensor
 
 METRICS = ('top1', 'top5', 'mean_per_class')
-RESAMPLES = 1000
 
 
 def ranks(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
@@ -38,17 +37,12 @@ def point_scores(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in _percent(_outcomes(logits_NC, labels_N)).items()}
 
 
-def bootstrap_scores(
-    logits_NC: Tensor, labels_N: Tensor, seed: int = 0, resamples: int = RESAMPLES
-) -> dict[str, float]:
+def bootstrap_scores(logits_NC: Tensor, labels_N: Tensor, seed: int = 0, resamples: int = 1000) -> dict[str, float]:
     """Compute the scores with 95% percentile bootstrap intervals over images (Efron & Tibshirani 1993, section 13.3).
 
-    Only the number of drawn images in each cell of class and outcome (top-1 hit, other top-5 hit, miss) matters, and
-    those counts are multinomial: they are drawn directly, without an [R, N] table of draws. A class that a resample
-    misses leaves that resample's mean per-class.
-
-    Returns:
-        For each of `METRICS` three columns: name, name_low and name_high.
+    Each of `METRICS` has three columns: name, name_low and name_high. Only the number of drawn images in each cell of
+    class and outcome (top-1 hit, other top-5 hit, miss) matters, and those counts are multinomial: they are drawn
+    directly, without an [R, N] table of draws. A class that a resample misses leaves that resample's mean per-class.
     """
     outcomes_C3 = _outcomes(logits_NC, labels_N)
     filled = np.flatnonzero(outcomes_C3)
@@ -64,18 +58,17 @@ def bootstrap_scores(
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """Average the scores of several runs or draws, with Student's 95% interval of the mean.
+    """Average the scores of several runs or draws, in the columns of `bootstrap_scores`.
 
-    Returns:
-        For each of `METRICS` three columns: name, name_low and name_high; of a single row no interval but None.
+    The interval is Student's 95% interval of the mean; of a single row None.
     """
     columns: dict[str, float | None] = {}
     for name in METRICS:
         values = [row[name] for row in rows]
-        mean, several = fmean(values), len(values) > 1
-        half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if several else 0.0
-        ends = (mean - half, mean + half) if several else (None, None)
-        columns |= dict(zip((name, f'{name}_low', f'{name}_high'), (mean, *ends)))
+        columns |= {name: fmean(values), f'{name}_low': None, f'{name}_high': None}
+        if len(values) > 1:
+            half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+            columns |= {f'{name}_low': fmean(values) - half, f'{name}_high': fmean(values) + half}
     return columns
 
 
@@ -89,11 +82,8 @@ def _outcomes(logits_NC: Tensor, labels_N: Tensor) -> NDArray[np.int64]:
 
 def _percent(outcomes: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
     """Compute the scores of counts [..., C, 3], each [...]."""
-    images = outcomes.sum(axis=-1)
-    total = images.sum(axis=-1)
-    per_class = outcomes[..., 0] / np.maximum(images, 1)
-    return {
-        'top1': 100 * outcomes[..., 0].sum(axis=-1) / total,
-        'top5': 100 * outcomes[..., :2].sum(axis=(-2, -1)) / total,
-        'mean_per_class': 100 * per_class.sum(axis=-1) / (images > 0).sum(axis=-1),
-    }
+    images, hits = outcomes.sum(axis=-1), outcomes[..., 0]
+    top1 = 100 * hits.sum(axis=-1) / images.sum(axis=-1)
+    top5 = 100 * outcomes[..., :2].sum(axis=(-2, -1)) / images.sum(axis=-1)
+    per_class = 100 * (hits / np.maximum(images, 1)).sum(axis=-1) / (images > 0).sum(axis=-1)
+    return dict(zip(METRICS, (top1, top5, per_class)))

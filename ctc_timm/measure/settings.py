@@ -88,9 +88,7 @@ class MeasureSettings:
 
     runs: tuple[str, ...] = setting((), 'folders of runs, with kept epochs in weights/', positional='+', metavar='RUN')
     probes: tuple[Probe, ...] = setting(('ridge',), 'which ones', metavar='METHOD')
-    information: Literal['mine', 'infonce', 'smile', 'renyi', 'mine-published', 'none'] = setting(
-        'renyi', 'estimator of I(X;T) and I(T;Y)'
-    )
+    information: Literal['renyi', 'mine', 'mine-published', 'none'] = setting('renyi', 'estimator of I(X;T) and I(T;Y)')
     information_images: int = setting(2000, 'test images it is given', low=1, metavar='N')
     seed: int = setting(0, 'of everything random', low=0, metavar='S')
     every: int = setting(1, 'take each N-th kept epoch', low=1, metavar='N')

@@ -13,21 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .features import LabeledFeatures
 from .scores import point_scores
-from .sets import LabeledFeatures
 
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.4, 0.9, 5e-4
 EPOCHS, BATCH_SIZE = 30, 512
 
 
 def train_head(
     train: LabeledFeatures, test: LabeledFeatures, num_classes: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, int]:
-    """Train a linear head by the published protocol.
+    """Train a linear head by the published protocol; the learning rate is 0.2 (1 + cos(pi e / 30)) in epoch e from 0.
 
-    The head starts as `torch.nn.Linear` initializes it after `torch.manual_seed(seed)`, and each epoch's order is the
-    next `torch.randperm(N)`. Both are drawn on the CPU, the same for every device, and the caller's random state is
-    left as it was. The learning rate changes once an epoch, 0.2 (1 + cos(pi e / 30)) in epoch e from 0.
+    The head and each epoch's order are drawn on the CPU, the same for every device; the caller's random state is left
+    as it was.
 
     Returns:
         Test logits [M, C] after the last epoch, those after the epoch of the highest test top-1 (the first if
@@ -39,7 +37,7 @@ def train_head(
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         head = nn.Linear(features_ND.shape[1], num_classes).to(device)
         orders = [torch.randperm(len(train)) for _ in range(EPOCHS)]
-    optimizer = torch.optim.SGD(head.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.4, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     best, best_epoch = -1.0, 0
     for epoch, order_N in enumerate(orders, 1):

@@ -1,7 +1,8 @@
-"""The sets that features are transferred to: opened, and checked before anything is computed."""
+"""The sets that features are transferred to: opened, and checked before anything is computed. Letters: N images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from ..data.datasets import READERS, check_classes, open_split
 from ..data.settings import DataSettings, LoaderSettings, TargetSettings
 from ..utils.errors import UserError, nearest
 from ..utils.text import file_name
-from .features import SplitImages
-from .sets import LabeledFeatures, check_sets
+from .features import LabeledFeatures, SplitImages, check_finite
 
 COCO = 'coco:'
 
@@ -29,11 +29,8 @@ class TransferSet:
     """A set to transfer to: probes are fitted on its training images, and measured on its test images.
 
     Args:
-        name: A data set, or a folder of images.
-        data: Splits, columns and root; its data set or folder is replaced by `name`.
-        loader: Batch size and processes.
+        name: A data set, or a folder of images; it replaces that of `data`.
         channels: Of the images that the model takes.
-        accelerator: Device and processes.
         most: Draw this many training and this many test images; all where None.
         setting: That names the set, for messages.
 
@@ -86,3 +83,44 @@ class TransferSet:
 def slug(name: str) -> str:
     """Make a folder's name of the end of a path or of a data set's name."""
     return file_name(Path(name.rstrip('/')).name, 'target')
+
+
+def check_sets(
+    train: LabeledFeatures,
+    test: LabeledFeatures,
+    num_classes: int,
+    what: str = 'the target',
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Refuse sets on which no probe can be fitted or measured; messages begin with `what`, the data set.
+
+    A class without an image in either set is allowed.
+
+    Raises:
+        UserError: No images; a label outside 0 to C - 1; one class; a class in one set alone; features not finite.
+    """
+
+    def label(number: int) -> str:
+        return f'class {number}' if class_names is None else f'class {number} ({class_names[number]!r})'
+
+    parts, present = {'training': train, 'test': test}, {}
+    for name, part in parts.items():
+        if not len(part):
+            raise UserError(f'{what}: no {name} images')
+        classes = part.labels_N.unique().tolist()
+        if classes[0] < 0 or classes[-1] >= num_classes:
+            span = f'from {classes[0]} to {classes[-1]}'
+            raise UserError(f'{what}: {name} labels run {span}, but must lie between 0 and {num_classes - 1}')
+        present[name] = set(classes)
+    if len(present['training'] | present['test']) < 2:
+        only = label(int(train.labels_N[0]))
+        raise UserError(f'{what}: every image is of {only}, but a probe needs at least two classes')
+    for name, other in (('test', 'training'), ('training', 'test')):
+        if absent := sorted(present[other] - present[name]):
+            classes = label(absent[0]) + (f' and {len(absent) - 1} more' if len(absent) > 1 else '')
+            raise UserError(
+                f'{what}: no {name} images of {classes}, of which there are {other} images; both splits must hold the '
+                'same classes'
+            )
+    for name, part in parts.items():
+        check_finite(part.features_ND, f'{what}: the {name} features')

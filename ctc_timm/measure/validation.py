@@ -27,32 +27,27 @@ logger = get_logger(__name__)
 
 
 def validate(settings: ValidateSettings) -> dict[str, Any]:
-    """Measure accuracy, write results.json, results.csv and per_class.csv, and log.
-
-    Returns:
-        What results.json holds.
+    """Measure accuracy, write results.json, results.csv and per_class.csv, log, and return what results.json holds.
 
     Raises:
         UserError: A model or data that can't be opened, or that do not fit each other.
     """
-    data, chosen = settings.data, settings.validation
+    data, chosen, named = settings.data, settings.validation, named_source(settings.source)
     accelerator = create_accelerator(settings.precision)
     split = chosen.split or data.val_split
     with accelerator.main_process_first():
         source = open_split(data, split)
     options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
-    loaded = load_model(*named_source(settings.source), **options)
+    loaded = load_model(*named, **options)
     check_labels(source, loaded.model.num_classes, split)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
     model, device = loaded.model.to(accelerator.device), accelerator.device
     loader = create_eval_loader(source.dataset, settings.loader, config, device, accelerator.num_processes > 1)
     metrics = evaluate(model, loader, accelerator, model.num_classes, settings.built.channels_last)
-    per_class = [
-        {'class': index, 'name': source.class_names.get(index, str(index)), 'top1': top1}
-        for index, top1 in enumerate(metrics['per_class'])
-        if top1 is not None
-    ]
+    accuracies = {index: top1 for index, top1 in enumerate(metrics['per_class']) if top1 is not None}
+    names = source.class_names
+    per_class = [{'class': i, 'name': names.get(i, str(i)), 'top1': top1} for i, top1 in accuracies.items()]
     results = {
         'model': architecture(model),
         'weights': loaded.weights,
@@ -61,11 +56,8 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
         'split': split,
         'num_images': metrics['num_images'],
         'input_size': list(config['input_size']),
-        'interpolation': config['interpolation'],
-        'crop_pct': config['crop_pct'],
-        'loss': metrics['loss'],
-        'top1': metrics['top1'],
-        'top5': metrics['top5'],
+        **{name: config[name] for name in ('interpolation', 'crop_pct')},
+        **{name: metrics[name] for name in ('loss', 'top1', 'top5')},
         'mean_per_class': sum(row['top1'] for row in per_class) / max(len(per_class), 1),
         'per_class': per_class,
     }
@@ -83,15 +75,11 @@ def table_of(results: dict[str, Any]) -> str:
     """Format what results.json holds for a terminal."""
     worst = sorted(results['per_class'], key=lambda row: row['top1'])[:3]
     hardest = ', '.join(f'{sanitize(row["name"])} {row["top1"]:.1f} %' for row in worst)
-    return (
-        f'{results["model"]} ({results["weights"]}) on {results["num_images"]:,} images of {results["dataset"]}, '
-        f'split {results["split"]}\n'
-        f'  top-1           {results["top1"]:7.3f} %\n'
-        f'  top-5           {results["top5"]:7.3f} %\n'
-        f'  mean per class  {results["mean_per_class"]:7.3f} %\n'
-        f'  loss            {results["loss"]:7.4f}\n'
-        f'  hardest         {hardest}'
+    head = '{model} ({weights}) on {num_images:,} images of {dataset}, split {split}\n'
+    rows = (
+        '  top-1           {top1:7.3f} %\n  top-5           {top5:7.3f} %\n  mean per class  {mean_per_class:7.3f} %\n'
     )
+    return (head + rows + '  loss            {loss:7.4f}\n').format(**results) + f'  hardest         {hardest}'
 
 
 @torch.no_grad()
@@ -118,7 +106,6 @@ class PerClassEvaluator(ClassificationEvaluator):
         super().__init__(device, max_samples=max_samples)
 
     def reset(self) -> None:
-        """Start anew."""
         super().reset()
         self.per_class_2C = torch.zeros(2, self.num_classes, dtype=torch.int64, device=self.device)
 
@@ -127,8 +114,7 @@ class PerClassEvaluator(ClassificationEvaluator):
         """Add a batch: logits [B, C] and classes [B]; without the padding beyond `max_samples`."""
         before = self.num_samples
         super().update(output, target)
-        count = self.num_samples - before
-        output, target = output[:count], target[:count]
+        output, target = output[: self.num_samples - before], target[: self.num_samples - before]
         for row, classes in enumerate((target, target[output.argmax(dim=1) == target])):
             self.per_class_2C[row] += torch.bincount(classes, minlength=self.num_classes)
 

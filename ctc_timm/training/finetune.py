@@ -23,11 +23,10 @@ from ..data import digits
 from ..data.datasets import DatasetSplit, is_streaming, open_split
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config
-from ..measure.features import SplitImages, weights_hash
+from ..measure.features import LabeledFeatures, SplitImages, weights_hash
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
-from ..measure.sets import LabeledFeatures, check_sets
-from ..measure.transfer_sets import slug
+from ..measure.transfer_sets import check_sets, slug
 from ..models.backbones import architecture, has_classification_head
 from ..models.creation import model_options
 from ..models.loading import load_model, named_source

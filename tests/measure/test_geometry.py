@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ctc_timm.measure import geometry, sets
+from ctc_timm.measure import geometry
 from ctc_timm.measure.geometry import alignment, class_spread, effective_rank, measure_geometry, uniformity
 from ctc_timm.utils.errors import UserError
 
@@ -41,7 +41,7 @@ def squared_distances(features):
 
 @pytest.fixture(params=[1, 7, 8192], ids=lambda rows: f'blocks of {rows}')
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(sets, 'BLOCK_ROWS', request.param)
+    monkeypatch.setattr(geometry, 'BLOCK_ROWS', request.param)
     monkeypatch.setattr(geometry, '_BLOCK_PAIRS', request.param * 61)
 
 

@@ -14,14 +14,15 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from ctc_timm.measure import geometry, logistic, ridge
 from ctc_timm.measure import knn as neighbors
-from ctc_timm.measure import logistic, ridge, sets
+from ctc_timm.measure.features import LabeledFeatures
 from ctc_timm.measure.few_shot import few_shot, sample_shots
 from ctc_timm.measure.knn import neighbor_votes
 from ctc_timm.measure.probes import METHODS, NEVER, cross_folds, hold_out, predict, probe, ridge_scores
 from ctc_timm.measure.scores import METRICS, bootstrap_scores, mean_scores, point_scores, ranks
-from ctc_timm.measure.sets import LabeledFeatures, check_sets
 from ctc_timm.measure.sgd import train_head
+from ctc_timm.measure.transfer_sets import check_sets
 from ctc_timm.utils.errors import UserError
 
 DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
@@ -52,7 +53,7 @@ def in_mean_eigenvalues(features):
 @pytest.mark.parametrize('count, size', [(80, 12), (20, 50), (30, 30)], ids=['primal', 'dual', 'square'])
 @pytest.mark.parametrize('rows', [7, 8192])
 def test_ridge_against_a_direct_solve(count, size, rows, monkeypatch):
-    monkeypatch.setattr(sets, 'BLOCK_ROWS', rows)
+    monkeypatch.setattr(geometry, 'BLOCK_ROWS', rows)
     monkeypatch.setattr(ridge, 'BLOCK_ROWS', rows)
     data = clouds(count, size)
     x, y = data.features_ND.numpy(), np.eye(4)[data.labels_N]
