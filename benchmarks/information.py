@@ -27,6 +27,7 @@ from ctc_timm.measure.plots.style import GRAY, drawing, look, plt, save
 from ctc_timm.measure.results import write_json
 
 FIELDS = ('part', 'estimator', 'sample', 'images', 'truth', 'seed', 'nats', 'standard_error', 'seconds')
+COLUMNS = ('mean', 'bias', 'bias, %', 'spread over seeds', 'error claimed', 'seconds')
 OPTIONS: dict[str, dict[str, Any]] = {'': {}, 'in-sample': {'held_out': 0.0}, 'shuffles=1': {'shuffles': 1}}
 TEN, LOW = ([('gaussian', nats) for nats in levels] for levels in ((2, 4, 6, 8, 10), (0, 2, 6)))
 # Symbols M and share p flipped, and log M + (1 - p) log(1 - p) + p log(p / (M - 1)) nats.
@@ -100,14 +101,10 @@ if __name__ == '__main__':
                         known[key] = dict(zip(FIELDS, (*key, *measure(*key))))
                         write_json(args.output, {**results, 'rows': list(known.values()), 'torch': torch.__version__})
                 mean, error, cost = (fmean(known[key][name] for key in keys) for name in FIELDS[6:])
-                line: dict[str, float | None] = {'mean': mean, 'bias': mean - truth}
-                line['bias, %'] = 100 * (mean / truth - 1) if truth else None
-                line['spread over seeds'] = stdev(known[key]['nats'] for key in keys) if seeds > 1 else None
-                tables[part][f'{estimator}, {sample}, N = {images:,}, {truth:.2f} nats'] = {
-                    **line,
-                    'error claimed': error,
-                    'seconds': cost,
-                }
+                spread = stdev(known[key]['nats'] for key in keys) if seeds > 1 else None
+                percent = 100 * (mean / truth - 1) if truth else None
+                line = dict(zip(COLUMNS, (mean, mean - truth, percent, spread, error, cost)))
+                tables[part][f'{estimator}, {sample}, N = {images:,}, {truth:.2f} nats'] = line
                 curve.append((truth, mean))
             if part == 'gaussian' and ',' not in estimator:
                 axes.plot(*zip(*curve), label=estimator, **look(i))
