@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -99,7 +99,6 @@ class Hub:
         self.requests: list[tuple[str, int]] = []
         self.faults: list[Fault] = []
         self.released, self.reached = threading.Event(), threading.Event()
-        self.page = 1000
         self.count = itertools.count()
         self.errors: list[BaseException | None] = []
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
@@ -359,19 +358,6 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, repo: str, revision: str = 'main') -> None:
         found = self.repo(repo)
         self.send(_info(found, self.state(found, revision), 'blobs' in self.query))
-
-    @_route('GET', '/api/models')
-    def listing(self) -> None:
-        user, query = self.user(), self.query
-        visible = [r for r in self.hub.repos.values() if not r.private or r.id.partition('/')[0] == user]
-        visible = [r for r in visible if query.get('author') in (None, r.id.partition('/')[0])]
-        visible = [r for r in visible if query.get('filter') in (None, *(r.card().get('tags') or []))]
-        start = int(query.get('cursor', 0))
-        end, headers = start + self.hub.page, {}
-        if end < len(visible):
-            rest = '&'.join(f'{k}={quote(v)}' for k, v in query.items() if k != 'cursor')
-            headers = {'Link': f'<{self.hub.url}/api/models?{rest}&cursor={end}>; rel="next"'}
-        self.send([_info(r, r.at(), False) for r in visible[start:end]], headers=headers)
 
     @_route('GET', f'/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)')
     def resolve(self, repo: str, revision: str, path: str) -> None:

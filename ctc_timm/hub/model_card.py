@@ -22,15 +22,7 @@ _TEMPLATE = Path(__file__).with_name('model_card.md')
 
 
 def write_card(run: RunDetails, repo_id: str, license: str, tags: Sequence[str], pictures: dict[str, str]) -> str:
-    """Write README.md.
-
-    Args:
-        run: What is published.
-        repo_id: Where it goes.
-        license: By its identifier on the Hub.
-        tags: More tags.
-        pictures: Title of each picture by its file in the repo.
-    """
+    """Write README.md; pictures are titles by files in the repo."""
     namespace, _, model = repo_id.partition('/')
     if model.partition('.')[0] == f'{run.architecture}_ctc' and NAME.fullmatch(model):
         name, how = model, f'with `CTC_TIMM_NAMESPACE={namespace}`, or after `ctc-timm zoo add {repo_id}`'

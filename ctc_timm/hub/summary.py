@@ -103,11 +103,7 @@ class RunDetails:
 
 
 def summarize(folder: str | os.PathLike, private: Private | None = None) -> RunDetails:
-    """Read a run's folder, leaving out what must not be published.
-
-    Args:
-        folder: Of the run.
-        private: What that is; made when None.
+    """Read a run's folder, leaving out what must not be published, by default what this machine would give away.
 
     Raises:
         UserError: No run, no sound weights, or an architecture timm does not know.

@@ -108,12 +108,9 @@ def named_files() -> list[Path]:
 
 
 def load_all() -> tuple[dict[str, Entry], list[UserError]]:
-    """Load the shipped catalog and those of `CTC_TIMM_ZOO`.
+    """Load the shipped catalog and those of `CTC_TIMM_ZOO`: entries by name, and what is wrong with unusable files.
 
     A name may stand in two files if both mean the same weights, say on the Hub and in a folder; the later one is used.
-
-    Returns:
-        Entries by name, shipped ones first, and what is wrong with each file that can't be used.
     """
     entries: dict[str, Entry] = {}
     problems: list[UserError] = []
@@ -161,13 +158,7 @@ def save(file: Path, entries: Iterable[Entry]) -> None:
 
 
 def parse(name: str, raw: Any, where: str, folder: Path = Path()) -> Entry:
-    """Check an entry of a catalog.
-
-    Args:
-        name: The model's name.
-        raw: As JSON holds it.
-        where: For messages: the file.
-        folder: Where a relative path starts.
+    """Check an entry of the catalog `where`, as JSON holds it; a relative path starts in the folder.
 
     Raises:
         UserError: Anything that is missing, unknown, or of another form.

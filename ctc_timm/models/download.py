@@ -112,9 +112,7 @@ def find(repo_id: str, name: str = '', revision: str = '', cache_dir: CacheDir =
         cache_dir: As timm's.
 
     Raises:
-        NotPublished: No such repo.
-        HubError: It can't be read.
-        UserError: It holds no weights of that architecture, or its config.json states something that is not sound.
+        UserError: NotPublished for no such repo; or it can't be read, or holds no weights of that architecture.
     """
     wanted = f'{repo_id}@{revision}' if revision else repo_id
     file = _download(wanted, 'config.json', cache_dir)

@@ -102,12 +102,7 @@ def load_model(
 
 
 def load_weights(model: Any, file: Path, where: str) -> None:
-    """Load all of a weights file into a model: safetensors, or a checkpoint that loads with `weights_only=True`.
-
-    Args:
-        model: Of the same architecture.
-        file: The weights.
-        where: For messages: the setting that names the file, and the file.
+    """Load all of a weights file, which messages call `where`: safetensors, or what loads with `weights_only=True`.
 
     Raises:
         UserError: No such file, not a weights file, or weights of another architecture.

@@ -51,11 +51,7 @@ _RESERVED = {'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit
 
 
 def check_pretrained_cfg(config: Any, where: str) -> dict[str, Any]:
-    """Take the fields of `FIELDS` out of a pretrained_cfg, each of its form; others are left out.
-
-    Args:
-        config: As JSON holds it.
-        where: For messages: the file.
+    """Take the fields of `FIELDS` out of a pretrained_cfg of the file `where`, and leave others out.
 
     Raises:
         UserError: A field that is missing or of another form.
@@ -89,14 +85,10 @@ def base_of(architecture: str) -> str:
 
 
 def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Read and check a folder's config.json, as timm and training write it.
-
-    Args:
-        folder: With the file.
-        where: For messages: what the file is of; its path when empty.
+    """Read a folder's config.json, as timm and training write it; `where` is what it is of, for messages.
 
     Returns:
-        The base architecture, the pretrained_cfg, and the arguments that the architecture is built with.
+        The base architecture, its checked pretrained_cfg, and the arguments that it is built with.
 
     Raises:
         UserError: It can't be read, or states something that is not sound.
