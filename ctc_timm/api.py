@@ -133,9 +133,7 @@ def dynamics(*runs: PathLike, **settings: Any) -> dict[str, Any]:
 
     if runs:
         settings['runs'] = tuple(os.fspath(run) for run in runs)
-    chosen = build(DynamicsSettings, _over_recipe(DynamicsSettings, settings))
-    detection = import_module('.dense.frozen', __package__).open_detection
-    return _call('measure.dynamics:dynamics', chosen, detection)
+    return _call('measure.dynamics:dynamics', build(DynamicsSettings, _over_recipe(DynamicsSettings, settings)))
 
 
 def detect(source: PathLike | None = None, **settings: Any) -> Run:

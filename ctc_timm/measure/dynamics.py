@@ -1,9 +1,9 @@
 """Every kept epoch of every run, measured on its source and on targets.
 
 One row a kept epoch and set: accuracy on the source, the probes' on a target, and on both the information and the
-geometry of the test images' features; on coco:FOLDER a detector's average precision. Each part of a row is kept in the
-run's dynamics/rows.jsonl as soon as it is finished, under a key of all that it depends on, and is not measured again:
-another probe is computed alone, from the cached features.
+geometry of the test images' features. Each part of a row is kept in the run's dynamics/rows.jsonl as soon as it is
+finished, under a key of all that it depends on, and is not measured again: another probe is computed alone, from the
+cached features.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,34 +36,14 @@ from .probes import probe
 from .results import RowStore, table, write_csv, write_json
 from .scores import METRICS, bootstrap_scores
 from .settings import DynamicsSettings, MeasureSettings
-from .transfer_sets import COCO, TransferSet, target_names
+from .transfer_sets import TransferSet, target_names
 
 VERSION = 1  # of what the parts hold; another one measures everything again
 logger = get_logger(__name__)
 
 
-class DetectionEvaluator(Protocol):
-    """Measures what a frozen backbone is worth to a detector: box_ap, ... in percent, num_train and num_test.
-
-    `facts` is all that the numbers depend on beside the weights. `measure` may change the model.
-    """
-
-    def facts(self) -> dict[str, Any]: ...
-
-    def measure(self, loaded: LoadedModel, accelerator: Accelerator) -> dict[str, Any]: ...
-
-
-def _no_detection(folder: str, *options: int) -> DetectionEvaluator:
-    raise UserError(f'`target` {COCO}{folder}: is measured by `ctc_timm.dynamics`, which brings a detector')
-
-
-def dynamics(
-    settings: DynamicsSettings, open_detection: Callable[[str, int, int, int], DetectionEvaluator] = _no_detection
-) -> dict[str, Any]:
+def dynamics(settings: DynamicsSettings) -> dict[str, Any]:
     """Measure all runs on all sets, write results.json, results.csv and the pictures, log, and return what they hold.
-
-    Args:
-        open_detection: Opens the folder of a target coco:FOLDER: folder, epochs, images, seed.
 
     Raises:
         UserError: A run without kept weights, a target that can't be measured. Finished rows stay.
@@ -72,18 +52,14 @@ def dynamics(
     runs = [KeptRun(path, name, settings, accelerator) for path, name in _short_names(measures.runs).items()]
     channels = runs[0].config['input_size'][0]
     names = target_names(settings.target, settings.data)
-    options = (measures.detection_epochs, measures.detection_images, measures.seed)
-    detections = {n: open_detection(n.removeprefix(COCO), *options) for n in names if n.startswith(COCO)}
     most = (settings.target.max_train, settings.target.max_test)
-    sets = [name for name in names if name not in detections]
-    targets = [TransferSet(name, settings.data, settings.loader, channels, accelerator, most) for name in sets]
-    total = sum(len(run.weights) for run in runs) * (1 + len(targets) + len(detections))
+    targets = [TransferSet(name, settings.data, settings.loader, channels, accelerator, most) for name in names]
+    total = sum(len(run.weights) for run in runs) * (1 + len(targets))
     with outer_bar(total, 'dynamics', accelerator) as bar:
-        rows = [row for run in runs for row in run.measure(targets, detections, bar)]
+        rows = [row for run in runs for row in run.measure(targets, bar)]
     results = {
         'runs': [{'name': run.name, 'path': str(run), 'stage_change': run.change} for run in runs],
         'targets': [target.name for target in targets],
-        'detection': {name: detection.facts() for name, detection in detections.items()},
         'probes': list(measures.probes),
         'information': measures.information,
         'rows': rows,
@@ -146,9 +122,7 @@ class KeptRun(Run):
         self.config = data_config(settings.data, load_model(kept[last], setting='runs').model)
         self.source = SplitImages(source, loader, self.config, accelerator)
 
-    def measure(
-        self, targets: list[TransferSet], detections: dict[str, DetectionEvaluator], bar: tqdm
-    ) -> Iterator[dict[str, Any]]:
+    def measure(self, targets: list[TransferSet], bar: tqdm) -> Iterator[dict[str, Any]]:
         """Measure all rows, in the order of the epochs."""
         store = RowStore(self.dynamics / 'rows.jsonl', write=self._accelerator.is_main_process)
         images = [target.images(self.config) for target in targets]
@@ -158,8 +132,6 @@ class KeptRun(Run):
             parts = [('source', self.source.source.name, partial(checkpoint.measure, store, self.source))]
             for target, (train, test) in zip(targets, images):
                 parts.append(('target', target.name, partial(checkpoint.measure, store, test, target, train)))
-            for name, detection in detections.items():
-                parts.append(('detection', name, partial(checkpoint.detect, store, detection)))
             for kind, dataset, measure in parts:
                 where = {'run': self.name, 'epoch': epoch, 'stage': stage, 'set': kind, 'dataset': dataset}
                 yield {**where, 'weights': str(file), **measure()}
@@ -221,12 +193,6 @@ class Checkpoint:
         for part, (values, measure) in parts.items():
             row |= store.get({**common, 'part': part, **values}, measure)
         return row
-
-    def detect(self, store: RowStore, detection: DetectionEvaluator) -> dict[str, Any]:
-        """Return the average precision of a detector; it is measured where the store lacks it."""
-        values = {'part': 'detection', 'weights': self.hash, 'precision': self._accelerator.mixed_precision}
-        loaded = partial(load_model, self.file, setting='runs')  # the detector cuts it down
-        return store.get(values | detection.facts(), lambda: detection.measure(loaded(), self._accelerator))
 
     def _probe(
         self, target: TransferSet, images: SplitImages, features: Callable[[], LabeledFeatures], method: str

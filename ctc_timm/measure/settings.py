@@ -94,8 +94,6 @@ class MeasureSettings:
     every: int = setting(1, 'take each N-th kept epoch', low=1, metavar='N')
     no_cache: bool = setting(False, 'keep no features on disk')
     output: str = setting('', "where results go; the run's dynamics/, or results/dynamics for several", metavar='DIR')
-    detection_epochs: int = setting(3, 'for coco:FOLDER: epochs of training heads', low=1, metavar='N')
-    detection_images: int = setting(500, 'for coco:FOLDER: training images that are drawn', low=1, metavar='N')
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from ..utils.errors import UserError, nearest
 from ..utils.text import file_name
 from .features import LabeledFeatures, SplitImages, check_finite
 
-COCO = 'coco:'
-
 
 def target_names(target: TargetSettings, data: DataSettings) -> list[str]:
     """Name the targets, each once: those of `target`, or the data set or folder given, or the embedded digits."""

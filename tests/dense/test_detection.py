@@ -239,24 +239,3 @@ def test_mistakes(source: Run, data: Path, tmp_path: Path, words: dict[str, Any]
     with pytest.raises(UserError, match=message):
         ctc_timm.detect(**{**SCRATCH, **SMALL, 'data_dir': data, 'output': tmp_path / 'runs', **filled})
     assert not (tmp_path / 'runs').exists()
-
-
-def test_dynamics_have_a_curve_of_detection(source: Run, data: Path, tmp_path: Path) -> None:
-    """A row a kept epoch, which differs between epochs, is kept, and is measured again for other settings only."""
-    words = dict(target=[f'coco:{data}'], information='none', workers=0, detection_epochs=4, detection_images=5)
-    results = ctc_timm.dynamics(source, **words, output=tmp_path)  # type: ignore[arg-type]
-    rows = [row for row in results['rows'] if row['set'] == 'detection']
-    assert [row['epoch'] for row in rows] == [0, 1] and results['targets'] == []
-    assert all(0 <= row['box_ap'] <= row['box_ap50'] <= 100 for row in rows)
-    assert (rows[0]['num_train'], rows[0]['num_test']) == (5, 3)
-    assert results['detection'][f'coco:{data}']['img_size'] == 32 and has_ink(tmp_path / 'tradeoff.png')
-    store = source.dynamics / 'rows.jsonl'
-    lines = store.read_text().splitlines()
-    for kept in (lines, lines[:-1]):
-        store.write_text('\n'.join(kept) + '\n')
-        forget_processes()
-        assert ctc_timm.dynamics(source, **words, output=tmp_path)['rows'] == results['rows']  # type: ignore[arg-type]
-        assert len(store.read_text().splitlines()) == len(lines)
-    forget_processes()
-    with pytest.raises(UserError, match='no annotations/instances_train.json'):
-        ctc_timm.dynamics(source, target=[f'coco:{tmp_path}'])

@@ -120,36 +120,6 @@ def test_dynamics_follow_the_run(runs: Path, tmp_path: Path) -> None:
     assert len(store.read_text().splitlines()) == len(lines) + 4
 
 
-def test_dynamics_of_a_detector(runs: Path, tmp_path: Path) -> None:
-    """A detector is opened by what is handed in, measured once an epoch, and drawn."""
-    opened, measured = [], []
-
-    class Detection:
-        def __init__(self, *arguments: Any) -> None:
-            opened.append(arguments)
-
-        def facts(self) -> dict[str, Any]:
-            return {'folder': 'scenes'}
-
-        def measure(self, loaded: Any, accelerator: Any) -> dict[str, Any]:
-            measured.append(loaded.weights)
-            return {'box_ap': 10.0 + len(measured)}
-
-    values = {'runs': runs / 'vanilla', **SMALL, 'target': 'coco:scenes', 'information': 'none', 'detection_epochs': 2}
-    for _ in range(2):
-        forget_processes()
-        results = dynamics(build(DynamicsSettings, values), Detection)
-        rows = [row for row in results['rows'] if row['set'] == 'detection']
-        assert [(row['dataset'], row['epoch'], row['box_ap']) for row in rows] == [
-            ('coco:scenes', 0, 11.0),
-            ('coco:scenes', 1, 12.0),
-        ]
-    assert opened == [('scenes', 2, 500, 0)] * 2 and len(measured) == 2
-    assert not (runs / 'vanilla' / 'dynamics' / 'path.png').exists()
-    with pytest.raises(UserError, match='`target` coco:scenes: is measured by'):
-        follow(runs / 'vanilla', target='coco:scenes')
-
-
 def test_dynamics_keep_what_is_finished(runs: Path) -> None:
     """Weights that diverged at the second epoch are named; the first epoch's numbers stay."""
     file = runs / 'vanilla' / 'weights' / 'epoch-0001.safetensors'

@@ -19,13 +19,13 @@ GEOMETRY = {
 
 
 def main_column(kind: str, probes: Sequence[str]) -> str:
-    """Return the column of the accuracy on a set: top-1 of the model or of the first probe, or the detector's AP."""
+    """Return the column of the accuracy on a set: top-1 of the model or of the first probe."""
     probe = {'knn': 'knn-20', 'sgd': 'sgd-last'}.get(probes[0], probes[0])
-    return {'source': 'top1', 'detection': 'box_ap'}.get(kind, f'{probe}_top1')
+    return 'top1' if kind == 'source' else f'{probe}_top1'
 
 
 def by_trajectory(rows: Rows) -> dict[tuple[str, str, str], Rows]:
-    """Group rows by (run, 'source', 'target' or 'detection', data set), each group in the order of epochs."""
+    """Group rows by (run, 'source' or 'target', data set), each group in the order of epochs."""
     found: dict[tuple[str, str, str], Rows] = {}
     for row in rows:
         found.setdefault((row['run'], row['set'], row['dataset']), []).append(row)
@@ -94,18 +94,17 @@ def _stage_entry(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _tradeoff(results: Results) -> Figure:
-    sets = [*_sets(results), *(('detection', name) for name in results.get('detection', ()))]
+    sets = _sets(results)
     figure, panels = plt.subplots(len(sets), 1, figsize=(7, 2.6 * len(sets) + 0.6), sharex=True, squeeze=False)
     for ax, (kind, dataset) in zip(panels.flat, sets):
         column = main_column(kind, results['probes'])
         _plot_over_epochs(ax, results, kind, dataset, column)
         how = {
             'source': "model's classifier, 95% interval",
-            'detection': 'Faster R-CNN on the frozen backbone',
             'target': f'{column.removesuffix("_top1")} on frozen features, 95% interval',
         }[kind]
         _title(ax, results, kind, dataset, f' ({how})')
-        ax.set_ylabel('box AP (%)' if kind == 'detection' else 'top-1 accuracy (%)')
+        ax.set_ylabel('top-1 accuracy (%)')
     epoch_axis(panels[-1, 0])
     _add_legend(figure, panels[0, 0], _stage_entry(results))
     return figure
