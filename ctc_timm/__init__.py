@@ -45,8 +45,7 @@ class _Registrar(MetaPathFinder):
     Where one of the package's own modules for models imports timm, that module has to be complete first.
     """
 
-    def __init__(self) -> None:
-        self.depth = 0
+    depth = 0  # of the imports in progress
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != 'timm' and not fullname.startswith(f'{__name__}.models.'):
@@ -62,8 +61,7 @@ class _ThenRegister(Loader):
     """Another loader, with the registration at its end."""
 
     def __init__(self, loader: Any, registrar: _Registrar) -> None:
-        self._loader = loader
-        self._registrar = registrar
+        self._loader, self._registrar = loader, registrar
 
     def create_module(self, spec: ModuleSpec) -> Any:
         return self._loader.create_module(spec)

@@ -109,8 +109,7 @@ def read_flags(parser: argparse.ArgumentParser, cls: type, words: Sequence[str] 
     Raises:
         UserError: An unknown flag, or a value that its setting refuses.
     """
-    given = vars(parser.parse_args(words))
-    known = settings_of(cls)
+    given, known = vars(parser.parse_args(words)), settings_of(cls)
     for name, value in given.items():
         if name in known:
             try:

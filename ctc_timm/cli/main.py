@@ -75,14 +75,10 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 
 
 def main(command: str = '', words: Sequence[str] | None = None) -> NoReturn:
-    """Run a command, and exit with its code.
+    """Run a command, the first of the words by default, and exit with its code. The words are the command line's.
 
     Exit codes: 0; 1 for a run that cannot go on; 2 for bad input, told in one line; 75 for a run that was told to stop
     and saved its state; 130 after Ctrl-C.
-
-    Args:
-        command: Its name; the first word of the command line when empty.
-        words: The command line; that of the process when None.
     """
     words = list(sys.argv[1:] if words is None else words)
     program, settings = Path(sys.argv[0]).name if command else 'ctc-timm', None

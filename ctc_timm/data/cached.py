@@ -31,10 +31,8 @@ class CachedDataset(Dataset):
 
     Args:
         source: The dataset that was decoded; it knows the images' names.
-        arrays: Images, uint8 [height, width, channels], or None for one that can't be read. The list is emptied.
-        targets: Class of each image.
-        mode: PIL mode of the images.
-        reasons: Why an image can't be read, by index.
+        arrays: uint8 [height, width, channels], or None for an image that can't be read. The list is emptied.
+        targets, mode, reasons: Classes, PIL mode, and by index why an image can't be read.
     """
 
     def __init__(
@@ -95,14 +93,7 @@ def _crop_and_flip(size: tuple[int, int], padding: int, flip_probability: float,
 
 
 def cache_split(source: DatasetSplit, quiet: bool = False) -> DatasetSplit:
-    """Decode every image of a split once.
-
-    Args:
-        source: Its dataset is timm's `ImageDataset`, or any map-style dataset of (PIL image, target).
-        quiet: Show no progress bar.
-
-    Returns:
-        The same split from memory, without a transform.
+    """Decode every image of a split once: the same split from memory, without a transform.
 
     Raises:
         UserError: A stream, images that are not 8-bit and of one mode, or not enough memory.

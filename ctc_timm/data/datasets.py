@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from PIL import ImageMode
-from timm.data import IterableImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers import get_img_extensions
 from torch import Tensor
 
@@ -32,21 +32,13 @@ logger = get_logger(__name__)
 
 @dataclass
 class DatasetSplit:
-    """A split of a data set, checked.
+    """A split of a data set, checked."""
 
-    Attributes:
-        dataset: timm's dataset.
-        labels_N: Class of each image, [N]; None for streams.
-        num_classes: Classes that the set declares, or that its labels show.
-        name: Of the data set or folder.
-        class_names: Name of each class where the set gives one, by class.
-    """
-
-    dataset: Any
-    labels_N: Tensor | None
-    num_classes: int | None
-    name: str
-    class_names: dict[int, str]
+    dataset: Any  # timm's
+    labels_N: Tensor | None  # class of each image, [N]; None for streams
+    num_classes: int | None  # that the set declares, or that its labels show
+    name: str  # of the data set or folder
+    class_names: dict[int, str]  # by class, where the set gives them
 
 
 def is_streaming(name: str) -> bool:
@@ -55,11 +47,7 @@ def is_streaming(name: str) -> bool:
 
 
 def image_mode(data: DataSettings) -> str:
-    """The PIL mode that images are converted to: `input_img_mode`, or by the number of channels.
-
-    Raises:
-        UserError: An unknown mode, or one with another number of channels than the model's input.
-    """
+    """The PIL mode that images are converted to: `input_img_mode`, which must fit the channels, or by their number."""
     channels = data.input_size[0] if data.input_size else data.in_chans or 3
     mode = data.input_img_mode or ('L' if channels == 1 else 'RGB')
     try:
@@ -86,8 +74,7 @@ def open_split(
     Args:
         data: Where images come from.
         split: Name of the split.
-        is_training: For streams, whether to shuffle.
-        batch_size: A hint for streams.
+        is_training, batch_size: For streams, whether to shuffle, and a hint.
         unsplit: Whether a folder or tar file that holds no splits at all may be taken for this one.
         labeled: Whether labels are needed. Without, `labels_N` is None where they are missing, which is logged.
 
@@ -96,7 +83,8 @@ def open_split(
     """
     name, mode = data.dataset, image_mode(data)
     if name == digits.NAME:
-        return _checked(digits.create_digits(split, mode), f'`dataset` {name}', name)
+        dataset = ImageDataset(root=None, reader=digits.DigitsReader(split), input_img_mode=mode)
+        return _checked(dataset, f'`dataset` {name}', name)
     _check_name(data)
     root, inside = data.data_dir, None
     options: dict[str, Any] = {'class_map': data.class_map, 'download': data.dataset_download, 'input_img_mode': mode}
@@ -120,32 +108,25 @@ def open_split(
 
 
 def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
-    """Refuse a label that the model has no output for.
-
-    Raises:
-        UserError: Naming the first such image.
-    """
-    if source.labels_N is not None and (largest := int(source.labels_N.max())) >= num_classes:
-        i = int((source.labels_N >= num_classes).nonzero()[0])
-        first = f'image {i} of split {split!r} of {source.name} has label {int(source.labels_N[i])}'
+    """Refuse a label that the model has no output for, by a `UserError` that names the first such image."""
+    labels_N = source.labels_N
+    if labels_N is not None and (largest := int(labels_N.max())) >= num_classes:
+        i = int((labels_N >= num_classes).nonzero()[0])
+        first = f'image {i} of split {split!r} of {source.name} has label {int(labels_N[i])}'
         raise UserError(f'`num_classes` {num_classes}: {first}; give at least {largest + 1}')
 
 
 def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
-    """Refuse a validation split whose classes have other numbers than those of the training split.
+    """Refuse, by a `UserError`, a validation split whose classes have other numbers than those of the training split.
 
     timm numbers class folders split by split, so a folder that one of them lacks moves all that follow.
-
-    Raises:
-        UserError: Naming the first class that differs.
     """
     for index, name in sorted(val.class_names.items()) if train.class_names else ():
         if (known := train.class_names.get(index)) != name:
             there = f'is {known!r}' if known is not None else 'is missing'
-            raise UserError(
-                f'{val.name}: class {index} of the validation split, {name!r}, {there} in the training split; '
-                f'both must have the same classes, or name their order with `class_map`'
-            )
+            fault = f'class {index} of the validation split, {name!r}, {there} in the training split'
+            hint = 'both must have the same classes, or name their order with `class_map`'
+            raise UserError(f'{val.name}: {fault}; {hint}')
 
 
 def _check_name(data: DataSettings) -> None:
@@ -168,19 +149,15 @@ def _check_name(data: DataSettings) -> None:
         raise UserError(f'`data_dir` {root}: no such folder or file')
 
 
-def _synonyms(split: str) -> tuple[str, ...]:
+def _synonyms(split: str) -> list[str]:
     """The names that a split may go by, itself first."""
-    known = next((names for names in SYNONYMS if split in names), ())
-    return (split, *(name for name in known if name != split))
+    return [split, *(name for names in SYNONYMS if split in names for name in names)]
 
 
 def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | None]:
-    """Find a split of a folder of images, or of a tar file.
+    """Find a split's folder or tar file, and for a tar file with splits in it, the split's folder there.
 
     timm takes all images when it finds no split in the folder, and so would validate on the training images.
-
-    Returns:
-        The folder or tar file, and for a tar file with splits in it, the split's folder there.
     """
     what, path, inside = f'`data_dir` {root}', Path(root), set()
     if '[' in split:
@@ -194,7 +171,7 @@ def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | Non
         if path.suffix.lower() != '.tar':
             raise UserError(f'{what}: must end in .tar to be read as a tar file')
 
-    known = [name for names in SYNONYMS for name in names]
+    known = sum(SYNONYMS, ())
     places: dict[str, tuple[str, str | None]] = {}
     for name in (split, *known):
         if name in inside:
@@ -208,10 +185,9 @@ def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | Non
             return places[name]
     if not split or (unsplit and not places and split in known):
         return root, None
-    raise UserError(
-        f'{what}: no split {split!r} in it{", only " * bool(places)}{", ".join(places)}; put its class folders into '
-        f"{split}/ there, or name another with `train_split` or `val_split` ('' for all images)"
-    )
+    found = f'no split {split!r} in it{", only " * bool(places)}{", ".join(places)}'
+    other = "name another with `train_split` or `val_split` ('' for all images)"
+    raise UserError(f'{what}: {found}; put its class folders into {split}/ there, or {other}')
 
 
 def _available_split(name: str, split: str) -> str:

@@ -12,7 +12,7 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -89,20 +89,15 @@ def _as_read_error(error: Exception) -> Exception:
 class ReplacingDataset(Dataset):
     """A map-style image dataset that replaces an unreadable image by the next, and names those it replaced.
 
-    Which ones they were is kept in memory that loader processes share, so create it before they start.
-
-    Args:
-        dataset: timm's `ImageDataset`, or any map-style dataset of (image, target). Its own transform is dropped.
-
-    Attributes:
-        transform: Of images; timm's loader sets it.
+    Which ones they were is kept in memory that loader processes share, so create it before they start. The dataset is
+    timm's `ImageDataset`, or any map-style one of (image, target); its own transform is dropped.
     """
 
     def __init__(self, dataset: Any) -> None:
         if getattr(dataset, 'transform', None) is not None:
             dataset.transform = None
         self.dataset = dataset
-        self.transform: Callable[[Any], Any] | None = None
+        self.transform: Callable[[Any], Any] | None = None  # timm's loader sets it
         self._unreadable_N = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
@@ -112,10 +107,7 @@ class ReplacingDataset(Dataset):
         return self.read(index)[:2]
 
     def read(self, index: int) -> tuple[Any, Any, int]:
-        """Read an image, or the next that can be read.
-
-        Returns:
-            Image, target, and the index of the image delivered.
+        """Read an image, or the next that can be read: image, target, and the index of the image delivered.
 
         Raises:
             UnreadableError: As many in a row can't be read as timm gives up after.
@@ -138,41 +130,30 @@ class ReplacingDataset(Dataset):
                     raise
                 reason = f'its transforms fail with {type(error).__name__}: {one_line(error)}'
                 raise UserError(f'{self.name(delivered)}: {reason}') from error
-        raise UnreadableError(
-            f'{self.name(index)}: unreadable ({reasons[0]}), and so are those that follow, {tries} consecutive images'
-        )
+        fault = f'unreadable ({reasons[0]}), and so are those that follow, {tries} consecutive images'
+        raise UnreadableError(f'{self.name(index)}: {fault}')
 
     def decode(self, index: int) -> tuple[Any, Any]:
-        """Read an image, without the transform, and its target.
-
-        Raises:
-            ReadError: The image can't be read.
-        """
-        dataset = self.dataset
-        if not isinstance(dataset, ImageDataset):
-            return dataset[index]
+        """Read an image, without the transform, and its target. Raises what `DAMAGE` holds."""
+        if not isinstance(self.dataset, ImageDataset):
+            return self.dataset[index]
         try:
-            file, target, *_ = dataset.reader[index]
+            file, target, *_ = self.dataset.reader[index]
         except Exception as error:
             raise _as_read_error(error) from error
-        return read_image(file, dataset.input_img_mode), target
+        return read_image(file, self.dataset.input_img_mode), target
 
     def name(self, index: int) -> str:
         """The image's file, or its number where it has none."""
         reader = getattr(self.dataset, 'reader', self.dataset)
-        try:
+        with suppress(AttributeError, TypeError):  # of a dataset, or a sample, without a file
             named = hasattr(reader, 'filename')
-            name = reader.filename(index, absolute=True) if named else reader.samples[index][0]
-        except (AttributeError, TypeError):  # of a dataset, or a sample, without a file
-            name = None
-        return str(name or f'image {index}')
+            if name := reader.filename(index, absolute=True) if named else reader.samples[index][0]:
+                return str(name)
+        return f'image {index}'
 
     def log_unreadable(self) -> list[str]:
-        """Log a line about the images that this process and its workers found unreadable since the last call.
-
-        Returns:
-            The names of all of them.
-        """
+        """Log a line about the images found unreadable since the last call, by workers too; return all their names."""
         index = (self._unreadable_N == _FOUND).nonzero().flatten().tolist()
         self._unreadable_N[index] = _LOGGED
         if index:
@@ -185,9 +166,9 @@ class ReplacingDataset(Dataset):
     def _reason(self, index: int) -> str:
         try:
             self.decode(index)  # once more, as a worker's error stays with the worker
+            return 'only at times'
         except DAMAGE as error:
             return one_line(error)
-        return 'only at times'
 
 
 def fetch_batches(loader: Iterable[T]) -> Iterator[T]:
@@ -203,14 +184,10 @@ def fetch_batches(loader: Iterable[T]) -> Iterator[T]:
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turn PyTorch's errors about workers into errors of one line.
+    """Turn PyTorch's errors about workers into a `WorkerError` of one line, or a worker's own `UserError`.
 
     PyTorch raises a worker's death wherever the program happens to be, even in code that loads nothing. What a worker
     itself raised comes as an error of the same type, with the traceback as its text.
-
-    Raises:
-        WorkerError: A worker died, or raised what is no `UserError`.
-        UserError: A worker's own, without the traceback.
     """
     try:
         yield

@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
 from ..utils.errors import UserError
@@ -29,17 +28,15 @@ def _load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    train_x, val_x, train_y, val_y = train_test_split(
-        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
-    )
+    split = {'test_size': 0.2, 'stratify': digits.target, 'random_state': 0}
+    train_x, val_x, train_y, val_y = train_test_split(images, digits.target, **split)
     return train_x, train_y, val_x, val_y
 
 
 class DigitsReader(Reader):
     """timm reader over the digits, images as PNG bytes.
 
-    Args:
-        split: 'train', or 'validation' or a synonym, with an optional slice as in 'train[:500]' or 'train[50%:]'.
+    A split is 'train', or 'validation' or a synonym, with an optional slice as in 'train[:500]' or 'train[50%:]'.
 
     Raises:
         UserError: A split that does not exist or is empty.
@@ -49,10 +46,8 @@ class DigitsReader(Reader):
         super().__init__()
         match = _SLICE.fullmatch(split)
         if match is None:
-            raise UserError(
-                f"`dataset` digits: split {split!r} does not exist; use 'train' or 'validation', or a slice of one as "
-                f"in 'train[:500]'"
-            )
+            known = "'train' or 'validation', or a slice of one as in 'train[:500]'"
+            raise UserError(f'`dataset` digits: split {split!r} does not exist; use {known}')
         name, start, stop = match.groups()
         images, labels = _load()[:2] if name == 'train' else _load()[2:]
         part = slice(_position(start, len(labels)), _position(stop, len(labels)))
@@ -79,8 +74,3 @@ def _position(text: str | None, length: int) -> int | None:
     if not text:
         return None
     return round(length * int(text[:-1]) / 100) if text.endswith('%') else int(text)
-
-
-def create_digits(split: str, input_img_mode: str = 'RGB') -> ImageDataset:
-    """Create the digits as timm's `ImageDataset`, converted to a PIL mode; `split` is as for `DigitsReader`."""
-    return ImageDataset(root=None, reader=DigitsReader(split), input_img_mode=input_img_mode)

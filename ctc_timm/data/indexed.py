@@ -22,11 +22,8 @@ from .decoding import ReplacingDataset
 class IndexedDataset(ReplacingDataset):
     """A map-style image dataset whose targets are [target, index delivered, index requested].
 
-    timm's collate and prefetch carry such a target through unchanged, as one [B, 3] tensor.
-
-    Args:
-        dataset: As of `ReplacingDataset`.
-        seed: Of the augmentation; None for transforms that draw nothing.
+    timm's collate and prefetch carry such a target through unchanged, as one [B, 3] tensor. `seed` is that of the
+    augmentation; None for transforms that draw nothing.
     """
 
     def __init__(self, dataset: Any, seed: int | None = None) -> None:
@@ -77,22 +74,13 @@ class EpochBatches(Sampler):
     """Batches of (epoch, index): a seeded shuffle an epoch, split over processes batch by batch.
 
     Together the processes' i-th batches are the i-th batch that one process with the global batch size would see. The
-    last, incomplete batch is dropped.
-
-    Args:
-        num_instances: N.
-        batch_size: Of one process.
-        seed: Of the shuffles.
-        rank: This process, of `world_size`.
-
-    Attributes:
-        epoch, first: The epoch to iterate over, and the batch to begin at.
+    last, incomplete batch is dropped. `batch_size` is that of one process.
     """
 
     def __init__(self, num_instances: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.num_instances, self.batch_size, self.seed = num_instances, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.epoch = self.first = 0
+        self.epoch = self.first = 0  # the epoch to iterate over, and the batch to begin at
 
     def __len__(self) -> int:
         return self.num_instances // (self.batch_size * self.world_size)

@@ -13,7 +13,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision import transforms
 
 from ..utils.errors import UserError, one_line
@@ -24,13 +24,14 @@ from .indexed import EpochBatches, IndexedDataset, random_state_kept, seed_trans
 from .settings import AugmentationSettings, LoaderSettings
 from .transforms import worker_count
 
+Config = dict[str, Any]  # of `data_config`
 _ERASING = 1  # its draws are apart from those of the image's other transforms
 
 
 def create_eval_loader(
-    dataset: Dataset,
+    dataset: Any,
     loader: LoaderSettings,
-    config: dict[str, Any],
+    config: Config,
     device: torch.device,
     distributed: bool = False,
     keep: bool = False,
@@ -42,9 +43,7 @@ def create_eval_loader(
 
     Args:
         dataset: Map-style, or a stream.
-        loader: Batch size and processes.
-        config: Of `data_config`.
-        device: Where batches go.
+        loader, config, device: Batch size and processes, normalization, and where batches go.
         distributed: Whether several processes share the pass.
         keep: Keep the batches of the first complete pass in memory, as uint8, for the passes that follow.
     """
@@ -60,8 +59,7 @@ def create_eval_loader(
         device=device,
         persistent_workers=False,
     )
-    batches: Any = _EvalBatches(created.loader, keep, log_unreadable=plain)
-    created.loader = batches
+    created.loader = _EvalBatches(created.loader, keep, log_unreadable=plain)
     return created
 
 
@@ -94,20 +92,10 @@ class _EvalBatches:
 
 
 class RefreshLoader:
-    """One pass over a training split without augmentation: batches of (images, targets, index).
+    """One pass over a training split, loaded as by `create_eval_loader`: batches of (images, targets, index)."""
 
-    The arguments are those of `create_eval_loader`.
-    """
-
-    def __init__(
-        self,
-        source: DatasetSplit,
-        loader: LoaderSettings,
-        config: dict[str, Any],
-        device: torch.device,
-        distributed: bool = False,
-    ) -> None:
-        self._loader = create_eval_loader(IndexedDataset(source.dataset), loader, config, device, distributed)
+    def __init__(self, source: DatasetSplit, *loading: Any, **options: Any) -> None:
+        self._loader = create_eval_loader(IndexedDataset(source.dataset), *loading, **options)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -130,10 +118,11 @@ class EpochLoader:
         count, workers = len(dataset), worker_count(loader.workers)
         self.batches = EpochBatches(count, loader.batch_size, seed, rank, world_size)
         if not len(self.batches):
-            raise UserError(
-                f'`batch_size` {loader.batch_size} times {world_size} process(es) is more than the {count} training '
-                f'images; use at most {max(1, count // world_size)}'
+            asked, largest = (
+                f'`batch_size` {loader.batch_size} times {world_size} process(es)',
+                max(1, count // world_size),
             )
+            raise UserError(f'{asked} is more than the {count} training images; use at most {largest}')
         self.loader: Any = DataLoader(
             dataset,
             batch_sampler=self.batches,
@@ -143,7 +132,7 @@ class EpochLoader:
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # workers' seeds must not draw from the state that dropout draws from
         )
-        self.unreadable: list[str] = []
+        self.unreadable: list[str] = []  # files of the epochs that are done, each once
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -156,18 +145,7 @@ class EpochLoader:
 class TrainLoader(EpochLoader):
     """Batches of (images, targets, index) on the device, in an order that is a function of seed and epoch.
 
-    Args:
-        dataset: Map-style image dataset.
-        loader: Batch size and processes.
-        augmentation: timm's.
-        config: Of `data_config`.
-        device: Where batches go.
-        seed: Of order and augmentation.
-        rank: This process.
-        world_size: Number of processes.
-
-    Attributes:
-        unreadable: Names of the unreadable files of the epochs that are done, each once.
+    The batch size is that of each of `world_size` processes, of which this is `rank`.
 
     Raises:
         UserError: Fewer images than one global batch, or an unknown augmentation policy.
@@ -175,10 +153,10 @@ class TrainLoader(EpochLoader):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
         loader: LoaderSettings,
         augmentation: AugmentationSettings,
-        config: dict[str, Any],
+        config: Config,
         device: torch.device,
         seed: int,
         rank: int = 0,
@@ -188,19 +166,15 @@ class TrainLoader(EpochLoader):
         transform = create_transform(**_train_options(augmentation, config), use_prefetcher=True)
         if augmentation.crop_padding:
             transform = _with_padded_crop(transform, augmentation.crop_padding, config['input_size'][-2:])
-        self._indexed.transform = (
-            dataset.faster_transform(transform) if isinstance(dataset, CachedDataset) else transform
-        )
+        cached = isinstance(dataset, CachedDataset)
+        self._indexed.transform = dataset.faster_transform(transform) if cached else transform
         super().__init__(self._indexed, loader, seed, rank, world_size, fast_collate)
         self.loader = PrefetchLoader(self.loader, config['mean'], config['std'], config['input_size'][0], device)
         self._erasing: RandomErasing | None = None
         if augmentation.reprob > 0 and not augmentation.no_aug:
-            self._erasing = RandomErasing(
-                augmentation.reprob,
-                mode=augmentation.remode,
-                max_count=augmentation.recount,
-                device=device if device.type == 'cuda' else 'cpu',  # whose random state can be restored
-            )
+            drawing = device if device.type == 'cuda' else 'cpu'  # whose random state can be restored
+            options = {'mode': augmentation.remode, 'max_count': augmentation.recount, 'device': drawing}
+            self._erasing = RandomErasing(augmentation.reprob, **options)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
@@ -223,12 +197,9 @@ class TrainLoader(EpochLoader):
 
 
 class StreamLoader:
-    """Batches of (images, targets, None) of a stream, for supervised training, by timm's own loader.
+    """Batches of (images, targets, None) of a stream, for supervised training, by timm's own loader."""
 
-    timm's readers skip what they can't read, without a count. The arguments are those of `TrainLoader`.
-    """
-
-    skipped = None  # not counted
+    skipped = None  # timm's readers skip what they can't read, without a count
     unreadable: list[str] = []
 
     def __init__(
@@ -236,7 +207,7 @@ class StreamLoader:
         dataset: Any,
         loader: LoaderSettings,
         augmentation: AugmentationSettings,
-        config: dict[str, Any],
+        config: Config,
         device: torch.device,
     ) -> None:
         self._dataset, self._first_batch = dataset, 0
@@ -278,7 +249,7 @@ def erase(erasing: RandomErasing, images_BCHW: Tensor, keys: Iterable[tuple[int,
             erasing(image_CHW)
 
 
-def _train_options(augmentation: AugmentationSettings, config: dict[str, Any]) -> dict[str, Any]:
+def _train_options(augmentation: AugmentationSettings, config: Config) -> dict[str, Any]:
     """Translate the settings to options of timm's training transforms and loader."""
     options = dataclasses.asdict(augmentation) | {key: config[key] for key in ('input_size', 'mean', 'std')}
     del options['crop_padding']

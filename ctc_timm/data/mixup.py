@@ -25,14 +25,9 @@ class InstanceMixup:
         self.mixup = Mixup(**options, label_smoothing=0.0)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mix a batch in place.
+        """Mix images [B, 3, H, W], B even, in place, and targets [B] to soft targets [B, C].
 
-        Args:
-            images: [B, 3, H, W], B even.
-            targets: Classes, [B].
-
-        Returns:
-            Mixed images, soft targets [B, C], and lambda [B], the share of image b itself in mixed image b.
+        Lambda, [B], is the share of image b itself in mixed image b.
 
         Raises:
             UserError: No box of these images has a size within `cutmix_minmax`.
@@ -49,11 +44,7 @@ class InstanceMixup:
 
 
 def create_mixup(mixup: MixupSettings, num_classes: int, smoothing: float) -> InstanceMixup | None:
-    """Create the mixing that the settings ask for, or None.
-
-    Raises:
-        UserError: `cutmix_minmax` is not a range.
-    """
+    """Create the mixing that the settings ask for, or None; raise a `UserError` if `cutmix_minmax` is no range."""
     if not mixup.active:
         return None
     low, high = mixup.cutmix_minmax or (0, 1)

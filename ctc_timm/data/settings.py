@@ -22,9 +22,7 @@ class DataSettings:
     dataset: str = setting('', "digits, or a name for timm's create_dataset (hfds/..., torch/...)", metavar='NAME')
     train_split: str = setting('train', "training split; hfds and digits take slices, 'train[:10000]'", empty=True)
     val_split: str = setting('validation', 'validation split', empty=True)
-    train_num_samples: int | None = setting(
-        None, 'images of a stream that does not say how many it has', low=1, high=10**12, metavar='N'
-    )
+    train_num_samples: int | None = setting(None, 'length of a stream without one', low=1, high=10**12, metavar='N')
     val_num_samples: int | None = setting(None, 'the same of the validation split', low=1, high=10**12, metavar='N')
     dataset_download: bool = setting(False, 'let torch/, tfds/ and hfids/ data sets download')
     class_map: str = setting('', 'file that maps classes to indices', metavar='FILE')
@@ -34,7 +32,7 @@ class DataSettings:
     img_size: int | None = setting(None, 'image size, square', low=1, high=LARGEST_SIDE, metavar='N')
     in_chans: int | None = setting(None, 'image channels', low=1, high=4096, metavar='N')
     input_size: tuple[int, int, int] | None = setting(
-        None, 'image channels, height and width', low=1, high=LARGEST_SIDE, metavar=('C', 'H', 'W')
+        None, 'channels, height, width', low=1, high=LARGEST_SIDE, metavar='N'
     )
     crop_pct: float | None = setting(None, 'center crop share at evaluation', low=0.05, high=2, metavar='F')
     crop_mode: Literal['squash', 'border', 'center'] | None = setting(None, 'crop at evaluation')
@@ -62,13 +60,7 @@ class AugmentationSettings:
     train_crop_mode: Literal['rrc', 'rkrc', 'rkrr'] | None = setting(None, 'random crop')
     scale: tuple[float, float] | None = setting(None, 'random resize, area range', above=0, metavar='F')
     ratio: tuple[float, float] | None = setting(None, 'random resize, aspect range', above=0, metavar='F')
-    crop_padding: int = setting(
-        0,
-        'pad by this and crop back at random, as is usual for 32x32 images',
-        low=0,
-        high=LARGEST_SIDE,
-        metavar='PIXELS',
-    )
+    crop_padding: int = setting(0, 'pad, then crop back at random', low=0, high=LARGEST_SIDE, metavar='PIXELS')
     hflip: float = setting(0.5, 'probability of a horizontal flip', low=0, high=1, metavar='P')
     vflip: float = setting(0.0, 'probability of a vertical flip', low=0, high=1, metavar='P')
     color_jitter: float = setting(0.4, 'color jitter factor', low=0, high=100, metavar='F')
@@ -79,9 +71,7 @@ class AugmentationSettings:
     reprob: float = setting(0.0, 'probability of random erasing', low=0, high=1, metavar='P')
     remode: Literal['const', 'rand', 'pixel'] = setting('pixel', 'random erasing fill')
     recount: int = setting(1, 'random erasing regions', low=1, high=1000, metavar='N')
-    train_interpolation: Literal['random', 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'] = setting(
-        'random', 'resize interpolation'
-    )
+    train_interpolation: Literal['random', Interpolation] = setting('random', 'resize interpolation')
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class MixupSettings:
     mixup: float = setting(0.0, 'mixup alpha; mixes above 0', low=0, metavar='ALPHA')
     cutmix: float = setting(0.0, 'cutmix alpha; mixes above 0', low=0, metavar='ALPHA')
     cutmix_minmax: tuple[float, float] | None = setting(
-        None, 'box size range, overrides alpha and turns cutmix on', low=0, high=1, metavar=('MIN', 'MAX')
+        None, 'range of box sizes; turns cutmix on', low=0, high=1, metavar='F'
     )
     mixup_prob: float = setting(1.0, 'probability of mixing at all', low=0, high=1, metavar='P')
     mixup_switch_prob: float = setting(0.5, 'probability of cutmix when both are on', low=0, high=1, metavar='P')
@@ -108,8 +98,6 @@ class MixupSettings:
 class TargetSettings:
     """Which sets features are transferred to."""
 
-    target: tuple[str, ...] | None = setting(
-        None, 'data sets or folders to transfer to; the data set or folder given, else digits', metavar='NAME'
-    )
+    target: tuple[str, ...] | None = setting(None, 'sets or folders; else the data given, else digits', metavar='NAME')
     max_train: int | None = setting(None, 'draw this many training images of a target', low=1, metavar='N')
     max_test: int | None = setting(None, 'draw this many test images of a target', low=1, metavar='N')

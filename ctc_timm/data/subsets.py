@@ -17,10 +17,7 @@ def stratified_order(labels_N: Tensor, seed: int) -> Tensor:
     """Order all images so that every beginning holds the classes in proportion.
 
     One image of each class comes first. Of a class of m images the j-th, counted from 0, then lies at (j + 1/2) / m
-    of the way.
-
-    Returns:
-        A permutation, [N]. The seed decides the order within a class, and among images at the same place.
+    of the way. The seed decides the order within a class, and among images at the same place. Returns indices, [N].
     """
     shuffled_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
     _, class_N, sizes_C = labels_N[shuffled_N].unique(return_inverse=True, return_counts=True)
@@ -34,27 +31,20 @@ def stratified_order(labels_N: Tensor, seed: int) -> Tensor:
 
 
 def draw(labels_N: Tensor, count: int, seed: int) -> Tensor:
-    """Draw `count` images, at least one of each class.
-
-    Returns:
-        Their indices, ascending, [n]; all where there are fewer than `count`.
-    """
+    """Draw `count` images, at least one of each class, or all where there are fewer: ascending indices, [n]."""
     return stratified_order(labels_N, seed)[: max(count, len(labels_N.unique()))].sort().values
 
 
 def part_of(source: DatasetSplit, index_n: Tensor) -> DatasetSplit:
-    """Take some images of a split. An unreadable one is replaced by the next of the part, not of the whole.
+    """Take images of a map-style split by index, also several times; the split is left as it is.
 
-    Args:
-        source: A map-style split; it is left as it is.
-        index_n: Which images, also several times.
+    An unreadable one is replaced by the next of the part, not of the whole.
     """
     assert source.labels_N is not None
+    dataset: Any = Part(source.dataset, index_n)
     if isinstance(source.dataset, ImageDataset):
-        dataset: Any = copy.copy(source.dataset)
+        dataset = copy.copy(source.dataset)
         dataset.reader = Part(source.dataset.reader, index_n)
-    else:
-        dataset = Part(source.dataset, index_n)
     return replace(source, dataset=dataset, labels_N=source.labels_N[index_n])
 
 
@@ -62,8 +52,7 @@ class Part:
     """Some samples of a timm reader, or of a map-style dataset, under the numbers 0, 1, ..."""
 
     def __init__(self, source: Any, index_n: Tensor) -> None:
-        self.source = source
-        self.index = index_n.tolist()
+        self.source, self.index = source, index_n.tolist()
 
     def __getitem__(self, index: int) -> Any:
         return self.source[self.index[index]]

@@ -17,7 +17,7 @@ def data_config(data: DataSettings, model: nn.Module) -> dict[str, Any]:
     """Resolve input size, normalization and interpolation: the settings over the model's own, by timm's rules.
 
     Raises:
-        UserError: As many means or deviations as there are neither channels nor one.
+        UserError: Neither one mean or deviation nor one a channel.
     """
     channels = data.input_size[0] if data.input_size else data.in_chans or 3
     for name, values in (('mean', data.mean), ('std', data.std)):
@@ -29,5 +29,4 @@ def data_config(data: DataSettings, model: nn.Module) -> dict[str, Any]:
 
 def worker_count(workers: int) -> int:
     """The number of loader processes: no more than there are processors."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(workers, usable)
+    return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)

@@ -19,16 +19,13 @@ def create_accelerator(precision: PrecisionSettings, **options: Any) -> Accelera
     Accelerate is told that the CPU is meant. `options` are more for `Accelerator`.
 
     Raises:
-        UserError: A precision that the device does not have, processes that do not find each other, or a launcher
-            that shards the model.
+        UserError: The device lacks the precision, processes do not find each other, or a launcher shards the model.
     """
     for name in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
         if os.environ.get(f'ACCELERATE_USE_{name}', '').lower() == 'true':
-            raise UserError(
-                f"accelerate launch's config file: {name} shards the model, of which the information bank is a whole "
-                f'copy; use distributed_type MULTI_GPU, with `split_banks=True` or `grad_checkpointing=True` to save '
-                f'memory'
-            )
+            fault = f'{name} shards the model, of which the information bank is a whole copy'
+            hint = 'use distributed_type MULTI_GPU, with `split_banks=True` or `grad_checkpointing=True` to save memory'
+            raise UserError(f"accelerate launch's config file: {fault}; {hint}")
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     without_gpu = device is None or device.type == 'mps'

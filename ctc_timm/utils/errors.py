@@ -1,8 +1,6 @@
 """Mistakes a user can make, told in one line.
 
-A script shows a `UserError` as that one line and exits with its code; everything else is a defect of ours and keeps
-its traceback. The codes: 2 for bad input, 1 for a run that can't go on although its input was fine (a full disk, a
-loss that is no number), 75 for a run that was told to stop and saved its state.
+A script shows a `UserError` as that line and exits with its code; everything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,10 +12,7 @@ from .text import sanitize
 
 
 class UserError(ValueError):
-    """What was given can't be used. The message names the flag or file, the value, and what would be right.
-
-    Shown as one line, whatever names from outside it repeats, and without the tokens that may be among them.
-    """
+    """An input can't be used. The message names the setting or file, the value, and what would be right, no token."""
 
     exit_code = 2
 
@@ -26,7 +21,7 @@ class UserError(ValueError):
 
 
 class RunError(UserError):
-    """A run can't go on, for a reason that lies outside its flags. Its last good state is as it was."""
+    """A run can't go on, for a reason outside its settings, such as a full disk. Its last good state is as it was."""
 
     exit_code = 1
 

@@ -40,10 +40,8 @@ def progress_bar(
 
     Args:
         batches: To iterate over; None for a bar that the caller updates.
-        description: What goes on.
-        accelerator: Tells the main process.
-        done: How many of the whole are done already.
-        total: How many there are, where `batches` does not say.
+        description, accelerator: What goes on, and which process is the main one.
+        done, total: How many are done already, and how many there are where `batches` does not say.
         leave: Keep the bar when it is full.
     """
     terminal = sys.stderr.isatty()

@@ -11,8 +11,7 @@ whose fields are groups, declared by `group`. Outside, all settings of a command
     class TrainSettings:
         loader: LoaderSettings = group('Loading', LoaderSettings)
 
-    settings = build(TrainSettings, {'batch_size': 64})
-    settings.loader.batch_size
+    build(TrainSettings, {'batch_size': 64}).loader.batch_size
 
 Messages name a setting in backquotes, with a value where one is proposed: `batch_size`, `resume='auto'`. The command
 line shows them as flags.
@@ -40,14 +39,11 @@ T = TypeVar('T')
 
 
 def setting(default: Any, help: str, **checks: Any) -> Any:
-    """Declare a field of a settings dataclass.
+    """Declare a field of a settings dataclass, with its default and a line for `--help`.
 
-    Args:
-        default: Its value when none is given.
-        help: One line, shown by `--help`.
-        **checks: low, high: inclusive bounds of a number. above, below: exclusive ones. empty: True allows an empty
-            text. For the command line: short, a flag of one letter; aliases, more flags; metavar, a word or a tuple of
-            words; const, the value of a flag without a word; positional, an argument without a flag.
+    Of a number `low` and `high` are inclusive bounds, `above` and `below` exclusive ones; `empty` allows an empty text.
+    For the command line: `short`, a flag of one letter; `aliases`, more flags; `metavar`, a word or a tuple of words;
+    `const`, the value of a flag without a word; `positional`, an argument without a flag.
     """
     metadata = {'help': help, **checks}
     if isinstance(default, dict):

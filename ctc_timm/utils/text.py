@@ -51,10 +51,7 @@ def sanitize(text: Any) -> str:
 
 
 def file_name(text: str, otherwise: str = 'unnamed') -> str:
-    """A text as the name of one file or folder: no separator, nothing hidden, not too long for a file system.
-
-    `otherwise` is the name when nothing is left of the text.
-    """
+    """A text as the name of one file or folder: no separator, nothing hidden, not too long; else `otherwise`."""
     name = ''.join(c if c.isalnum() or c in '._-' else '_' for c in text).strip('.') or otherwise
     if len(name.encode()) <= _LONGEST:
         return name
