@@ -4,16 +4,10 @@
     table = pandas.read_parquet(path)
     features_ND = numpy.stack(table['features'])
 
-Columns, for image i of the folder or data set:
-
-    index      i
-    file_name  path below the folder, or in the tar file; missing for data sets without file names
-    label      its class, counted from 0; missing where there are no labels
-    features   [D], float32
-    logits     [C], float32, with `logits=True`
-
-.parquet has lists of fixed length in `features` and `logits`; .npz arrays of these names, [N, D] and [N, C]; .csv a
-column for each number, f0000, f0001, ... and l0000, l0001, ... An unreadable image has no row.
+Image i has `index` i, `file_name`, its path below the folder or in the tar file, `label`, its class from 0, `features`
+[D] and with `logits=True` `logits` [C], float32. Names or labels that there are not have no column; an unreadable image
+has no row. .parquet has lists of fixed length in `features` and `logits`; .npz arrays of these names, [N, D] and
+[N, C]; .csv a column for each number, f0000, f0001, ... and l0000, l0001, ...
 
 Letters: N images, B batch, D feature size, C classes.
 """

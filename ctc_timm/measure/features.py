@@ -64,16 +64,9 @@ def check_finite(features_ND: Tensor, what: str) -> None:
 class SplitImages:
     """A split's images as a model sees them, decoded once and kept in memory where they fit.
 
-    Args:
-        source: The opened split; its transform is set.
-        config: Image transform, of `data_config`.
-        most: Draw this many images, with the classes in proportion; all when None.
-
-    Attributes:
-        identity: Which images they are and how they are transformed: plain values that a cache is keyed by.
-
-    Raises:
-        UserError: A stream on several processes, or to be drawn from.
+    `most` images are drawn, with the classes in proportion; all when None. `identity` says which images they are and
+    how they are transformed, in plain values that a cache is keyed by. A stream on several processes, or to be drawn
+    from, is a UserError.
     """
 
     def __init__(
@@ -127,10 +120,13 @@ def features_of(
 ) -> LabeledFeatures:
     """Compute the features of a model on a split, or read them from the cache's folder; None computes anew.
 
-    Raises:
-        UserError: A model without a classification head, or one that cannot take images of this size.
+    A UserError: a model without a classification head, or one that cannot take images of this size.
     """
-    values = {**images.identity, 'weights': weights_hash(loaded.model), 'precision': accelerator.mixed_precision}
+    values = {
+        **images.identity,
+        'weights': tensors_hash(loaded.model.state_dict()),
+        'precision': accelerator.mixed_precision,
+    }
     key = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = cache / f'{key}.safetensors' if cache else None
     features = _read(file, logits) if accelerator.is_main_process else None
@@ -162,11 +158,6 @@ def compute_features(
             features_BD, logits_BC = features_and_logits(model, batch)
         rows.append((features_BD.float(), targets, logits_BC.float())[: 2 + logits])
     return LabeledFeatures(*(images.gather(list(part)) for part in zip(*rows)))
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Hash all parameters and buffers, see `tensors_hash`."""
-    return tensors_hash(model.state_dict())
 
 
 def _identity(source: DatasetSplit) -> str:

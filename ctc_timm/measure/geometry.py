@@ -1,9 +1,7 @@
 """Shape of a cloud of features: how many directions it fills, how tight its classes are, how even it is on the sphere.
 
-Over-compression shows as a falling effective rank and as classes that tighten until what distinguishes the images of a
-class is gone. All in float64 but `uniformity`, whose N^2 distances are computed in the features' precision.
-
-Letters: N images, D feature size, C classes, R directions.
+Over-compression shows as a falling effective rank and as classes that tighten. All in float64 but `uniformity`, whose
+N^2 distances are computed in the features' precision. Letters: N images, D feature size, C classes, R directions.
 """
 
 from __future__ import annotations
@@ -59,8 +57,8 @@ def class_spread(features_ND: Tensor, labels_N: Tensor) -> ClassSpread:
     """Compare the variance within classes with that between them, of which there must be two (else UserError).
 
     With the class means less the mean of all images, each times the root of its share of the images, as the rows of
-    M = U diag(s) V', the between-class covariance is M'M and its pseudo-inverse V diag(s^-2) V'. So the collapse
-    measure is the within-class variance along each direction of V over s^2, and no [D, D] matrix is needed.
+    M = U diag(s) V', the between-class covariance has the pseudo-inverse V diag(s^-2) V'. So the collapse measure is
+    the within-class variance along each direction of V over s^2, and no [D, D] matrix is needed.
     """
     count_C, mean_CD, residual_ND, _ = _by_class(features_ND, labels_N)
     if len(count_C) < 2:

@@ -1,9 +1,8 @@
 """Estimators of the mutual information I(X;T) and I(T;Y), by name.
 
     estimator = create_estimator('renyi')
-    estimate = estimator.estimate(images_N3HW, features_ND)      # I(X;T)
-    estimate = estimator.estimate(features_ND, labels_N)         # I(T;Y)
-    estimate.nats, estimate.standard_error, estimate.curve
+    i_xt = estimator.estimate(images_N3HW, features_ND).nats
+    i_ty = estimator.estimate(features_ND, labels_N).nats
 
 Which one to trust where: docs/information.md. Letters: N images, D coordinates.
 """
@@ -35,9 +34,8 @@ class Renyi:
     The width is the mean distance of an image to its 10 nearest others. Labels [N] and one-hot rows [N, C] have the
     equality kernel, for which S is the entropy of the class shares. The value lies between 0 and log N and depends on
     N and the widths: compare it between checkpoints on the same images, do not read it as Shannon's information. The
-    standard error is the grouped jackknife's: with G random groups, each left out in turn,
-    sqrt((G - 1) / G * sum (value - mean)^2). Disjoint parts would claim less: small samples resolve less structure, so
-    their values vary less.
+    standard error is the grouped jackknife's: sqrt((G - 1) / G * sum (value - mean)^2) with each of G random groups
+    left out in turn.
     """
 
     seed: int = 0  # of all random draws

@@ -29,11 +29,8 @@ logger = get_logger(__name__)
 def linear_probe(settings: LinearProbeSettings) -> list[dict[str, Any]]:
     """Measure probes of a model's features on all targets, write results.json, results.csv and probes.png, and log.
 
-    Returns:
-        The main process's rows: target, split, num_test, num_train or shots and seeds, method, top1, top1_low, ...
-
-    Raises:
-        UserError: A model or a target that can't be opened or measured. Finished rows stay.
+    Returns the main process's rows: target, split, num_test, num_train or shots and seeds, method, top1, top1_low, ...
+    A UserError: a model or a target that can't be opened or measured. Finished rows stay.
     """
     accelerator, data = create_accelerator(settings.precision), settings.data
     loaded = load_model(*named_source(settings.source), in_chans=data.in_chans, **settings.built.model_kwargs)

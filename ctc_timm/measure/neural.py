@@ -1,9 +1,7 @@
 """MINE, the mutual information neural estimator (Belghazi et al., arXiv 1801.04062), and what all estimators share.
 
-A critic is trained to score pairs. Joint pairs are an image's own x and t, marginal pairs the x of one image and the t
-of another. Donsker and Varadhan's bound says how much information is needed to distinguish the two as well.
-
-Letters: N images, B batch, M marginal pairs, X and D coordinates of x and t, C classes.
+A critic is trained to score joint pairs, an image's own x and t, and marginal pairs, the x of one image and the t of
+another. Letters: N images, B batch, M marginal pairs, X and D coordinates of x and t, C classes.
 """
 
 from __future__ import annotations
@@ -37,8 +35,7 @@ class Estimate:
 def paired(x: Values, t: Values) -> tuple[Tensor, Tensor]:
     """Check both variables, and return each as floats [N, X] or, for one-dimensional integers (labels), int64 [N].
 
-    Raises:
-        UserError: Different numbers of rows, fewer than 32, NaN or infinity, no coordinates.
+    A UserError: different numbers of rows, fewer than 32, NaN or infinity, no coordinates.
     """
     if len(x) != len(t):
         raise UserError(f'x has {len(x)} rows and t has {len(t)}: one of each is needed for every image')
@@ -111,10 +108,7 @@ class Mine:
     def estimate(self, x: Values, t: Values) -> Estimate:
         """Estimate I(X;T) of numbers [N, ...], class labels [N] or one-hot rows [N, C], of the same images.
 
-        The error is that of batch means over the window, see `read_halves`.
-
-        Raises:
-            UserError: See `paired`; too few images to hold out; a training that diverged.
+        A UserError: see `paired`; too few images to hold out; a training that diverged.
         """
         x_NX, t_ND = (v if v.ndim == 2 else F.one_hot(v.unique(return_inverse=True)[1]) for v in paired(x, t))
         x_NX, t_ND = x_NX.float(), t_ND.float()

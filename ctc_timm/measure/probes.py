@@ -3,9 +3,8 @@
     for row in probe('ridge', LabeledFeatures(train_ND, labels_N), LabeledFeatures(test_MD, labels_M), num_classes=10):
         print(row['method'], row['top1'])
 
-`ridge` and `logistic` choose their regularization on a fifth of the training set, never on the test set, and are
-refitted on all of it. `knn` and `sgd` have nothing to choose, except that the published protocol, `sgd-best`, takes the
-best epoch on the test set.
+`ridge` and `logistic` choose their regularization on a fifth of the training set and are refitted on all of it. Only
+the published protocol, `sgd-best`, chooses on the test set: its best epoch.
 
 Letters: N training images, M test images, H held-out images, D feature size, C classes.
 """
@@ -27,6 +26,7 @@ from .transfer_sets import check_sets
 
 METHODS = ('ridge', 'logistic', 'knn', 'sgd')
 NEVER = -1
+Device = torch.device | str
 
 
 class Prediction(NamedTuple):
@@ -40,18 +40,9 @@ class Prediction(NamedTuple):
 
 
 def probe(
-    method: str,
-    train: LabeledFeatures,
-    test: LabeledFeatures,
-    num_classes: int,
-    seed: int = 0,
-    device: torch.device | str = 'cpu',
+    method: str, train: LabeledFeatures, test: LabeledFeatures, num_classes: int, seed: int = 0, device: Device = 'cpu'
 ) -> list[dict[str, Any]]:
     """Fit a probe, one of `METHODS`, on frozen features and score it on test images.
-
-    Args:
-        seed: Of the training split, the SGD head and the bootstrap.
-        device: Where to compute; for ridge and logistic regression the CPU in place of a device without float64.
 
     Returns:
         Rows of plain values: method, top1, top1_low, top1_high, ... (see `bootstrap_scores`), and what was chosen. One

@@ -14,8 +14,8 @@ With fewer images than features the other product is the small one, X X' / N = U
 
     W = X'U diag(1 / (e + p)) U' Y / N.
 
-Both read W = basis diag(1 / (e + p)) projected. A strength is p over the mean eigenvalue of X'X / N, the mean
-variance of a feature, so that it means the same at every scale of the features. All in float64.
+Both read W = basis diag(1 / (e + p)) projected. A strength is p over the mean eigenvalue of X'X / N, so that it means
+the same at every scale of the features. All in float64.
 
 Letters: N images, D feature size, C classes, R directions.
 """

@@ -1,8 +1,7 @@
 """The published transfer protocol: a new linear head trained by SGD on frozen features.
 
-Learning rate 0.4, momentum 0.9, weight decay 5e-4 on weights and bias, a cosine over 30 epochs, batches of 512, no
-augmentation, the features as they are. Unlike the other probes it depends on their scale. The published numbers are
-those of the epoch that is best on the test set, which flatters them; the last epoch involves no such choice.
+Learning rate 0.4, momentum 0.9, weight decay 5e-4 on weights and bias, a cosine over 30 epochs, batches of 512, the
+features as they are. The published numbers are those of the epoch that is best on the test set, which flatters them.
 
 Letters: N training images, M test images, D feature size, C classes.
 """

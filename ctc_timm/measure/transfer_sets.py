@@ -26,14 +26,9 @@ def target_names(target: TargetSettings, data: DataSettings) -> list[str]:
 class TransferSet:
     """A set to transfer to: probes are fitted on its training images, and measured on its test images.
 
-    Args:
-        name: A data set, or a folder of images; it replaces that of `data`.
-        channels: Of the images that the model takes.
-        most: Draw this many training and this many test images; all where None.
-        setting: That names the set, for messages.
-
-    Raises:
-        UserError: Nothing there; one class only; a class in one split alone.
+    `name`, a data set or a folder of images, replaces that of `data`; `setting` names it in messages. Of its images, of
+    `channels` channels, `most` for training and test are drawn. A UserError: nothing there; one class only; a class in
+    one split alone.
     """
 
     def __init__(
@@ -88,7 +83,7 @@ def check_sets(
     test: LabeledFeatures,
     num_classes: int,
     what: str = 'the target',
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Refuse sets on which no probe can be fitted or measured; messages begin with `what`, the data set.
 
@@ -99,7 +94,7 @@ def check_sets(
     """
 
     def label(number: int) -> str:
-        return f'class {number}' if class_names is None else f'class {number} ({class_names[number]!r})'
+        return f'class {number}' if not class_names else f'class {number} ({class_names[number]!r})'
 
     parts, present = {'training': train, 'test': test}, {}
     for name, part in parts.items():

@@ -23,14 +23,14 @@ from ..data import digits
 from ..data.datasets import DatasetSplit, is_streaming, open_split
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config
-from ..measure.features import LabeledFeatures, SplitImages, weights_hash
+from ..measure.features import LabeledFeatures, SplitImages
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
 from ..measure.transfer_sets import check_sets, slug
 from ..models.backbones import architecture, has_classification_head
 from ..models.creation import model_options
 from ..models.loading import load_model, named_source
-from ..runs import Run
+from ..runs import Run, tensors_hash
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, one_line
 from ..utils.progress import clock
@@ -103,7 +103,7 @@ class FineTuning:
         self.folder = Path(plan.output) if plan.output else self._default_folder()
         self.compared = {
             'architecture': architecture(self.loaded.model),
-            'weights': weights_hash(self.loaded.model),
+            'weights': tensors_hash(self.loaded.model.state_dict()),
             'processes': self.accelerator.num_processes,
             **{key: value for key, value in sorted(flatten(settings).items()) if key not in _NOT_COMPARED},
         }

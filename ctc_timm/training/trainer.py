@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ..measure.plots import plot_run
+from ..measure.plots.training import plot_run
 from ..runs import Run, format_metrics
 from ..utils.errors import RunError, UserError
 from ..utils.progress import clock, progress_bar

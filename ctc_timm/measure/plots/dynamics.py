@@ -33,16 +33,7 @@ def by_trajectory(rows: Rows) -> dict[tuple[str, str, str], Rows]:
 
 
 def plot_dynamics(results: Results, folder: Path) -> list[Path]:
-    """Draw everything that the rows allow.
-
-    Args:
-        results: What results.json holds: runs, targets, probes, information, rows.
-        folder: Where the pictures go.
-
-    Returns:
-        The pictures: tradeoff.png, compression.png, path.png if there are targets with probes, and information.png if
-        it was measured.
-    """
+    """Draw what results.json holds: tradeoff.png, compression.png, path.png of targets, information.png if measured."""
     drawn = {'tradeoff': _tradeoff, 'compression': _compression}
     drawn |= {'path': _path} if results['targets'] else {}
     drawn |= {'information': _information} if results['information'] != 'none' else {}

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from ...runs import Run
 from ...utils.errors import UserError
 from .style import (
@@ -16,7 +18,6 @@ from .style import (
     GREEN,
     PURPLE,
     VERMILION,
-    Axes,
     drawing,
     epoch_axis,
     literal,
@@ -37,11 +38,8 @@ _MONITORED = {
 def plot_run(run: str | os.PathLike) -> list[Path]:
     """Draw loss parts, metrics and learning rate of a run over the epochs, the stage change marked.
 
-    Returns:
-        The pictures, plots/training.png and where a target was monitored plots/monitor.png.
-
-    Raises:
-        UserError: Files that are damaged, or hold no epoch.
+    Returns plots/training.png and where a target was monitored plots/monitor.png. A UserError: files that are damaged,
+    or hold no epoch.
     """
     run = Run(run)
     rows: Rows = list(run.rows())
