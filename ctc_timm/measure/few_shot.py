@@ -30,9 +30,9 @@ def few_shot(
     regression choose their strength by cross-validation within the drawn images, in as many folds as there are shots
     and at most five; a single shot leaves nothing to hold out.
 
-    Each of `seeds` is a draw, also the seed of the folds and of the SGD head. Yields for each of `shots`, images a class,
-    a row a probe: method, shots, seeds, and the mean over the draws, see `mean_scores`. A UserError: see `check_sets`; a
-    number of shots that some class doesn't have, after the rows of those before it.
+    Each of `seeds` is a draw, also the seed of the folds and of the SGD head. Yields for each of `shots` a row a probe:
+    method, shots, seeds, and the mean over the draws, see `mean_scores`. A UserError: see `check_sets`; a number of
+    shots that some class doesn't have, after the rows of those before it.
     """
     check_sets(train, test, num_classes)
     class_P, count_P = train.labels_N.unique(return_counts=True)

@@ -75,11 +75,14 @@ def table_of(results: dict[str, Any]) -> str:
     """Format what results.json holds for a terminal."""
     worst = sorted(results['per_class'], key=lambda row: row['top1'])[:3]
     hardest = ', '.join(f'{sanitize(row["name"])} {row["top1"]:.1f} %' for row in worst)
-    head = '{model} ({weights}) on {num_images:,} images of {dataset}, split {split}\n'
-    rows = (
-        '  top-1           {top1:7.3f} %\n  top-5           {top5:7.3f} %\n  mean per class  {mean_per_class:7.3f} %\n'
-    )
-    return (head + rows + '  loss            {loss:7.4f}\n').format(**results) + f'  hardest         {hardest}'
+    lines = [
+        '{model} ({weights}) on {num_images:,} images of {dataset}, split {split}',
+        'top-1           {top1:7.3f} %',
+        'top-5           {top5:7.3f} %',
+        'mean per class  {mean_per_class:7.3f} %',
+        'loss            {loss:7.4f}',
+    ]
+    return '\n  '.join([*(line.format(**results) for line in lines), f'hardest         {hardest}'])
 
 
 @torch.no_grad()

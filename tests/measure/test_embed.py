@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from processes import run_processes
+from runs import CONFIG
 from safetensors.torch import save_file
 from timm.data import create_transform
 
@@ -25,13 +26,6 @@ from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build
 
 parquet = pytest.importorskip('pyarrow.parquet')
-CONFIG = {
-    'input_size': (3, 16, 16),
-    'mean': (0.3,) * 3,
-    'std': (0.4,) * 3,
-    'interpolation': 'bilinear',
-    'crop_pct': 1.0,
-}
 
 
 def write_weights(file: Path, num_classes: int = 7) -> Path:

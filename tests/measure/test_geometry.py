@@ -23,20 +23,10 @@ def cloud(count=60, size=12, classes=4, seed=0):
     return torch.tensor(features), torch.tensor(labels)
 
 
-def unit(row):
-    length = math.sqrt(sum(x * x for x in row))
-    return [x / length if length else 0.0 for x in row]
-
-
 def squared_distances(features):
-    """Of all ordered pairs of distinct images, as {(i, j): d^2}."""
-    rows = [unit(row) for row in features.tolist()]
-    return {
-        (i, j): sum((x - y) ** 2 for x, y in zip(rows[i], rows[j]))
-        for i in range(len(rows))
-        for j in range(len(rows))
-        if i != j
-    }
+    """Compute those of unit-length rows, [N, N]; a zero row stays zero."""
+    rows = features.numpy() / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-9)
+    return ((rows[:, None] - rows) ** 2).sum(axis=-1)
 
 
 @pytest.fixture(params=[1, 7, 8192], ids=lambda rows: f'blocks of {rows}')
@@ -57,11 +47,8 @@ def test_effective_rank_against_singular_values(count, size, blocks):
 def test_class_spread_against_covariances(count, size, blocks):
     features, labels = cloud(count, size)
     x, y = features.numpy(), labels.numpy()
-    within, between = np.zeros((size, size)), np.zeros((size, size))
-    for row, label in zip(x, y):
-        mean = x[y == label].mean(axis=0)
-        within += np.outer(row - mean, row - mean) / len(x)
-        between += np.outer(mean - x.mean(axis=0), mean - x.mean(axis=0)) / len(x)
+    means = np.stack([x[y == label].mean(axis=0) for label in y])
+    within, between = (np.cov(part, rowvar=False, bias=True) for part in (x - means, means))
     found = class_spread(features, labels)
     assert found.within == pytest.approx(np.trace(within), rel=1e-10)
     assert found.between == pytest.approx(np.trace(between), rel=1e-10)
@@ -74,8 +61,8 @@ def test_alignment_against_all_pairs_of_a_class(blocks):
     features, labels = cloud()
     features[5] = 0
     labels[5] = 0
-    values = [d for (i, j), d in squared_distances(features).items() if labels[i] == labels[j]]
-    assert alignment(features, labels) == pytest.approx(np.mean(values), rel=1e-10)
+    same = (labels[:, None] == labels).numpy() & ~np.eye(len(labels), dtype=bool)
+    assert alignment(features, labels) == pytest.approx(squared_distances(features)[same].mean(), rel=1e-10)
 
 
 @pytest.mark.parametrize('dtype, rel', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -83,8 +70,8 @@ def test_uniformity_against_all_pairs(dtype, rel, blocks):
     features, _ = cloud()
     features = features - 5  # all around the origin
     features[5] = 0
-    values = [math.exp(-2 * d) for d in squared_distances(features).values()]
-    assert uniformity(features.to(dtype)) == pytest.approx(math.log(np.mean(values)), rel=rel)
+    potential = np.exp(-2 * squared_distances(features))[np.triu_indices(len(features), 1)]
+    assert uniformity(features.to(dtype)) == pytest.approx(math.log(potential.mean()), rel=rel)
 
 
 def test_full_collapse_and_no_structure():
@@ -117,12 +104,8 @@ def test_dead_features_and_zero_vectors():
     for features in shapes:
         labels = torch.arange(len(features)) % 2
         found = measure_geometry(features, labels)
-        assert found == {
-            **dict.fromkeys(NAMES, 0.0),
-            'spread': math.inf,
-            'collapse': math.inf,
-            'uniformity': pytest.approx(0, abs=1e-6),
-        }
+        infinite = dict.fromkeys(('spread', 'collapse'), math.inf)
+        assert found == {**dict.fromkeys(NAMES, 0.0), **infinite, 'uniformity': pytest.approx(0, abs=1e-6)}
     features, labels = cloud()
     features[:10] = 0
     found = measure_geometry(features, labels)

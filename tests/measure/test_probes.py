@@ -43,8 +43,8 @@ def fit(method, train, test, classes=4, seed=0, device='cpu'):
     return predict(method, train, test, classes, hold_out(train.labels_N, seed), seed, device)
 
 
-def in_mean_eigenvalues(features):
-    return features.var(axis=0).sum() / features.shape[1]
+def mean_variance(features):
+    return features.var(axis=0).mean()
 
 
 # Ridge and logistic regression
@@ -60,7 +60,7 @@ def test_ridge_against_a_direct_solve(count, size, rows, monkeypatch):
     for strength, solution in zip(ridge.STRENGTHS, ridge.solve(data, 4, ridge.STRENGTHS), strict=True):
         # Least squares with the penalty as rows of its own and the bias as one more, unpenalized weight: no means are
         # taken off, and no matrix is squared.
-        penalty = np.sqrt(count * strength * in_mean_eigenvalues(x))
+        penalty = np.sqrt(count * strength * mean_variance(x))
         left = np.block([[x, np.ones((count, 1))], [penalty * np.eye(size), np.zeros((size, 1))]])
         solved = np.linalg.lstsq(left, np.concatenate([y, np.zeros((size, 4))]), rcond=None)[0]
         for found, expected in zip(solution, (solved[:-1], solved[-1])):
@@ -74,13 +74,11 @@ def test_ridge_probe_against_scikit_learn():
     held = (hold_out(train.labels_N, 5) == 0).numpy()
 
     def fitted(strength, chosen):
-        alpha = chosen.sum() * strength * in_mean_eigenvalues(x[chosen])
+        alpha = chosen.sum() * strength * mean_variance(x[chosen])
         return Ridge(alpha=alpha, solver='svd').fit(x[chosen], onehot[chosen])
 
-    hits = [
-        (fitted(s, ~held).predict(x[held]).argmax(axis=1) == train.labels_N.numpy()[held]).mean()
-        for s in ridge.STRENGTHS
-    ]
+    labels = train.labels_N.numpy()[held]
+    hits = [(fitted(s, ~held).predict(x[held]).argmax(axis=1) == labels).mean() for s in ridge.STRENGTHS]
     best = int(np.argmax(hits))  # the first, the strongest, if several
     assert 0 < best < len(hits) - 1
     assert found.settings == {'strength': ridge.STRENGTHS[best], 'selection_accuracy': pytest.approx(100 * hits[best])}
@@ -91,7 +89,7 @@ def test_ridge_probe_against_scikit_learn():
 @pytest.mark.parametrize('count, size, classes', [(240, 8, 4), (40, 60, 3), (100, 6, 2)], ids=['primal', 'dual', 'two'])
 def test_logistic_against_scikit_learn(count, size, classes):
     train, test = clouds(count, size, classes), clouds(200, size, classes, seed=1)
-    mean, scale = train.features_ND.mean(dim=0), math.sqrt(in_mean_eigenvalues(train.features_ND.numpy()))
+    mean, scale = train.features_ND.mean(dim=0), math.sqrt(mean_variance(train.features_ND.numpy()))
     strengths = [1.0, 0.1, 0.01, 1e-3]
     for strength, (weights, bias) in zip(strengths, logistic.solve(train, classes, strengths), strict=True):
         C = (2 if classes == 2 else 1) / (count * strength)
@@ -111,15 +109,13 @@ def test_logistic_against_scikit_learn(count, size, classes):
 
 
 def brute_force_votes(train, queries, classes, k):
+    features = train.features_ND.double(), queries.double()
+    bank, rows = ((x / x.norm(dim=1, keepdim=True).clamp_min(1e-9)).numpy() for x in features)
+    cosine = np.round(rows @ bank.T, 12)
+    nearest = np.argsort(-cosine, axis=1, kind='stable')[:, :k]
     votes = np.zeros((len(queries), classes))
-    for m, query in enumerate(queries.tolist()):
-        similar = []
-        for n, row in enumerate(train.features_ND.tolist()):
-            lengths = math.sqrt(sum(x * x for x in row)) * math.sqrt(sum(x * x for x in query))
-            cosine = sum(x * y for x, y in zip(row, query)) / lengths if lengths else 0.0
-            similar.append((-round(cosine, 12), n))
-        for negative, n in sorted(similar)[:k]:
-            votes[m, train.labels_N[n]] += math.exp(-negative / 0.07)
+    weights = np.exp(np.take_along_axis(cosine, nearest, axis=1) / 0.07)
+    np.add.at(votes, (np.arange(len(queries))[:, None], train.labels_N.numpy()[nearest]), weights)
     return votes
 
 
@@ -275,17 +271,17 @@ def broken(what):
     return train.select(kept[0]), test.select(kept[1])
 
 
-@pytest.mark.parametrize(
-    'what, words',
-    [
-        ('one class', "every image is of class 1 ('cat')"),
-        ('absent from test', "no test images of class 2 ('cow')"),
-        ('absent from training', "no training images of class 2 ('cow') and 1 more"),
-        ('no images', 'no test images'),
-        ('labels', 'from 0 to 9'),
-        ('nan', 'test features of 2 of 40 images'),
-    ],
-)
+SETS = {
+    'one class': "every image is of class 1 ('cat')",
+    'absent from test': "no test images of class 2 ('cow')",
+    'absent from training': "no training images of class 2 ('cow') and 1 more",
+    'no images': 'no test images',
+    'labels': 'from 0 to 9',
+    'nan': 'test features of 2 of 40 images',
+}
+
+
+@pytest.mark.parametrize('what, words', SETS.items())
 def test_sets_that_cannot_be_probed(what, words):
     with pytest.raises(UserError) as caught:
         check_sets(*broken(what), 4, '`target` farm', ['ant', 'cat', 'cow', 'dog'])
@@ -354,7 +350,7 @@ def test_too_many_shots_are_refused_and_finished_rows_kept(digits):
 
 
 def scored(count=200, classes=8):
-    """Logits with ties, and classes of very different sizes: the last ones have a few images or one."""
+    """Logits with ties, and classes of very different sizes."""
     rng = np.random.default_rng(0)
     share = np.exp(-np.arange(classes))
     labels = np.concatenate([np.arange(classes), rng.choice(classes, count - classes, p=share / share.sum())])
@@ -362,25 +358,21 @@ def scored(count=200, classes=8):
     return torch.tensor(logits), torch.tensor(labels)
 
 
-def by_loop(logits, labels):
-    """The scores, one image at a time."""
-    hits, hits5, per_class = 0, 0, {}
-    for row, label in zip(logits.tolist(), labels.tolist()):
-        order = sorted(range(len(row)), key=lambda c: (-row[c], c))
-        hits += order[0] == label
-        hits5 += label in order[:5]
-        per_class.setdefault(label, []).append(order[0] == label)
-    mean = sum(sum(h) / len(h) for h in per_class.values()) / len(per_class)
-    return {'top1': 100 * hits / len(labels), 'top5': 100 * hits5 / len(labels), 'mean_per_class': 100 * mean}
+def by_sorting(logits, labels):
+    order, labels = np.argsort(-logits.numpy(), axis=1, kind='stable'), labels.numpy()
+    hits = order[:, 0] == labels
+    top5 = (order[:, :5] == labels[:, None]).any(axis=1)
+    per_class = [hits[labels == c].mean() for c in np.unique(labels)]
+    return dict(zip(METRICS, (100 * hits.mean(), 100 * top5.mean(), 100 * np.mean(per_class))))
 
 
 @pytest.mark.parametrize('classes', [2, 5, 8])
-def test_scores_against_a_loop(classes):
+def test_scores_against_sorting(classes):
     logits, labels = scored(classes=classes)
-    assert point_scores(logits, labels) == pytest.approx(by_loop(logits, labels), rel=1e-12)
+    assert point_scores(logits, labels) == pytest.approx(by_sorting(logits, labels), rel=1e-12)
     # A class of which there is no image: it can be predicted, and is no part of the mean.
     kept = labels != 1
-    assert point_scores(logits[kept], labels[kept]) == pytest.approx(by_loop(logits[kept], labels[kept]), rel=1e-12)
+    assert point_scores(logits[kept], labels[kept]) == pytest.approx(by_sorting(logits[kept], labels[kept]), rel=1e-12)
     diverged = point_scores(torch.full((30, classes), torch.nan), torch.arange(30) % classes)
     assert set(diverged.values()) == {0.0}
     assert ranks(torch.zeros(4, 4), torch.arange(4)).tolist() == [0, 1, 2, 3]  # equal scores go to the lower class
@@ -405,7 +397,7 @@ def test_bootstrap_against_resampling_images_in_a_loop():
         # One image is half a percent; the ends of 8,000 draws wander by about a twentieth of the width.
         assert scores[f'{name}_low'] == pytest.approx(low, abs=0.06 * widths[name]), name
         assert scores[f'{name}_high'] == pytest.approx(high, abs=0.06 * widths[name]), name
-        assert scores[name] == pytest.approx(by_loop(logits, labels)[name], rel=1e-12)
+        assert scores[name] == pytest.approx(by_sorting(logits, labels)[name], rel=1e-12)
     assert widths['mean_per_class'] > 1.5 * widths['top1']  # so that the two can't be mistaken for each other
 
 

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import CONFIG
 from safetensors.torch import save_file
 from timm.data import create_transform
 
@@ -18,14 +19,6 @@ from ctc_timm.data.digits import DigitsReader
 from ctc_timm.measure.settings import ValidateSettings
 from ctc_timm.measure.validation import PerClassEvaluator, validate
 from ctc_timm.utils.settings import build
-
-CONFIG = {
-    'input_size': (3, 16, 16),
-    'mean': (0.3,) * 3,
-    'std': (0.4,) * 3,
-    'interpolation': 'bilinear',
-    'crop_pct': 1.0,
-}
 
 
 def test_accuracy_by_class_against_a_loop(tmp_path: Path) -> None:
