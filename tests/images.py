@@ -50,6 +50,7 @@ def odd_images() -> dict[str, tuple[bytes, np.ndarray, int]]:
     palette = image.quantize(16)
     table = np.array(palette.getpalette(), np.uint8).reshape(-1, 3)
     frames = [Image.fromarray(picture(seed)) for seed in range(3)]
+    animated: dict = {'save_all': True, 'append_images': frames[1:]}
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     bits = gray > 127
@@ -64,17 +65,9 @@ def odd_images() -> dict[str, tuple[bytes, np.ndarray, int]]:
         '16 bit.png': (png(32, 32, 16, 2, lines), deep_rgb >> 8, 0),
         'palette.png': (encoded(palette, 'PNG', transparency=bytes([0, 128] * 8)), table[np.asarray(palette)], 0),
         'palette one clear.png': (encoded(palette, 'PNG', transparency=3), table[np.asarray(palette)], 0),
-        'animated gif.png': (
-            encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:]),
-            picture(0),
-            96,  # of 256 colors
-        ),
-        'animated webp.png': (
-            encoded(frames[0], 'WEBP', save_all=True, append_images=frames[1:], lossless=True),
-            picture(0),
-            0,
-        ),
-        'animated.png': (encoded(frames[0], 'PNG', save_all=True, append_images=frames[1:]), picture(0), 0),
+        'animated gif.png': (encoded(frames[0], 'GIF', **animated), picture(0), 96),  # of 256 colors
+        'animated webp.png': (encoded(frames[0], 'WEBP', **animated, lossless=True), picture(0), 0),
+        'animated.png': (encoded(frames[0], 'PNG', **animated), picture(0), 0),
         'progressive.jpg': (encoded(image, 'JPEG', quality=95, progressive=True), pixels, 24),
         'turned.jpg': (encoded(image, 'JPEG', quality=95, exif=exif), pixels, 24),
         'broken exif.jpg': (encoded(image, 'JPEG', quality=95, exif=b'Exif\0\0II*\0\xff\xff\xff\xff'), pixels, 24),
@@ -116,19 +109,14 @@ def damaged_images() -> dict[str, bytes]:
     }
 
 
-def write_odd(folder: Path) -> list[Path]:
+def write_odd(folder: Path) -> None:
     """Each odd image as a file."""
-    return [_write(folder / name, data) for name, (data, _, _) in odd_images().items()]
+    for name, (data, _, _) in odd_images().items():
+        (folder / name).write_bytes(data)
 
 
-def write_damaged(folder: Path) -> list[Path]:
+def write_damaged(folder: Path) -> None:
     """Each damaged image as a file, and a link that leads nowhere."""
-    files = [_write(folder / name, data) for name, data in damaged_images().items()]
-    gone = folder / 'gone.png'
-    gone.symlink_to('nowhere.png')
-    return [*files, gone]
-
-
-def _write(file: Path, data: bytes) -> Path:
-    file.write_bytes(data)
-    return file
+    for name, data in damaged_images().items():
+        (folder / name).write_bytes(data)
+    (folder / 'gone.png').symlink_to('nowhere.png')

@@ -124,9 +124,8 @@ def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
     for index, name in sorted(val.class_names.items()) if train.class_names else ():
         if (known := train.class_names.get(index)) != name:
             there = f'is {known!r}' if known is not None else 'is missing'
-            fault = f'class {index} of the validation split, {name!r}, {there} in the training split'
-            hint = 'both must have the same classes, or name their order with `class_map`'
-            raise UserError(f'{val.name}: {fault}; {hint}')
+            fault = f'{val.name}: class {index} of the validation split, {name!r}, {there} in the training split'
+            raise UserError(f'{fault}; both must have the same classes, or name their order with `class_map`')
 
 
 def _check_name(data: DataSettings) -> None:

@@ -37,9 +37,7 @@ class DigitsReader(Reader):
     """timm reader over the digits, images as PNG bytes.
 
     A split is 'train', or 'validation' or a synonym, with an optional slice as in 'train[:500]' or 'train[50%:]'.
-
-    Raises:
-        UserError: A split that does not exist or is empty.
+    Another one, or an empty slice, is a `UserError`.
     """
 
     def __init__(self, split: str = 'train') -> None:

@@ -118,11 +118,9 @@ class EpochLoader:
         count, workers = len(dataset), worker_count(loader.workers)
         self.batches = EpochBatches(count, loader.batch_size, seed, rank, world_size)
         if not len(self.batches):
-            asked, largest = (
-                f'`batch_size` {loader.batch_size} times {world_size} process(es)',
-                max(1, count // world_size),
-            )
-            raise UserError(f'{asked} is more than the {count} training images; use at most {largest}')
+            asked = f'`batch_size` {loader.batch_size} times {world_size} process(es)'
+            hint = f'use at most {max(1, count // world_size)}'
+            raise UserError(f'{asked} is more than the {count} training images; {hint}')
         self.loader: Any = DataLoader(
             dataset,
             batch_sampler=self.batches,

@@ -34,7 +34,6 @@ from .text import holds_token, without_tokens
 LARGEST_INTEGER = 2**31 - 1  # what every library below can count
 LARGEST, SMALLEST = 1e12, 1e-37  # float32 keeps the squares and reciprocals of numbers between them
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes, the limits of file systems
-
 T = TypeVar('T')
 
 

@@ -78,11 +78,7 @@ def read_mapping(file: Path, what: str = '') -> dict[str, Any]:
 
 
 def read_recipe(name: str | os.PathLike) -> dict[str, Any]:
-    """Read a recipe, a shipped one by name or any file by path.
-
-    Raises:
-        UserError: No such file, or no mapping of names to plain values.
-    """
+    """Read a recipe, a shipped one by name or any file by path, as by `read_mapping`."""
     file = Path(name)
     shipped = RECIPES / f'{file.name.removesuffix(".yaml")}.yaml'
     if not file.exists() and file.parent == Path() and shipped.is_file():

@@ -25,14 +25,8 @@ Script = Callable[..., Any]
 LAUNCH = ['-m', 'accelerate.commands.launch', '--num_processes', '1', '--num_machines', '1', '--dynamo_backend', 'no']
 TWO = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
 MODEL = [
-    '--model',
-    'test_resnet',
-    '--train-split',
-    'train[:256]',
-    '--val-split',
-    'validation[:71]',
-    '--num-negatives',
-    '32',
+    *('--model', 'test_resnet', '--train-split', 'train[:256]', '--val-split', 'validation[:71]'),
+    *('--num-negatives', '32'),
 ]
 
 PLAIN_TIMM = """
@@ -196,23 +190,14 @@ REFUSED = [
     ('train.py --model resnet18_ctc --pretrained', '--model resnet18_ctc: no CTC weights are cataloged'),
     ('train.py --model local-dir:{}/nowhere', '--model local-dir:{}/nowhere'),
     ('train.py --model vit_tiny_patch16_224 --img-size 8', '--img-size: vit_tiny_patch16_224 cannot take 3x8x8'),
-    ('train.py --in-chans 1', '--mean 0.305 0.305 0.305: 3 values for 1 channel(s)'),
-    ('train.py -c {}/nowhere.yaml', '--config {}/nowhere.yaml: no such recipe or file'),
     ('train.py -c {}/typo.yaml', "{}/typo.yaml: 'num-negative' is not a setting; nearest: num_negatives"),
-    ('train.py -c {}/zero.yaml', '{}/zero.yaml: --num-negatives: must be at least 1, got 0'),
-    ('train.py --data-dir {}/nowhere', '--data-dir {}/nowhere: no such folder'),
-    ('train.py --data-dir {}/images/train --model test_resnet', "no split 'validation' in it"),
     ('train.py --data-dir {}/one --model test_resnet -b 4', '--mode ctc: negatives come from other classes'),
-    ('train.py --num-classes 5', "--num-classes 5: image 1 of split 'train' has label 9"),
     ('train.py --dataset hfids/{}/hub --model test_resnet', 'table index, which --mode ctc needs'),
-    ('train.py --num-negatives 0', '--num-negatives: must be at least 1, got 0'),
     ('train.py --temporal-temperature 0.005', '--temporal-temperature 0.005: temperature must be at least'),
     ('train.py --temporal-start-epoch 16', '--temporal-start-epoch 16 lies outside the run of --epochs 15'),
-    ('train.py -b 5000', '--batch-size 5000 times 1 process(es) is more than the 1437'),
     ('train.py -b 33 --mixup 0.2', '--batch-size 33: must be even'),
     ('train.py --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),
     ('train.py --opt adamw --opt-betas 0.9', '--opt-betas (0.9,)'),
-    ('train.py --aa foo', '--aa foo: Unknown AA policy foo'),
     ('train.py --log-with foo', '--log-with foo: no tracker of Accelerate'),
     ('train.py --torchcompile foo', '--torchcompile foo: no such backend'),
     ('train.py --resume {}/nowhere', '--resume {}/nowhere: no run with a saved state there'),
@@ -222,14 +207,11 @@ REFUSED = [
     ('train.py --resume {run} --mode vanilla', "was saved with mode 'ctc', this run has 'vanilla'"),
     ('train.py --experiment ../up', '--experiment ../up: must be a name inside --output'),
     ('validate.py', 'name a model'),
-    ('validate.py {run} --dataset digit', '--dataset digit: no such data set; nearest: digits'),
     ('validate.py resnt18 --dataset digits', 'MODEL resnt18: no run folder, weights file or timm model of that name'),
     ('validate.py {}/nowhere.safetensors --dataset digits', 'MODEL {}/nowhere.safetensors: no such file'),
     ('validate.py {}/garbage.safetensors --dataset digits --model resnet18', 'not weights of resnet18'),
     ('validate.py {}/images --dataset digits', 'is no run'),
-    ('validate.py {run} --num-clases 3', '--num-clases: no such flag; nearest: --num-classes'),
     ('validate.py {run} --num-classes 3', 'not weights of test_resnet'),
-    ('validate.py {run} --data-dir {}/images --val-split dev', "no split 'dev' in it"),
 ]
 
 
@@ -238,19 +220,11 @@ def mistakes(image_folder: Path) -> Path:
     """The files that the mistakes below are about."""
     root = image_folder.parent
     (root / 'typo.yaml').write_text('num-negative: 10\n')
-    (root / 'zero.yaml').write_text('dataset: digits\nnum-negatives: 0\n')
     (root / 'garbage.safetensors').write_text('garbage')
     for split in ('train', 'validation'):
         (root / 'one' / split).mkdir(parents=True)
         (root / 'one' / split / 'class0').symlink_to(image_folder / split / 'class0')
     return root
-
-
-def check_refusal(ended: Any, code: int, message: str, output: Path) -> None:
-    lines = ended.err.splitlines() if hasattr(ended, 'err') else ended.stderr.splitlines()
-    assert code == 2, lines
-    assert len(lines) == 1 and message in lines[0], lines
-    assert not output.exists()
 
 
 @pytest.mark.parametrize('command, message', REFUSED, ids=[command for command, _ in REFUSED])
@@ -260,30 +234,5 @@ def test_mistakes_are_one_line(
     """Exit code 2, one line that names what is wrong, and nothing written."""
     words, message = (text.replace('{run}', str(trained)).replace('{}', str(mistakes)) for text in (command, message))
     ended = script(*words.split(), '--output', str(tmp_path / 'runs'))
-    check_refusal(ended, ended.code, message, tmp_path / 'runs')
-
-
-@pytest.mark.parametrize('i', [0, 10])
-def test_mistakes_in_a_process_of_their_own(mistakes: Path, tmp_path: Path, i: int) -> None:
-    """As above, the way a user meets them."""
-    command, message = (text.replace('{}', str(mistakes)) for text in REFUSED[i])
-    ended = execute(*command.split(), '--output', str(tmp_path / 'runs'))
-    check_refusal(ended, ended.returncode, message, tmp_path / 'runs')
-
-
-@pytest.mark.parametrize('workers', ['0', '1'])
-def test_images_that_can_not_be_read(script: Script, image_folder: Path, tmp_path: Path, workers: str) -> None:
-    """One among others is skipped and counted; with none left the error is one line that names a file."""
-    words = f'--data-dir {image_folder} --model test_resnet --img-size 32 -b 12 -j {workers} --num-negatives 8'.split()
-    words += f'--epochs 2 --output {tmp_path / "runs"} --experiment'.split()
-    files = sorted((image_folder / 'train').rglob('*.png'))
-    files[4].write_bytes(b'no image')
-    ended = script('train.py', *words, 'some')
-    assert ended.code == 0, ended.err
-    assert [row['train_skipped'] for row in rows(tmp_path / 'runs' / 'some')] == ['1', '1']
-    for file in files:
-        file.write_bytes(b'no image')
-    ended = script('train.py', *words, 'none')
-    (error,) = (line for line in ended.err.splitlines() if 'error:' in line)
-    assert ended.code == 2 and 'Traceback' not in ended.err
-    assert any(str(file) in error for file in files) and 'unreadable' in error
+    (line,) = ended.err.splitlines()
+    assert ended.code == 2 and message in line and not (tmp_path / 'runs').exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIG, forget_processes
-from safetensors.torch import load_file
+from runs import CONFIG
 
 from ctc_timm.data import cached
 from ctc_timm.data.cached import cache_split
@@ -21,7 +19,6 @@ from ctc_timm.data.datasets import open_split
 from ctc_timm.data.decoding import ReplacingDataset
 from ctc_timm.data.loaders import TrainLoader
 from ctc_timm.data.settings import AugmentationSettings, DataSettings, LoaderSettings
-from ctc_timm.training.build import build_trainer
 from ctc_timm.utils.errors import UserError
 
 CPU = torch.device('cpu')
@@ -87,14 +84,3 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached.psutil, 'virtual_memory', lambda: SimpleNamespace(available=200_000))
     with pytest.raises(UserError, match='`cache_dataset`: the 1,437 decoded images would take about 0.0 GiB'):
         cache_split(source, quiet=True)
-
-
-def test_a_run_is_the_same(flags: Callable[..., Any], tiny: list[str], tmp_path: Path) -> None:
-    """Both stages, trained from files and from memory: the same weights and numbers to the bit."""
-    common = f'--crop-padding 2 --epochs 2 --temporal-start-epoch 1 --output {tmp_path} --experiment'
-    for words in ('files', 'memory --cache-dataset'):
-        forget_processes()
-        build_trainer(flags(*tiny, common, words)).fit()
-    weights = [load_file(tmp_path / name / 'last.safetensors') for name in ('files', 'memory')]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert (tmp_path / 'files' / 'summary.csv').read_text() == (tmp_path / 'memory' / 'summary.csv').read_text()

@@ -52,13 +52,8 @@ def test_folder(image_folder: Path, split: str, place: str) -> None:
     assert source.num_classes == 3 and source.class_names == {i: f'class{i}' for i in range(3)}
     image, label = source.dataset[7]
     assert label == expected[7] and np.array_equal(pixels(image), pixels(Image.open(files[7])))
-
-
-def test_folder_without_splits(image_folder: Path) -> None:
-    """Taken for any split where the caller allows it, and with an empty split's name always."""
-    flat = DataSettings(data_dir=str(image_folder / 'train'))
-    for split, unsplit in (('validation', True), ('', False)):
-        assert labels(flat, split, unsplit=unsplit) == truth(image_folder / 'train')[1]
+    flat = DataSettings(data_dir=str(image_folder / place))  # taken for any split where that is allowed
+    assert labels(flat, split, unsplit=True) == labels(flat, '', unsplit=False) == expected
 
 
 @pytest.mark.parametrize('layout', ['tar a split', 'splits in a tar', 'splits in a tar with dots', 'no splits'])
@@ -116,12 +111,9 @@ def test_hub(hub_folder: Path) -> None:
         assert source.num_classes == 10 and source.class_names[3] == '3'
         image, label = source.dataset[2]
         assert label == reader.targets[2] and np.array_equal(pixels(image)[:, :, 0], reader.images[2])
-
-
-def test_streams_have_no_labels(hub_folder: Path) -> None:
-    data = DataSettings(dataset=f'hfids/{hub_folder}', train_num_samples=60)
-    assert open_split(data, 'train', is_training=True).labels_N is None
-    assert is_streaming(data.dataset) and not is_streaming(f'hfds/{hub_folder}')
+    stream = DataSettings(dataset=f'hfids/{hub_folder}', train_num_samples=60)
+    assert open_split(stream, 'train', is_training=True).labels_N is None
+    assert is_streaming(stream.dataset) and not is_streaming(f'hfds/{hub_folder}')
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -155,7 +147,6 @@ def test_a_label_beyond_the_model() -> None:
         ({}, 'train', 'name the data'),
         ({'data_dir': '{}/nowhere'}, 'train', '`data_dir` {}/nowhere: no such folder or file'),
         ({'data_dir': '{}/empty'}, 'train', "`data_dir` {}/empty, split 'train': Found 0 images"),
-        ({'data_dir': '{}/no_images'}, 'train', "split 'train': Found 0 images"),
         ({'data_dir': '{}/no_validation'}, 'validation', "no split 'validation' in it, only train"),
         ({'data_dir': '{}/images'}, 'trian', "no split 'trian' in it, only train, validation"),
         ({'data_dir': '{}/images'}, 'train[:10]', "split 'train[:10]' is sliced"),
@@ -163,12 +154,10 @@ def test_a_label_beyond_the_model() -> None:
         ({'data_dir': '{}/text.txt'}, 'train', 'neither a folder nor a tar file'),
         ({'data_dir': '{}/images', 'class_map': 'nowhere.txt'}, 'validation', 'nowhere.txt'),
         ({'dataset': 'digit'}, 'train', '`dataset` digit: no such data set; nearest: digits'),
-        ({'dataset': 'foo', 'data_dir': '{}/images'}, 'train', '`dataset` foo: no such data set'),
         ({'dataset': 'foo/bar'}, 'train', "`dataset` foo/bar: timm has no reader 'foo'"),
         ({'dataset': 'torch/cifar10'}, 'train', '`dataset` torch/cifar10: name the folder'),
         ({'dataset': 'torch/cifar10', 'data_dir': '{}'}, 'train', 'Dataset not found'),
         ({'dataset': 'torch/cifar10', 'data_dir': '{}', 'train_split': 'train[:9]'}, 'train', 'slices of splits'),
-        ({'dataset': 'digits'}, 'trian', "`dataset` digits: split 'trian'"),
         ({'dataset': 'digits'}, 'train[2000:]', 'is empty'),
         ({'dataset': 'digits', 'in_chans': 4}, 'train', '`in_chans` 4: images are converted to RGB'),
         ({'dataset': 'digits', 'input_img_mode': 'FOO'}, 'train', '`input_img_mode` FOO: unknown to PIL'),
@@ -177,7 +166,6 @@ def test_a_label_beyond_the_model() -> None:
 def test_refused(image_folder: Path, data: dict[str, Any], split: str, message: str) -> None:
     root = image_folder.parent
     (root / 'empty').mkdir()
-    (root / 'no_images' / 'train' / 'class0').mkdir(parents=True)
     for name in ('no_validation', 'empty_class'):
         (root / name).mkdir()
         (root / name / 'train').symlink_to(root / 'images' / 'train')
@@ -205,12 +193,8 @@ def test_refused_of_the_hub(hub_folder: Path, data: dict[str, Any], split: str, 
 
 
 def test_refused_normalization() -> None:
-    for data, message in (
-        (DataSettings(mean=(0.1, 0.2)), r'`mean` 0.1 0.2: 2 values for 3 channel\(s\); give 3'),
-        (DataSettings(in_chans=1, std=(0.1, 0.2, 0.3)), r'`std` 0.1 0.2 0.3: 3 values for 1 channel\(s\); give 1'),
-    ):
-        with pytest.raises(UserError, match=message):
-            data_config(data, timm.create_model('test_resnet'))
+    with pytest.raises(UserError, match=r'`std` 0.1 0.2 0.3: 3 values for 1 channel\(s\); give 1'):
+        data_config(DataSettings(in_chans=1, std=(0.1, 0.2, 0.3)), timm.create_model('test_resnet'))
 
 
 def table(folder: Path, labels: list[Any], images: list[Any] | None = None) -> DataSettings:
@@ -223,19 +207,11 @@ def table(folder: Path, labels: list[Any], images: list[Any] | None = None) -> D
     return DataSettings(dataset=f'hfds/{folder}')
 
 
-@pytest.mark.parametrize(
-    'values, message',
-    [
-        ([0, 1, None, 1, None], '2 of 5 images have no label, the first is image 2'),
-        ([0, -1, 1], '1 of 3 images have no label, the first is image 1'),
-        ([-1] * 4, '4 of 4 images have no label, the first is image 0'),
-        ([0.0, float('nan'), 1.5], '1 of 3 images have no label, the first is image 1'),
-    ],
-)
-def test_labels_missing_in_a_table(tmp_path: Path, values: list[Any], message: str) -> None:
-    with pytest.raises(UserError) as error:
+@pytest.mark.parametrize('values, count, first', [([0, 1, None, 1, None], 2, 2), ([0.0, float('nan'), -1.0], 2, 1)])
+def test_labels_missing_in_a_table(tmp_path: Path, values: list[Any], count: int, first: int) -> None:
+    message = f'hfds/.*: {count} of {len(values)} images have no label, the first is image {first}'
+    with pytest.raises(UserError, match=message):
         open_split(table(tmp_path / 'set', values), 'train')
-    assert message in str(error.value) and 'hfds/' in str(error.value)
 
 
 def test_images_missing_in_a_table(tmp_path: Path) -> None:

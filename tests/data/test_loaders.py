@@ -162,17 +162,16 @@ def test_index_of_the_image_delivered(image_folder: Path, workers: int) -> None:
         assert torch.allclose(image, (pixels - 0.3) / 0.4, atol=1e-5)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_too_many_unreadable_images_name_the_file(image_folder: Path, workers: int) -> None:
+def test_too_many_unreadable_images_name_the_file(image_folder: Path) -> None:
     """timm gives up after ten in a row; a worker's traceback does not reach the message."""
     files = sorted((image_folder / 'train').rglob('*.png'))
     for file in files:
         file.write_bytes(b'no image')
-    with pytest.raises(UnreadableError) as error:
-        list(folder_loader(image_folder, workers))
     first = files[batches(0, len(files), 6, 42)[0][0][1]]
-    assert str(error.value).startswith(f'{first}: unreadable (no image that PIL knows), and so')
-    assert 'Traceback' not in str(error.value) and '10 consecutive' in str(error.value)
+    with pytest.raises(
+        UnreadableError, match=f'^{first}: unreadable .no image that PIL knows., and so .* 10 consecutive'
+    ):
+        list(folder_loader(image_folder, 1))
 
 
 def test_one_pass_to_fill_the_banks(image_folder: Path) -> None:
@@ -192,6 +191,5 @@ def test_one_pass_to_fill_the_banks(image_folder: Path) -> None:
 def test_refused() -> None:
     with pytest.raises(UserError, match=r'`batch_size` 65 times 2 process\(es\) is more than the 129 .* at most 64'):
         digits_loader('train[:129]', 65, 0, world=2)
-    for policy in ('rand-q7', 'nonsense', 'augmix-q7'):
-        with pytest.raises(UserError, match=f'`aa` {policy}: .*; use a policy such as rand-m9-mstd0.5'):
-            digits_loader('train[:16]', 8, 0, aa=policy)
+    with pytest.raises(UserError, match='`aa` rand-q7: .*; use a policy such as rand-m9-mstd0.5'):
+        digits_loader('train[:16]', 8, 0, aa='rand-q7')

@@ -117,7 +117,7 @@ def test_a_death_that_the_program_is_not_waiting_for() -> None:
     loader, reached = create_train_loader(), False
     with pytest.raises(WorkerError, match='killed by signal: Killed'), translate_errors():
         for _ in loader:
-            workers: Any = loader._loader.loader._iterator._workers  # type: ignore[union-attr]
+            workers: Any = loader.loader.loader._iterator._workers
             os.kill(workers[0].pid, signal.SIGKILL)
             time.sleep(10)
             reached = True
