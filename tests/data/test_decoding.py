@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from images import damaged_images, odd_images, picture, write_damaged, write_odd
+from images import damaged_images, encoded, odd_images, picture, write_damaged, write_odd
 from PIL import Image
 from runs import CONFIG, write_folder
 from timm.data.readers.reader_image_folder import find_images_and_targets
@@ -179,32 +179,23 @@ def test_a_run_over_all_of_them(
 
 def test_files_of_any_name(tmp_path: Path, warned: list[str]) -> None:
     """Readable, each with its own pixels; damaged, named so that a terminal shows it and obeys nothing."""
-    folder = os.fsencode(tmp_path / 'train')
-    for seed, name in enumerate(NAMES):
-        for label in (b'cl\xffass', '\U0001f600'.encode()):
-            os.makedirs(os.path.join(folder, label), exist_ok=True)
-            with open(os.path.join(folder, label, name), 'wb') as file:
-                Image.fromarray(picture(seed)).save(file, format='PNG')
-    data = DataSettings(data_dir=str(tmp_path))
-    replacing = ReplacingDataset(open_split(data, 'train').dataset)
-    seen = []
-    for i in range(len(replacing)):
-        image, target = replacing[i]
-        name = os.fsencode(os.path.basename(replacing.name(i)))
-        assert np.array_equal(np.asarray(image), picture(NAMES.index(name)))
-        assert (target == 0) == (os.path.basename(os.path.dirname(replacing.name(i))) == 'cl\udcffass')
-        seen.append(name)
-    assert sorted(seen) == sorted(NAMES * 2)
-
-    for name in NAMES:
-        with open(os.path.join(folder, b'cl\xffass', name), 'wb') as file:
-            file.write(b'no image')
-    dataset = open_split(data, 'train').dataset
-    dataset._max_retries = len(NAMES) + 1
-    replacing = ReplacingDataset(dataset)
-    for i in range(len(replacing)):
-        replacing.read(i)
-    assert sorted(os.fsencode(os.path.basename(name)) for name in replacing.log_unreadable()) == sorted(NAMES)
+    count = len(NAMES)
+    for label in (b'cl\xffass', '\U0001f600'.encode()):
+        folder = os.path.join(os.fsencode(tmp_path), b'train', label)
+        os.makedirs(folder)
+        for seed, name in enumerate(NAMES):
+            with open(os.path.join(folder, name), 'wb') as file:
+                file.write(b'no image' if label[:1] == b'c' else encoded(Image.fromarray(picture(seed)), 'PNG'))
+    dataset = open_split(DataSettings(data_dir=str(tmp_path)), 'train').dataset
+    dataset._max_retries = count + 1
+    replacing, seen = ReplacingDataset(dataset), []
+    for i in range(2 * count):
+        image, target, delivered = replacing.read(i)
+        seen.append(os.fsencode(os.path.basename(replacing.name(delivered))))
+        assert (target, delivered) == (1, max(i, count))
+        assert np.array_equal(np.asarray(image), picture(NAMES.index(seen[-1])))
+    damaged = [os.fsencode(os.path.basename(name)) for name in replacing.log_unreadable()]
+    assert sorted(seen[count:]) == sorted(NAMES) == sorted(damaged)
     (line,) = warned
     assert line.startswith('15 images') and 'and 10 more' in line and line.isprintable()
 
