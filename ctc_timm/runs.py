@@ -47,11 +47,7 @@ T = TypeVar('T')
 
 
 class Run:
-    """Reads and writes one run. It is accepted wherever a path is.
-
-    Args:
-        path: The folder; made by `create`.
-    """
+    """Reads and writes one run, whose folder `create` makes. It is accepted wherever a path is."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -88,13 +84,9 @@ class Run:
         return {_numbers(file)[0]: file for file in files}
 
     def states(self) -> list[Path]:
-        """States for a resume, the oldest first."""
-
-        def place(state: Path) -> list[int]:  # the epoch to go on with, and the step
-            epoch, *step = _numbers(state)
-            return [epoch, *step] if step else [epoch + 1, 0]
-
-        return sorted(self.state_folder.glob('epoch-[0-9]*'), key=place)
+        """States for a resume, the oldest first; one after an epoch comes before those within the next."""
+        places = {state: _numbers(state) for state in self.state_folder.glob('epoch-[0-9]*')}
+        return sorted(places, key=lambda state: places[state] if places[state][1:] else [places[state][0] + 1])
 
     def state(self, epoch: int, batch: int, updates: int) -> Path:
         """The folder of the state that goes on with a batch of an epoch."""
@@ -140,11 +132,7 @@ class Run:
         update_summary(epoch, train, evaluation, filename=str(self.summary_file), lr=lr)
 
     def rows(self) -> list[dict[str, str]]:
-        """Rows of summary.csv: one an epoch, of numbers and empty cells, none before the first epoch.
-
-        Raises:
-            UserError: A line is damaged.
-        """
+        """Rows of summary.csv, one an epoch, of numbers and empty cells; raises a UserError for a damaged line."""
         columns: list[str] = []
 
         def parse(line: bytes) -> dict[str, str] | None:
@@ -159,11 +147,7 @@ class Run:
         return _parse(self.summary_file, parse)[1:]
 
     def log_rows(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl: mappings with an 'epoch', and with a 'batch' within it.
-
-        Raises:
-            UserError: A line is damaged.
-        """
+        """Rows of metrics.jsonl, with an 'epoch', and a 'batch' within it; raises a UserError for a damaged line."""
 
         def parse(line: bytes) -> dict[str, Any] | None:
             row = json.loads(line)
@@ -185,25 +169,18 @@ class Run:
             _write_lines(self.metrics_file, seen)
 
     def summary(self) -> RunSummary:
-        """What the run reached and where its files are.
-
-        Raises:
-            UserError: It is no run, or its files are damaged.
-        """
+        """What the run reached; raises a UserError where it is no run, or its files are damaged."""
         args, file = self.args(), self.best_weights
         facts = weights_metadata(file) if file.is_file() else {}
-        evaluations = {int(row['epoch']): _evaluation(row) for row in self.rows()}
-        best_epoch = int(facts.get('epoch', -1))
-        return RunSummary(
-            path=self.path,
-            model=facts.get('architecture') or facts.get('body') or str(args.get('model', '')),
-            mode=facts.get('mode') or str(args.get('mode', '')),
-            epochs=len(evaluations),
-            best_epoch=best_epoch if evaluations.get(best_epoch) else None,
-            best=evaluations.get(best_epoch, {}),
-            last=evaluations.get(len(evaluations) - 1, {}),
-            pictures=sorted(self.plots.glob('*.png')),
-        )
+        model = facts.get('architecture') or facts.get('body') or str(args.get('model', ''))
+        mode, best_epoch = facts.get('mode') or str(args.get('mode', '')), int(facts.get('epoch', -1))
+        evaluations = {
+            int(row['epoch']): {key[5:]: float(row[key]) for key in row if key.startswith('eval_') and row[key]}
+            for row in self.rows()
+        }
+        best, last = (evaluations.get(epoch, {}) for epoch in (best_epoch, len(evaluations) - 1))
+        pictures = sorted(self.plots.glob('*.png'))
+        return RunSummary(self.path, model, mode, len(evaluations), best_epoch if best else None, best, last, pictures)
 
 
 @dataclass(frozen=True)
@@ -231,10 +208,6 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
     return ', '.join(_SHOWN.get(name, f'{name} {{:.4f}}').format(value) for name, value in metrics.items())
 
 
-def _evaluation(row: Mapping[str, str]) -> dict[str, float]:
-    return {key.removeprefix('eval_'): float(row[key]) for key in row if key.startswith('eval_') and row[key]}
-
-
 def _numbers(path: Path) -> list[int]:
     return [int(digits) for digits in re.findall(r'\d+', path.name)]
 
@@ -245,11 +218,7 @@ def run_of_state(state: Path) -> Run:
 
 
 def run_name(experiment: str, output: str, words: Sequence[str]) -> str:
-    """Name a run's folder inside `output`: as the user does, or by time, model, data and mode.
-
-    Raises:
-        UserError: A name that would leave the output folder.
-    """
+    """Name a run's folder as the user does, unless that would leave `output`, or by time, model, data and mode."""
     if not experiment:
         return file_name('-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), *words]))
     if Path(experiment).is_absolute() or '..' in Path(experiment).parts:
@@ -297,23 +266,14 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def weights_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a weights file.
-
-    Raises:
-        UserError: It is no safetensors file.
-    """
+    """The metadata of a weights file; raises a UserError where it is no safetensors file."""
     with _translate_errors(file), safe_open(file, framework='pt') as weights:
         return weights.metadata() or {}
 
 
 def check_hash(file: str | os.PathLike[str]) -> None:
-    """Verify the hash of a weights file, where its metadata have one.
-
-    Raises:
-        UserError: The tensors differ, or it is no safetensors file.
-    """
-    expected = weights_metadata(file).get(HASH)
-    if expected is None:
+    """Raise a UserError where a weights file differs from the hash in its metadata, or is no safetensors file."""
+    if (expected := weights_metadata(file).get(HASH)) is None:
         return
     with _translate_errors(file):
         actual = tensors_hash(load_file(file))

@@ -20,7 +20,6 @@ from ..data.cached import cache_split
 from ..data.datasets import DatasetSplit, check_classes, check_labels, is_streaming, open_split
 from ..data.loaders import RefreshLoader, StreamLoader, TrainLoader, create_eval_loader
 from ..data.mixup import create_mixup
-from ..data.settings import DataSettings
 from ..data.transforms import data_config
 from ..measure.validation import evaluate
 from ..models.backbones import architecture, check_input
@@ -33,8 +32,7 @@ from ..utils.settings import replace
 from ..utils.tasks import Evaluator, Loader, TrainerTask
 from .checkpoints import ResumePoint, locate_run
 from .monitor import create_monitor
-from .optimization import create_optimizer, resolve_lr
-from .schedules import TwoStageSchedule, temporal_start
+from .optimization import TwoStageSchedule, create_optimizer, resolve_lr, temporal_start
 from .settings import StageSettings, TrainSettings
 from .tasks import PrepareBatch, create_task
 from .trainer import Trainer
@@ -43,13 +41,7 @@ logger = get_logger(__name__)
 
 
 def train(settings: TrainSettings) -> Run:
-    """Train a model to the end, or what is left of a run.
-
-    Raises:
-        UserError: Settings or data that cannot work; nothing has been written then.
-        RunError: Files can't be written, or too many steps in a row had a loss or gradient that is not finite.
-        Stopped: A signal asked the run to stop; its state is saved.
-    """
+    """Train a model to the end, or what is left of a run; see `build_trainer` and `Trainer.fit` for what is raised."""
     trainer = build_trainer(settings)
     facts, data, began = trainer.facts, settings.data, time.monotonic()
     images = f'{facts["num_instances"]:,} images' if facts['num_instances'] else 'a stream of images'
@@ -75,7 +67,6 @@ def build_trainer(
     """Build every part of a training run, and continue it or create its folder.
 
     Args:
-        settings: All of them.
         model: What to train, with its head; made from the settings when None.
         splits: Training and validation split; opened from the settings when None.
         frozen: Names of modules that stay in evaluation mode, see `freezing.freeze`; for mode 'vanilla'.
@@ -96,7 +87,12 @@ def build_trainer(
     random_seed(settings.run.seed)
 
     with accelerator.main_process_first():
-        training, validation = splits or _open_splits(data, loading.batch_size)
+        if splits is None:
+            training = open_split(data, data.train_split, is_training=True, batch_size=loading.batch_size)
+            validation = open_split(data, data.val_split, unsplit=False)
+            check_classes(training, validation)
+        else:
+            training, validation = splits
     if loading.cache_dataset:
         training = cache_split(training, quiet=rank > 0)
     if model is None:
@@ -110,7 +106,7 @@ def build_trainer(
     labels_N, classes = training.labels_N, model.num_classes
     count = 0 if labels_N is None else len(labels_N)
     facts = {'architecture': architecture(model), 'num_classes': classes, 'num_instances': count}
-    task = create_task(settings, model, labels_N, device, rank, frozen)
+    task = create_task(settings, model, labels_N, accelerator, frozen)
     monitor = create_monitor(settings, config, accelerator, count, run if point.state else None)
     mixup = create_mixup(settings.mixup, classes, settings.loss.smoothing)
     if mixup is not None and loading.batch_size % 2:
@@ -156,16 +152,11 @@ def assemble_trainer(
     stages: StageSettings | None = None,
     **options: Any,
 ) -> Trainer:
-    """Add optimizer and schedule to the parts of any command that trains, and continue its run or create the folder.
-
-    See `Trainer` and its `open_run` for the arguments.
-    """
-    module = task.get_trainable_module()
-    assert module is not None
+    """Add optimizer and schedule to the parts of a `Trainer`, and continue its run or create the folder."""
     lr = resolve_lr(settings.optimizer, settings.loader.batch_size, accelerator.num_processes)
     # Values that were computed are kept with the run, so that a resume for more epochs does not move them.
     settings = replace(settings, lr=lr)
-    optimizer = create_optimizer(settings.optimizer, module)
+    optimizer = create_optimizer(settings.optimizer, task.get_trainable_module())
     updates = math.ceil(len(loader) / settings.optimizer.grad_accum_steps)  # a last, smaller group is a step too
     schedule = TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed)
     trainer = Trainer(settings, task, loader, evaluator, optimizer, schedule, run, accelerator, **options)
@@ -174,11 +165,7 @@ def assemble_trainer(
 
 
 def open_accelerator(settings: Any, find_unused_parameters: bool) -> Accelerator:
-    """Set up Accelerate for a command that trains, with a tracker if one is named.
-
-    Raises:
-        UserError: No such tracker or precision here.
-    """
+    """Set up Accelerate for a command that trains; raises a UserError where it has no such tracker or precision."""
     log_with, output = settings.run.log_with, settings.folder.output
     installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())] if log_with else []
     if log_with and log_with not in installed:
@@ -190,13 +177,6 @@ def open_accelerator(settings: Any, find_unused_parameters: bool) -> Accelerator
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
-
-
-def _open_splits(data: DataSettings, batch_size: int) -> tuple[DatasetSplit, DatasetSplit]:
-    training = open_split(data, data.train_split, is_training=True, batch_size=batch_size)
-    validation = open_split(data, data.val_split, unsplit=False)
-    check_classes(training, validation)
-    return training, validation
 
 
 @dataclass

@@ -55,9 +55,8 @@ class TrainState:
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next epoch."""
-        self.epoch += 1
+        self.epoch, self.sums = self.epoch + 1, {}
         self.batch = self.batches = self.skipped = self.bad_steps = 0
-        self.sums = {}
 
     def add(self, losses: Mapping[str, Tensor], batches: int) -> None:
         """Add the losses of a step, each a sum over its batches."""
@@ -72,8 +71,8 @@ class TrainState:
 
     def progress(self) -> dict[str, Any]:
         """What is the same on all ranks, in plain values."""
-        value, epoch = self.best or (None, None)
-        return {**{name: getattr(self, name) for name in _PLACE}, 'best_top1': value, 'best_epoch': epoch}
+        best = dict(zip(('best_top1', 'best_epoch'), self.best or (None, None)))
+        return {name: getattr(self, name) for name in _PLACE} | best
 
     def rank_state(self) -> dict[str, Tensor]:
         """What differs between ranks."""
@@ -130,12 +129,9 @@ def save_state(
 
 
 def prune_states(run: Run, newest: Path, keep: int) -> None:
-    """Remove all but the latest states up to the newest, once the newest passes verification.
+    """Remove all but the latest states up to the newest, or raise an OSError where that differs from what was written.
 
     Later ones are damaged, or of a run that was resumed before them.
-
-    Raises:
-        OSError: The newest differs from what was written.
     """
     if damage := verify(newest):
         raise OSError(f'{newest} is damaged: {damage}')
@@ -255,11 +251,7 @@ def find_resume(settings: Any) -> ResumePoint:
 
 
 def _newest_state(run: Run) -> ResumePoint:
-    """The newest state that passes verification.
-
-    Raises:
-        UserError: There are states, but all of them are damaged.
-    """
+    """The newest state that passes verification; raises a UserError where there are states, but only damaged ones."""
     damaged: list[str] = []
     for state in reversed(run.states()):
         if (damage := verify(state)) is None:

@@ -20,7 +20,7 @@ from timm.utils import random_seed
 from torch import Tensor
 
 from ..data import digits
-from ..data.datasets import DatasetSplit, is_streaming, open_split
+from ..data.datasets import is_streaming, open_split
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config
 from ..measure.features import LabeledFeatures, SplitImages
@@ -77,11 +77,7 @@ class Plan:
 
 
 class FineTuning:
-    """A model and a target, opened and checked, with the runs to make.
-
-    Raises:
-        UserError: See `finetune`.
-    """
+    """A model and a target, opened and checked as `finetune` says, with the runs to make."""
 
     def __init__(self, settings: FinetuneSettings) -> None:
         self.accelerator = create_accelerator(settings.precision)
@@ -98,7 +94,9 @@ class FineTuning:
         with self.accelerator.main_process_first():
             self.train = open_split(data, data.train_split, is_training=True)
             self.test = open_split(data, data.val_split, unsplit=False)
-        self.num_classes = self._check_classes(self.train, self.test)
+        assert self.train.labels_N is not None and self.test.labels_N is not None
+        self.labels = self.train.labels_N, self.test.labels_N
+        self.num_classes = self._check_classes()
         self.method = 'finetune' if plan.freeze == 'none' else f'finetune-{plan.freeze}-frozen'
         self.folder = Path(plan.output) if plan.output else self._default_folder()
         self.compared = {
@@ -111,30 +109,34 @@ class FineTuning:
         seeds = range(settings.run.seed, settings.run.seed + plan.seeds)
         self.plans = [self._plan(fraction, seed) for fraction in sorted(set(plan.train_fraction)) for seed in seeds]
         self.config = data_config(data, self.loaded.model)
-        self._test_images: SplitImages | None = None
+        self.about = {
+            'model': architecture(self.loaded.model),
+            'weights': self.loaded.weights,
+            'parameters': sum(p.numel() for p in self.loaded.model.parameters()),
+            'target': self.target,
+            'num_classes': self.num_classes,
+            'input_size': list(self.config['input_size']),
+        }
+        self.test_images = SplitImages(self.test, settings.loader, self.config, self.accelerator)
 
     def _default_folder(self) -> Path:
-        loaded = self.loaded
-        weights = Path(loaded.weights).stem
+        loaded, weights = self.loaded, Path(self.loaded.weights).stem
         name = slug(self.target) if loaded.run is None or weights == 'best' else f'{slug(self.target)}-{weights}'
         return (loaded.run or Path('results') / loaded.name) / self.method / name
 
-    def _check_classes(self, train: DatasetSplit, test: DatasetSplit) -> int:
-        assert train.labels_N is not None and test.labels_N is not None
-        classes = max(train.num_classes or 0, test.num_classes or 0)
-        known = {**test.class_names, **train.class_names}
+    def _check_classes(self) -> int:
+        classes = max(self.train.num_classes or 0, self.test.num_classes or 0)
+        known = {**self.test.class_names, **self.train.class_names}
         names = [known.get(i, str(i)) for i in range(classes)]
-        labels = (train.labels_N, test.labels_N)
-        fitted, measured = (LabeledFeatures(torch.empty(len(labels_N), 0), labels_N) for labels_N in labels)
+        fitted, measured = (LabeledFeatures(torch.empty(len(labels_N), 0), labels_N) for labels_N in self.labels)
         name = 'dataset' if self.settings.data.dataset else 'data_dir'
         check_sets(fitted, measured, classes, f'`{name}` {self.target}', names)
         return classes
 
     def _plan(self, fraction: float, seed: int) -> Plan:
-        settings, processes = self.settings, self.accelerator.num_processes
-        assert self.train.labels_N is not None and self.test.labels_N is not None
-        wanted, epochs, total = settings.loader.batch_size, settings.schedule.epochs, len(self.train.labels_N)
-        index_n = draw(self.train.labels_N, round(fraction * total), seed)
+        settings, processes, (labels_N, test_labels) = self.settings, self.accelerator.num_processes, self.labels
+        wanted, epochs, total = settings.loader.batch_size, settings.schedule.epochs, len(labels_N)
+        index_n = draw(labels_N, round(fraction * total), seed)
         count = len(index_n)
         batch = min(wanted, count // processes)
         if settings.mixup.active:
@@ -145,7 +147,7 @@ class FineTuning:
         updates = settings.plan.min_updates * settings.optimizer.grad_accum_steps
         batches = min(batches_of_all, math.ceil(updates / epochs))  # that an epoch should have
         passes = max(1, math.ceil(batches * batch * processes / count))
-        cost = epochs * (3 * count * passes + len(self.test.labels_N))
+        cost = epochs * (3 * count * passes + len(test_labels))
         folder = self.folder / f'fraction-{fraction:g}-seed-{seed}'
         return Plan(folder, fraction, seed, index_n, batch, passes, cost)
 
@@ -169,19 +171,15 @@ class FineTuning:
             row = self._train(plan)
             if main:
                 write_json(plan.folder / RESULTS, row)
-                self._write()
+                write_results(self.folder, self.about, self.compared)
             left, spent = left - plan.cost, spent + plan.cost
         if main:
-            logger.info(conclude(self.folder, self._write()))
+            logger.info(conclude(self.folder, write_results(self.folder, self.about, self.compared)))
         self.accelerator.wait_for_everyone()
         return Run(min(self.plans, key=lambda plan: (-plan.fraction, plan.seed)).folder)
 
     def trainer(self, plan: Plan) -> Trainer:
-        """Build a run at its start, or where it was interrupted.
-
-        Raises:
-            UserError: What the settings ask for cannot be trained.
-        """
+        """Build a run at its start, or where it was interrupted; see `build_trainer` for what is raised."""
         of = self.settings
         groups = {field.name: getattr(of, field.name, None) for field in dataclasses.fields(TrainSettings)}
         groups |= {
@@ -193,20 +191,15 @@ class FineTuning:
             'run': dataclasses.replace(of.run, seed=plan.seed),
         }
         settings = TrainSettings(**{name: group for name, group in groups.items() if group is not None})
-        model = self._model(plan.seed)
-        frozen = freeze(model, of.plan.freeze)
-        part = part_of(self.train, plan.index_n.repeat(plan.passes))
-        return build_trainer(settings, model=model, splits=(part, self.test), frozen=frozen)
-
-    def _model(self, seed: int) -> Any:
-        """The loaded model with a new head, the same in all processes."""
         model: Any = copy.deepcopy(self.loaded.model)
-        random_seed(seed)
+        random_seed(plan.seed)  # the new head is the same in all processes
         if has_classification_head(model):
             model.reset_classifier(self.num_classes)
         if not has_classification_head(model) or model.num_classes != self.num_classes:
             raise UserError(f'{self.loaded.weights}: {architecture(model)} takes no new classification head')
-        return model
+        frozen = freeze(model, of.plan.freeze)
+        part = part_of(self.train, plan.index_n.repeat(plan.passes))
+        return build_trainer(settings, model=model, splits=(part, self.test), frozen=frozen)
 
     def _train(self, plan: Plan) -> dict[str, Any]:
         """Make a run, or what is left of it, and measure its last epoch."""
@@ -214,7 +207,7 @@ class FineTuning:
         if self.accelerator.is_main_process:
             write_json(self.folder / SETTINGS, plain(self.compared))
         trainer.fit()
-        logits_NC, labels_N = self._measure(trainer.task.get_eval_model(ema=trainer.task.has_ema()))
+        logits_NC, labels_N = self._measure(trainer.eval_model())
         row: dict[str, Any] = {
             'target': self.target,
             'split': self.settings.data.val_split,
@@ -235,29 +228,15 @@ class FineTuning:
     @torch.no_grad()
     def _measure(self, model: Any) -> tuple[Tensor, Tensor]:
         """Logits [N, C] and labels [N] of the test images, which are decoded once for all runs."""
-        if self._test_images is None:
-            self._test_images = SplitImages(self.test, self.settings.loader, self.config, self.accelerator)
         model.eval()
         logits, labels = [], []
-        for images, targets in self._test_images.batches('measure'):
+        for images, targets in self.test_images.batches('measure'):
             if self.settings.execution.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             with self.accelerator.autocast():
                 logits.append(model(images).float())
             labels.append(targets)
-        return self._test_images.gather(logits), self._test_images.gather(labels)
-
-    def _write(self) -> dict[str, Any]:
-        """Write the results of all finished runs; returns what results.json holds."""
-        about = {
-            'model': architecture(self.loaded.model),
-            'weights': self.loaded.weights,
-            'parameters': sum(p.numel() for p in self.loaded.model.parameters()),
-            'target': self.target,
-            'num_classes': self.num_classes,
-            'input_size': list(self.config['input_size']),
-        }
-        return write_results(self.folder, about, self.compared)
+        return self.test_images.gather(logits), self.test_images.gather(labels)
 
 
 def _fit_model(settings: FinetuneSettings, model: Any, source: str) -> FinetuneSettings:

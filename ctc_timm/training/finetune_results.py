@@ -16,12 +16,7 @@ _SHARED = ('target', 'split', 'method', 'freeze', 'train_fraction', 'num_train',
 
 
 def write_results(folder: Path, about: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Write results.json and the tables of all finished runs in a folder, and return what results.json holds.
-
-    Args:
-        about: What results.json holds beside settings and rows.
-        settings: What the runs have in common.
-    """
+    """Write results.json and the tables of all finished runs in a folder, and return what results.json holds."""
     found = [json.loads(file.read_text('utf-8')) for file in folder.glob(f'fraction-*-seed-*/{RESULTS}')]
     rows = sorted(found, key=lambda row: (row['train_fraction'], row['seed']))
     means = summarize(rows)

@@ -10,8 +10,6 @@ from torch import nn
 from ..models.backbones import architecture
 from ..utils.errors import UserError
 
-PARTS = ('none', 'stem', 'body')
-
 
 def freeze(model: Any, part: str) -> list[str]:
     """Take part of a model out of training.
@@ -34,7 +32,13 @@ def freeze(model: Any, part: str) -> list[str]:
         return []
     parameters = dict(model.named_parameters())
     names = [*parameters, *(name for name, _ in model.named_buffers())]
-    frozen = stage_tensors(model, 1, '`freeze` stem') if part == 'stem' else _body(model, names)
+    if part == 'stem':
+        frozen = stage_tensors(model, 1, '`freeze` stem')
+    else:
+        found = model.get_classifier()
+        heads = [found] if isinstance(found, nn.Module) else list(found)  # distilled models have several
+        outside = tuple(f'{name}.' for name, module in model.named_modules() if module in heads)
+        frozen = {name for name in names if not name.startswith(outside)}
     chosen = [tensor for name, tensor in parameters.items() if name in frozen]
     if not 0 < len(chosen) < len(parameters):
         size = 'all' if chosen else 'none'
@@ -43,10 +47,8 @@ def freeze(model: Any, part: str) -> list[str]:
         tensor.requires_grad_(False)
     modules: list[str] = []
     for module, _ in model.named_modules():
-        if not module or any(module.startswith(f'{outer}.') for outer in modules):
-            continue
-        own = [name for name in names if name.startswith(f'{module}.')]
-        if own and frozen.issuperset(own):
+        inside = [name for name in names if name.startswith(f'{module}.')]
+        if inside and frozen.issuperset(inside) and not module.startswith(tuple(f'{outer}.' for outer in modules)):
             modules.append(module)
     return modules
 
@@ -64,8 +66,7 @@ def stage_tensors(model: Any, stages: int, setting: str) -> set[str]:
     except (AttributeError, AssertionError):
         what = f'timm does not say what the stages of {architecture(model)} are (no coarse group_matcher)'
         raise UserError(f'{setting}: {what}; use another value') from None
-    found: set[str] = set()
-    left = stages
+    found, left = set[str](), stages
     for group in groups.values():  # in the order of the model; some hold buffers only
         if left:
             found.update(group)
@@ -73,10 +74,3 @@ def stage_tensors(model: Any, stages: int, setting: str) -> set[str]:
     if left:
         raise UserError(f'{setting}: {architecture(model)} has {stages - left} stages, stem included')
     return found
-
-
-def _body(model: Any, names: list[str]) -> set[str]:
-    found = model.get_classifier()
-    classifiers = [found] if isinstance(found, nn.Module) else list(found)  # distilled models have several
-    prefixes = tuple(f'{name}.' for name, module in model.named_modules() if any(module is c for c in classifiers))
-    return {name for name in names if not name.startswith(prefixes)}

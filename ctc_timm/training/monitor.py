@@ -23,37 +23,17 @@ from ..measure.probes import ridge_scores
 from ..measure.transfer_sets import TransferSet
 from ..runs import Run
 from ..utils.errors import UserError
-from .settings import MonitorSettings, TrainSettings
+from .settings import TrainSettings
 
-FITTED = 2 / 3  # of the images; the rest is measured
-COST = 0.02  # of the training time, that the default interval aims at
-COLUMNS = ('monitor_ridge_top1', 'monitor_effective_rank', 'monitor_spread')
-
-
-def monitor_interval(monitor: MonitorSettings, epochs: int, num_instances: int) -> int:
-    """Epochs between measurements.
-
-    Without `monitor_every`, such that a training image's forward and backward taken as three forward passes,
-    measuring costs at most 2%. The number of training images is 0 when it is not known.
-    """
-    if monitor.monitor_every is not None:
-        return monitor.monitor_every
-    cheap = math.ceil(monitor.monitor_images / (3 * COST * num_instances)) if num_instances else 1
-    return min(max(round(epochs / 20), cheap, 1), epochs)
+COST = 0.02  # of the training time, which the default interval does not exceed
+COLUMNS = ('monitor_ridge_top1', 'monitor_effective_rank', 'monitor_spread')  # percent, dimensions, a ratio
 
 
 class Monitor:
-    """Watches one target, seen through the model's image transform, `config`.
-
-    Attributes:
-        columns: Names of the numbers: percent, a number of dimensions, a ratio.
-        seconds: Spent on measuring so far, without opening the data.
-
-    Raises:
-        UserError: A target that can't be opened or measured.
-    """
+    """Watches one target, seen through the model's image transform, `config`; `TransferSet` says what it refuses."""
 
     columns: tuple[str, ...] = COLUMNS
+    seconds = 0.0  # spent on measuring so far, without opening the data
 
     def __init__(
         self, settings: TrainSettings, config: dict[str, Any], accelerator: Accelerator, num_instances: int
@@ -61,30 +41,27 @@ class Monitor:
         monitor, default = settings.monitor, DataSettings()
         names = ('train_split', 'val_split', 'class_map', 'input_key', 'target_key')  # the run's are of its own data
         data = dataclasses.replace(settings.data, **{name: getattr(default, name) for name in names})
-        fitted = max(1, round(monitor.monitor_images * FITTED))
+        fitted = max(1, round(monitor.monitor_images * 2 / 3))  # the probe is; the rest is measured
         most = (fitted, max(1, monitor.monitor_images - fitted))
         name, channels = monitor.monitor_target, config['input_size'][0]
         self.target = TransferSet(name, data, settings.loader, channels, accelerator, most, 'monitor_target')
         self._splits, self._accelerator = self.target.images(config), accelerator
-        self._every = monitor_interval(monitor, settings.schedule.epochs, num_instances)
-        self.seconds = 0.0
+        # A training image's forward and backward are taken as three forward passes.
+        cheap = math.ceil(monitor.monitor_images / (3 * COST * num_instances)) if num_instances else 1
+        epochs = settings.schedule.epochs
+        self._every = monitor.monitor_every or min(max(round(epochs / 20), cheap, 1), epochs)
 
     def due(self, epoch: int, last: bool) -> bool:
         """Whether to measure after this epoch."""
         return last or (epoch + 1) % self._every == 0
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Measure the model's features of the target: the values of `columns`. It is left in evaluation mode.
-
-        Raises:
-            UserError: Features that are not finite.
-        """
+        """Measure the model's features of the target, which must be finite. It is left in evaluation mode."""
         started = time.monotonic()
         train, test = (compute_features(model, images, self._accelerator) for images in self._splits)
         self.target.check(train, test)
         top1 = ridge_scores(train, test, self.target.num_classes)['top1']
-        spread = class_spread(test.features_ND, test.labels_N).spread
-        values = top1, effective_rank(test.features_ND), spread
+        values = top1, effective_rank(test.features_ND), class_spread(test.features_ND, test.labels_N).spread
         self.seconds += time.monotonic() - started
         return dict(zip(COLUMNS, values))
 
@@ -92,11 +69,7 @@ class Monitor:
 def create_monitor(
     settings: TrainSettings, config: dict[str, Any], accelerator: Accelerator, num_instances: int, resumed: Run | None
 ) -> Monitor | None:
-    """Create the monitor that the settings ask for, if any.
-
-    Raises:
-        UserError: See `Monitor`; the resumed run was started without it, so that its summary.csv has no columns for it.
-    """
+    """Create the monitor that the settings ask for, if any; it can't join a run whose summary.csv lacks its columns."""
     target = settings.monitor.monitor_target
     if not target:
         return None

@@ -1,4 +1,7 @@
-"""The optimizer and gradient clipping, timm's own."""
+"""timm's optimizer, and its learning rate and weight decay over the two stages.
+
+Each stage runs a schedule of timm's own over its length; the temporal stage's is scaled and has no warm-up.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,15 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.optim._optim_factory import optimizer_kwargs
-from timm.task import TrainingTask
-from timm.utils import adaptive_clip_grad
-from torch import nn
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
+from torch.optim import Optimizer
 
 from ..utils.errors import UserError, nearest, one_line
-from .settings import OptimizerSettings
+from .settings import OptimizerSettings, ScheduleSettings, StageSettings
 
 
 def resolve_lr(optimizer: OptimizerSettings, batch_size: int, world_size: int) -> float:
@@ -28,7 +30,7 @@ def resolve_lr(optimizer: OptimizerSettings, batch_size: int, world_size: int) -
     return optimizer.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
-def create_optimizer(optimizer: OptimizerSettings, module: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(optimizer: OptimizerSettings, module: Any) -> Optimizer:
     """Create timm's optimizer over all parameters that need a gradient; `lr` is set, see `resolve_lr`.
 
     Raises:
@@ -46,14 +48,111 @@ def create_optimizer(optimizer: OptimizerSettings, module: nn.Module) -> torch.o
         raise UserError(f'{what}: {one_line(error)}') from None
 
 
-def clip_gradients(accelerator: Accelerator, task: TrainingTask, optimizer: OptimizerSettings) -> None:
-    """Clip gradients, after mixed precision's scale is taken out."""
-    if optimizer.clip_grad is None:
-        return
-    if optimizer.clip_mode == 'norm':
-        accelerator.clip_grad_norm_(task.get_clip_parameters(), optimizer.clip_grad)
-    elif optimizer.clip_mode == 'value':
-        accelerator.clip_grad_value_(task.get_clip_parameters(), optimizer.clip_grad)
-    else:
-        accelerator.unscale_gradients()
-        adaptive_clip_grad(task.get_clip_parameters(exclude_head=True), optimizer.clip_grad, norm_type=2.0)
+class CosineOpenLRScheduler(CosineLRScheduler):
+    """The paper's cosine: epochs counted from 1 of a period one longer than the run.
+
+    timm's cosine starts at its top and, were it to run one epoch more, would end at its bottom; this one
+    touches neither. Its warm-up reaches the full rate within the warm-up's own epochs.
+    """
+
+    def _get_lr(self, t: int) -> list[float]:
+        if t + 1 == self.warmup_t:
+            return list(self.base_values)
+        return super()._get_lr(t + 1)
+
+
+class TwoStageSchedule:
+    """Sets each parameter group's learning rate and weight decay; the values it was made with are the base.
+
+    Args:
+        stages: Where the temporal stage starts and how its schedule differs; None for one schedule over the whole run.
+        updates_per_epoch: Optimizer steps in an epoch.
+
+    Attributes:
+        num_epochs: Length of the run.
+        temporal_start: Epoch, from 0, at which the temporal stage starts; equal to `num_epochs` if it never does.
+
+    Raises:
+        UserError: The temporal stage would start outside the run, or the schedule refuses its settings.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        settings: ScheduleSettings,
+        stages: StageSettings | None,
+        updates_per_epoch: int,
+        seed: int = 42,
+    ) -> None:
+        self.optimizer, self.settings, self.updates_per_epoch = optimizer, settings, updates_per_epoch
+        self.two_stages, self.on_updates = stages is not None, settings.sched_on_updates
+        self._lr_scale = stages.temporal_lr_scale if stages else 1.0
+        self._decay_scale = stages.instance_weight_decay_scale if stages else 1.0
+        self._base = [(g['lr'] * g.get('lr_scale', 1.0), g['weight_decay']) for g in optimizer.param_groups]
+        start = settings.epochs if stages is None else temporal_start(stages, settings.epochs)
+        rest = settings.epochs - start
+        self._first, self.temporal_start = self._create(start, seed, **{'cooldown_epochs': 0} if rest else {})
+        self._second, length = self._create(rest, seed, warmup_epochs=0)
+        self.num_epochs = self.temporal_start + length
+
+    def _create(self, epochs: int, seed: int, **changes: Any) -> tuple[Scheduler | None, int]:
+        """A schedule, and how many epochs it takes with warm-up prefix, cycles and cool-down."""
+        if not epochs:
+            return None, 0
+        options = scheduler_kwargs(SimpleNamespace(**dataclasses.asdict(self.settings), seed=seed))
+        options |= {'num_epochs': epochs, **changes}
+        try:
+            if options['sched'] != 'cosine_open':
+                return create_scheduler_v2(self.optimizer, **options, updates_per_epoch=self.updates_per_epoch)
+            per_epoch = 1 if options['step_on_epochs'] else self.updates_per_epoch
+            scheduler = CosineOpenLRScheduler(
+                self.optimizer,
+                t_initial=epochs * per_epoch + 1,
+                lr_min=options['min_lr'],
+                warmup_t=options['warmup_epochs'] * per_epoch,
+                warmup_lr_init=options['warmup_lr'],
+                t_in_epochs=options['step_on_epochs'],
+            )
+        except (AssertionError, ValueError, OverflowError) as error:
+            raise UserError(f'`sched` {options["sched"]}: {error or "refuses its settings"}') from None
+        return scheduler, epochs + options['cooldown_epochs']
+
+    def stage(self, epoch: int) -> str:
+        """'instance' or 'temporal'."""
+        return 'temporal' if epoch >= self.temporal_start else 'instance'
+
+    def step(self, epoch: int, update: int = 0) -> None:
+        """Set the groups for an update of an epoch, both counted from 0; the update counts with `sched_on_updates`.
+
+        Raises:
+            UserError: The learning rate overflows.
+        """
+        temporal = epoch >= self.temporal_start
+        scheduler = self._second if temporal else self._first
+        local_epoch = epoch - self.temporal_start if temporal else epoch
+        try:
+            if scheduler is not None and self.on_updates:
+                scheduler.step_update(local_epoch * self.updates_per_epoch + update)
+            elif scheduler is not None:
+                scheduler.step(local_epoch)
+        except OverflowError:
+            what = f'`sched` {self.settings.sched} with `decay_rate` {self.settings.decay_rate:g}'
+            raise UserError(f'{what}: the learning rate overflows at epoch {epoch}') from None
+        for group, (lr, decay) in zip(self.optimizer.param_groups, self._base):
+            if scheduler is None:
+                group['lr'] = lr
+            if temporal:
+                group['lr'] *= self._lr_scale
+            group['weight_decay'] = decay if temporal else decay * self._decay_scale
+
+
+def temporal_start(stages: StageSettings, epochs: int) -> int:
+    """The epoch at which the temporal stage starts, before any warm-up prefix; `epochs` if it never does.
+
+    Raises:
+        UserError: It lies outside the run.
+    """
+    start = epochs * 2 // 3 if stages.temporal_start_epoch is None else stages.temporal_start_epoch
+    if start > epochs:
+        raise UserError(f'`temporal_start_epoch` {start} lies outside the run of `epochs` {epochs}; use 0 to {epochs}')
+    return start

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from timm.utils import distribute_bn, unwrap_model
+from timm.utils import adaptive_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor, nn
 
 from ..utils.tasks import Batch, TrainerTask
-from .optimization import clip_gradients
 
 
 class Step(NamedTuple):
@@ -27,11 +26,9 @@ class Step(NamedTuple):
 
 
 class Steps:
-    """Takes optimizer steps with a prepared task and optimizer.
+    """Takes optimizer steps with a prepared task and optimizer; settings and mixup are those of `Trainer`.
 
-    Args:
-        settings, mixup: See `Trainer`. With `max_bad_steps`, steps with numbers that are not finite are discarded,
-            at the cost of one wait for the device a step.
+    With `max_bad_steps`, steps with numbers that are not finite are discarded, which waits once a step for the device.
     """
 
     def __init__(self, accelerator: Accelerator, task: TrainerTask, optimizer: Any, settings: Any, mixup: Any) -> None:
@@ -65,7 +62,7 @@ class Steps:
         bad, stop = self._agree(losses['loss'], stop, ask)
         taken = not bad
         if taken:
-            clip_gradients(self.accelerator, self.task, self.settings)
+            self._clip_gradients()
             self.optimizer.step()
             taken = not self.accelerator.optimizer_step_was_skipped  # by float16's scaler, until its scale fits
         self.optimizer.zero_grad()
@@ -76,6 +73,16 @@ class Steps:
             if self._statistics is not None:
                 self._statistics.restore()
         return Step(bad, losses, stop)
+
+    def _clip_gradients(self) -> None:
+        limit, mode, task = self.settings.clip_grad, self.settings.clip_mode, self.task
+        if limit is not None and mode == 'norm':
+            self.accelerator.clip_grad_norm_(task.get_clip_parameters(), limit)
+        elif limit is not None and mode == 'value':
+            self.accelerator.clip_grad_value_(task.get_clip_parameters(), limit)
+        elif limit is not None:
+            self.accelerator.unscale_gradients()
+            adaptive_clip_grad(task.get_clip_parameters(exclude_head=True), limit, norm_type=2.0)
 
     def _agree(self, loss: Tensor, stop: bool, ask: bool) -> tuple[bool, bool]:
         """Whether the step is bad on any rank, and whether any was asked to stop; a step's one wait for the device."""
@@ -103,23 +110,19 @@ class _Statistics:
             if getattr(part, 'running_mean', None) is not None:
                 for buffer in part.buffers(recurse=False):
                     by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        self._live = list(by_dtype.values())
-        self._recorded = [[torch.empty_like(buffer) for buffer in buffers] for buffers in self._live]
+        self._pairs = [(live, [torch.empty_like(buffer) for buffer in live]) for live in by_dtype.values()]
 
     def record(self) -> None:
-        for recorded, live in zip(self._recorded, self._live):
+        for live, recorded in self._pairs:
             torch._foreach_copy_(recorded, live)
 
     def restore(self) -> None:
-        for recorded, live in zip(self._recorded, self._live):
+        for live, recorded in self._pairs:
             torch._foreach_copy_(live, recorded)
 
 
 def share_statistics(task: TrainerTask, accelerator: Accelerator, how: str) -> None:
-    """Give all ranks the same running statistics before an evaluation, as timm does.
-
-    How: 'reduce' for their mean, 'broadcast' for those of the first rank, '' to leave them.
-    """
+    """Give all ranks the mean running statistics ('reduce') or the first one's ('broadcast'), or leave them ('')."""
     if accelerator.num_processes == 1 or not how:
         return
     models = [unwrap_model(task.get_eval_model(ema=ema)) for ema in (False, True)[: 1 + task.has_ema()]]

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -20,10 +21,7 @@ from .settings import TrainSettings
 class SupervisedTask(TrainerTask, ClassificationTask):
     """Classification without CTC, of the whole model or of part of it.
 
-    Args:
-        model: With its frozen parameters marked by `requires_grad`.
-        frozen: Names of modules that stay in evaluation mode, so that their batch norms keep their statistics.
-        **options: For timm's `ClassificationTask`.
+    `frozen` names modules that stay in evaluation mode, so that their batch norms keep their statistics.
     """
 
     def __init__(self, model: nn.Module, frozen: Collection[str] = (), **options: Any) -> None:
@@ -62,12 +60,7 @@ class PrepareBatch:
 
 
 def create_task(
-    settings: TrainSettings,
-    model: nn.Module,
-    labels_N: Tensor | None,
-    device: torch.device,
-    rank: int,
-    frozen: Collection[str],
+    settings: TrainSettings, model: Any, labels_N: Tensor | None, accelerator: Accelerator, frozen: Collection[str]
 ) -> TrainerTask:
     """Create the task that the settings describe; those of CTC are, beside `mode`, arguments of `CTCTask`.
 
@@ -84,10 +77,10 @@ def create_task(
         'bce_target_thresh': loss.bce_target_thresh if loss.bce_loss else None,
         'bce_sum': loss.bce_sum,
     }
-    common: dict[str, Any] = {'criterion_kwargs': criterion, 'device': device, 'verbose': False}
+    common: dict[str, Any] = {'criterion_kwargs': criterion, 'device': accelerator.device, 'verbose': False}
     if settings.ctc.mode == 'vanilla':
         return SupervisedTask(model, frozen, **common)
     assert labels_N is not None
     options = {**dataclasses.asdict(settings.ctc), 'bank_dtype': getattr(torch, settings.ctc.bank_dtype)}
     del options['mode']
-    return CTCTask(model, labels_N, **options, seed=settings.run.seed, rank=rank, **common)
+    return CTCTask(model, labels_N, **options, seed=settings.run.seed, rank=accelerator.process_index, **common)

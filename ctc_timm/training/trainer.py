@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from timm.utils import random_seed, unwrap_model
-from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from ..utils.errors import RunError, UserError
 from ..utils.progress import clock, progress_bar
 from ..utils.tasks import Batch, Evaluator, Loader, TrainerTask, Watcher
 from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state, values_of
-from .schedules import TwoStageSchedule
+from .optimization import TwoStageSchedule
 from .signals import Interrupted, StopSignal, newest_state
 from .step import Steps, share_statistics
 
@@ -28,11 +27,7 @@ logger = get_logger(__name__)
 
 
 class Trainer:
-    """Trains a task, whatever it is.
-
-        trainer = Trainer(settings, task, loader, evaluator, optimizer, schedule, run, accelerator, facts={...})
-        trainer.open_run(resume_point)
-        trainer.fit()
+    """Trains a task, whatever it is: `open_run`, then `fit`. Where the run stands is in `state`.
 
     Args:
         settings: Of a command that trains, with the groups run, optimizer, loader and batch_norm.
@@ -42,9 +37,6 @@ class Trainer:
         mixup: mixup(batch, epoch) gives the batch that the task takes; None leaves the loader's.
         monitor: Measures transfer now and then.
         training_images: Gives one pass over the training set without augmentation, for tasks that ask for it.
-
-    Attributes:
-        state: Where the run stands.
     """
 
     def __init__(
@@ -120,10 +112,7 @@ class Trainer:
         logger.info(f'continuing {self.run} at epoch {state.epoch}{within} of {self.schedule.num_epochs}')
 
     def fit(self) -> dict[str, float]:
-        """Train to the end of the last epoch, saving after each.
-
-        Returns:
-            The numbers of the last evaluation; empty where a finished run was continued.
+        """Train to the end of the last epoch, saving after each; the last evaluation, unless no epoch was left.
 
         Raises:
             Stopped: A signal asked the run to stop; its state is saved.
@@ -155,7 +144,8 @@ class Trainer:
         stage, last = self._stage(epoch), epoch == self.schedule.num_epochs - 1
         alone = self.accelerator.num_processes == 1  # several ranks would not all be at one place at a signal
         with self.stop.at_once(alone and stage != self.task.stage), self.accelerator.autocast():
-            if self.task.prepare_epoch(stage, self._training_images):
+            what = 'pass over the training images'
+            if self.task.prepare_epoch(stage, lambda: progress_bar(self.training_images(), what, self.accelerator)):
                 logger.info(f'the {stage} stage starts at epoch {epoch}')
         began, done = time.monotonic(), self.state.batch
         train = self._train_epoch(epoch)
@@ -164,16 +154,24 @@ class Trainer:
         with self.stop.at_once(alone):
             if last or (epoch + 1) % self.settings.eval_interval == 0:
                 share_statistics(self.task, self.accelerator, self.all_settings.batch_norm.dist_bn)
-                metrics = self.evaluator(self._eval_model())
+                metrics = self.evaluator(self.eval_model())
             if self.monitor is not None and self.monitor.due(epoch, last):
-                watched = self.monitor.measure(self._eval_model())
+                watched = self.monitor.measure(self.eval_model())
         self._finish_epoch(epoch, train, {**metrics, **watched})
         columns = [name for name in self.evaluator.columns[:4] if name in metrics] + list(watched)[:1]
         shown = {name: {**metrics, **watched}[name] for name in columns}
-        return metrics, _epoch_line(epoch, stage, train, shown, self._lr(), rate)
+        return metrics, self._epoch_line(epoch, train, shown, rate)
 
-    def _training_images(self) -> Iterable[Any]:
-        return progress_bar(self.training_images(), 'pass over the training images', self.accelerator)
+    def _epoch_line(self, epoch: int, train: Mapping[str, float], metrics: Mapping[str, float], rate: float) -> str:
+        """An epoch's mean losses, its validation metrics, learning rate and training images a second in one line."""
+        parts = [f'epoch {epoch:>3}', f'{self._stage(epoch):<8}', f'loss {train["loss"]:.4f}']
+        if 'ctc_loss' in train:
+            parts.append(f'(task {train["task_loss"]:.4f}, ctc {train["ctc_loss"]:.4f})')
+        parts += [format_metrics(metrics)] if metrics else []
+        parts += [f'lr {self._lr():.3g}', f'{rate:.{int(rate < 10)}f} images/s']
+        for name, what in (('bad_steps', 'bad steps discarded'), ('skipped', 'unreadable')):
+            parts += [f'{train[name]:.0f} {what}'] if train.get(name) else []
+        return '  '.join(parts)
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training set, or what is left of it; mean losses over the epoch."""
@@ -237,11 +235,7 @@ class Trainer:
             self.run.log({'epoch': epoch, 'batch': self.state.batch, 'update': self.state.updates, **row})
 
     def _discard(self, epoch: int, names: list[str]) -> None:
-        """Count and log a bad step with the names of its images.
-
-        Raises:
-            RunError: It is one too many.
-        """
+        """Count and log a bad step with the names of its images; raise a RunError where it is one too many."""
         state = self.state
         state.bad_steps += 1
         state.bad_in_a_row += 1
@@ -259,7 +253,7 @@ class Trainer:
             logger.info(f'{where}: loss or gradient not finite; discarded, see {self.run.metrics_file}')
 
     def _log_step(self, epoch: int, bar: tqdm) -> None:
-        row = {**{key: float(value) for key, value in self.state.means().items()}, 'lr': self._lr()}
+        row = {key: float(value) for key, value in self.state.means().items()} | {'lr': self._lr()}
         bar.set_postfix({key: f'{value:.4g}' for key, value in row.items()}, refresh=False)
         self.accelerator.log({f'train/{k}': v for k, v in row.items()}, step=self.state.updates)
         self._log(epoch, row)
@@ -268,10 +262,9 @@ class Trainer:
         """Learning rate of the last group, which is the classifier's where layers differ."""
         return self.optimizer.param_groups[-1]['lr']
 
-    def _eval_model(self) -> nn.Module:
-        model = self.task.get_eval_model(ema=self.task.has_ema())
-        assert model is not None
-        return model
+    def eval_model(self) -> Any:
+        """What is evaluated and saved: the model, or its moving average."""
+        return self.task.get_eval_model(ema=self.task.has_ema())
 
     def _finish_epoch(self, epoch: int, train: dict[str, float], metrics: Mapping[str, float]) -> None:
         """Write the epoch's numbers, weights and state."""
@@ -297,7 +290,7 @@ class Trainer:
         every = max(1, round(epochs / 20)) if every is None else every
         kept = epoch % every == every - 1 or epoch in (self.schedule.temporal_start - 1, epochs - 1) if every else False
         best = self.state.best is not None and self.state.best[1] == epoch
-        model = unwrap_model(self._eval_model())  # of processes, compilation or averaging
+        model = unwrap_model(self.eval_model())  # of processes, compilation or averaging
         metadata = {**self.facts, 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
         for name, wanted in (('last', True), ('best', best), (f'weights/epoch-{epoch:04d}', kept)):
             if wanted:
@@ -310,17 +303,3 @@ class Trainer:
         step_size, keep = [self.global_batch, self.accumulation_steps], self.settings.checkpoint_hist
         checked = {**self.facts, 'step_size': step_size, 'stage': self.task.stage}
         save_state(self.accelerator, self.task, self.run, self.state, checked, keep)
-
-
-def _epoch_line(
-    epoch: int, stage: str, train: Mapping[str, float], metrics: Mapping[str, float], lr: float, rate: float
-) -> str:
-    """An epoch's mean losses, its validation metrics, learning rate and training images a second in one line."""
-    parts = [f'epoch {epoch:>3}', f'{stage:<8}', f'loss {train["loss"]:.4f}']
-    if 'ctc_loss' in train:
-        parts.append(f'(task {train["task_loss"]:.4f}, ctc {train["ctc_loss"]:.4f})')
-    parts += [format_metrics(metrics)] * bool(metrics) + [f'lr {lr:.3g}', f'{rate:.{int(rate < 10)}f} images/s']
-    for name, what in (('bad_steps', 'bad steps discarded'), ('skipped', 'unreadable')):
-        if train.get(name):
-            parts.append(f'{train[name]:.0f} {what}')
-    return '  '.join(parts)

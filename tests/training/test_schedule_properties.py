@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.scheduler import create_scheduler_v2
 
-from ctc_timm.training.schedules import TwoStageSchedule
+from ctc_timm.training.optimization import TwoStageSchedule
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.settings import build
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ctc_timm.training.optimization import create_optimizer, resolve_lr
-from ctc_timm.training.schedules import TwoStageSchedule
+from ctc_timm.training.optimization import TwoStageSchedule, create_optimizer, resolve_lr
 from ctc_timm.training.settings import OptimizerSettings, ScheduleSettings, StageSettings, TrainSettings
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build, replace
