@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 
 def _run(rank: int, world: int, port: int, function: Callable[..., Any], file: str) -> None:
@@ -34,26 +35,12 @@ def run_processes(function: Callable[[int, int], Any], world: int, folder: Any) 
     return [torch.load(f'{file}-{rank}.pt') for rank in range(world)]
 
 
-class _AllSum(torch.autograd.Function):
-    """The sum over processes; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _AllSum.apply(gradient)
-
-
 def _normalize(norm: Any, x: Tensor) -> Tensor:
     """Batch norm of x, [B, C, ...], with the statistics of all processes' images, summed in float64."""
     axes, shape, channels = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)], x.shape[1]
     wide = x.double()
     here = [wide.sum(axes), wide.square().sum(axes), wide.new_tensor([x.numel() / channels])]
-    total = _AllSum.apply(torch.cat(here))
+    total = all_reduce(torch.cat(here))  # its gradient is the sum of the processes' gradients
     count, mean_C = total[-1], total[:channels] / total[-1]
     var_C = (total[channels:-1] / count - mean_C.square()).clamp_min(0)
     with torch.no_grad():

@@ -50,15 +50,12 @@ def test_parts_by_family(name: str) -> None:
     assert all(n in trained for n, _ in model.named_parameters() if inside(n, classifier[:1]))
 
 
-def test_nothing_is_frozen() -> None:
-    model = on_meta('test_resnet')
-    assert freeze(model, 'none') == [] and all(p.requires_grad for p in model.parameters())
-
-
-def test_a_model_with_nothing_to_train() -> None:
+def test_nothing_or_all() -> None:
     """Without a classifier all would be body."""
+    model = on_meta('test_resnet', num_classes=0)
+    assert freeze(model, 'none') == [] and all(p.requires_grad for p in model.parameters())
     with pytest.raises(UserError, match='`freeze` body: that is all of test_resnet'):
-        freeze(on_meta('test_resnet', num_classes=0), 'body')
+        freeze(model, 'body')
 
 
 def test_batch_norms_without_parameters() -> None:

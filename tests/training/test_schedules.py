@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from ctc_timm.training.optimization import TwoStageSchedule, create_optimizer, resolve_lr
@@ -140,3 +143,57 @@ def test_learning_rate_by_batch_size(values: dict[str, Any], expected: float) ->
     """timm's rule: linear in the images a step, by their square root for adaptive optimizers."""
     settings = OptimizerSettings(lr_base=0.1, lr_base_size=256, grad_accum_steps=4, **values)
     assert resolve_lr(settings, batch_size=128, world_size=2) == pytest.approx(expected)
+
+
+@st.composite
+def schedules(draw: Any) -> dict[str, Any]:
+    """Settings of a schedule that make sense."""
+    epochs = draw(st.integers(1, 40))
+    lr = draw(st.floats(1e-4, 2))
+    return {
+        'epochs': epochs,
+        'temporal_start_epoch': draw(st.integers(0, epochs - 1)),
+        'sched': draw(st.sampled_from(['cosine', 'tanh', 'step', 'multistep', 'poly', 'constant'])),
+        'warmup_epochs': draw(st.integers(0, 6)),
+        'warmup_lr': lr * draw(st.floats(0, 1)),
+        'min_lr': lr * draw(st.floats(0, 0.5)),
+        'temporal_lr_scale': draw(st.floats(0.01, 1)),
+        'decay_epochs': draw(st.integers(1, 20)),
+        'sched_on_updates': draw(st.booleans()),
+        'lr': lr,
+    }
+
+
+def groups(optimizer: Any) -> list[float]:
+    return [group['lr'] for group in optimizer.param_groups]
+
+
+@given(schedules(), st.integers(1, 4), st.integers(0, 2**31 - 1))
+@settings(max_examples=120)
+def test_each_stage_is_timms_schedule(values: dict[str, Any], updates: int, seed: int) -> None:
+    """Of its length, the second one scaled and without warm-up, whatever schedule it is; and of the place alone."""
+    lr, start, on_updates = values.pop('lr'), values['temporal_start_epoch'], values['sched_on_updates']
+
+    def optimizer() -> torch.optim.SGD:
+        first, second = sgd(lr).param_groups + sgd(lr / 2).param_groups
+        return torch.optim.SGD([first, second])
+
+    mine, seen = schedule(optimizer(), updates, **values), []
+    assert mine.temporal_start == start and mine.num_epochs == values['epochs']
+    for epoch, length, warmup, scale in (
+        (0, start, values['warmup_epochs'], 1.0),
+        (start, values['epochs'] - start, 0, values['temporal_lr_scale']),
+    ):
+        of = {key: values[key] for key in ('sched', 'decay_epochs', 'warmup_lr', 'min_lr')}
+        of |= dict(num_epochs=length, warmup_epochs=warmup, step_on_epochs=not on_updates, updates_per_epoch=updates)
+        alone = optimizer()
+        plain = create_scheduler_v2(alone, **of)[0] if length else None
+        for place in range(length * updates):
+            assert plain is not None
+            plain.step_update(place) if on_updates else plain.step(place // updates)
+            mine.step(epoch + place // updates, place % updates)
+            seen.append(groups(mine.optimizer))
+            assert seen[-1] == pytest.approx([scale * rate for rate in groups(alone)], rel=1e-12)
+    for place in torch.randint(len(seen), (10,), generator=torch.Generator().manual_seed(seed)).tolist():
+        mine.step(*divmod(place, updates))  # as after a resume
+        assert groups(mine.optimizer) == seen[place]
