@@ -21,13 +21,7 @@ def stop_and_go_on(
 ) -> None:
     """Run a script whole, and another time with SIGTERM in a step; the second must end in the bits of the first.
 
-    Args:
-        script: Runs scripts in this process.
-        name: Of the script.
-        words: Its flags, but for those of its folder.
-        folder: Where both runs go.
-        owner: Module or class that holds the loss.
-        loss: Name of the function there that each step calls.
+    `owner` is the module or class that holds the function, named `loss`, that each step calls.
     """
     words = [*words, '--output', str(folder)]
     assert script(name, *words, '--experiment', 'whole').code == 0

@@ -21,11 +21,10 @@ Flags = Callable[..., Any]
 def everything(trainer: Trainer) -> dict[str, Any]:
     """All that a step may change."""
     task: Any = trainer.task
-    found = {name: value.clone() for name, value in task.trainable_module.state_dict().items()}
     slots = trainer.optimizer.state_dict()['state']
-    momenta = {f'momentum.{i}': slot['momentum_buffer'].clone() for i, slot in slots.items()}
+    momenta = {f'momentum.{i}': slot['momentum_buffer'] for i, slot in slots.items()}
     banks = task.banks() if isinstance(task, CTCTask) else {}
-    return {**found, **momenta, **{name: bank.clone() for name, bank in banks.items()}}
+    return {k: v.clone() for k, v in {**task.trainable_module.state_dict(), **momenta, **banks}.items()}
 
 
 def spoil(trainer: Trainer, steps: set[int], seen: list[Any], what: str) -> None:
@@ -66,9 +65,8 @@ def test_a_bad_step_leaves_no_trace(flags: Flags, tiny: list[str], tmp_path: Pat
 
     def recorded() -> None:
         record()
-        statistics.append(
-            {k: v.clone() for k, v in task.model.state_dict().items() if 'running' in k or 'tracked' in k}
-        )
+        state = task.model.state_dict()
+        statistics.append({k: v.clone() for k, v in state.items() if 'running' in k or 'tracked' in k})
 
     trainer.steps._statistics.record = recorded  # type: ignore[union-attr, method-assign]
     spoil(trainer, {2, 6}, seen, what)
@@ -84,8 +82,7 @@ def test_a_bad_step_leaves_no_trace(flags: Flags, tiny: list[str], tmp_path: Pat
     assert all(float(row['train_loss']) < 100 for row in rows)
     recorded_images = [row['bad_step_of'] for row in trainer.run.log_rows() if 'bad_step_of' in row]
     trainer.loader.set_epoch(0)
-    order = list(trainer.loader.batches)
-    assert recorded_images[0] == [f'{i:04d}.png' for _, i in order[1]]
+    assert recorded_images[0] == [f'{i:04d}.png' for _, i in list(trainer.loader.batches)[1]]
 
 
 def test_too_many(flags: Flags, tiny: list[str], image_folder: Path, tmp_path: Path) -> None:
@@ -115,34 +112,21 @@ def test_without_the_check(flags: Flags, tiny: list[str], tmp_path: Path) -> Non
     trainer = build_trainer(flags(*tiny, words))
     spoil(trainer, {2}, [], 'nan')
     trainer.fit()
-    task: Any = trainer.task
-    assert not all(bool(value.isfinite().all()) for value in task.trainable_module.state_dict().values())
+    assert not all(bool(value.isfinite().all()) for value in trainer.eval_model().state_dict().values())
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('what', ['zero', 'huge', 'tiny', 'nan', 'inf'])
-def test_rows_stay_unit_vectors(dtype: torch.dtype, what: str) -> None:
-    """Whatever the features are: rows of length one, finite losses and gradients for finite features."""
-    top = torch.finfo(dtype).max / 4
-    value = {'zero': 0.0, 'huge': top, 'tiny': torch.finfo(dtype).smallest_normal, 'nan': torch.nan, 'inf': torch.inf}
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(6, 8, generator=generator).to(dtype)
-    features[:2] = value[what]
-    features.requires_grad_()
-    index = torch.arange(6)
-    instance = InstanceDiscriminationLoss(8, 20, 4).train()
-    temporal = TemporalContrastLoss(8, 20, 4, num_negatives=10).train()
-    past = torch.randn(6, 8, generator=generator)
-    temporal.refresh(past, index)
-    losses = [instance(features, index), temporal(features, past, index, torch.arange(10, 20))]
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_features_that_are_not_finite(value: float) -> None:
+    """Rows of the banks keep length one, and normalizers stay finite."""
+    features, index = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    bad = features.index_fill(0, torch.arange(2), value)
+    instance, temporal = InstanceDiscriminationLoss(8, 20, 4), TemporalContrastLoss(8, 20, 4, num_negatives=10)
+    temporal.refresh(features, index)
+    instance.train()(bad, index)
+    temporal.train()(bad, features, index, torch.arange(10, 20))
     for bank in (instance.bank, temporal.present_bank, temporal.past_bank):
         torch.testing.assert_close(bank.norm(dim=1), torch.ones(20))
-    if what not in ('nan', 'inf'):
-        assert all(bool(loss.isfinite()) for loss in losses)
-        (gradient,) = torch.autograd.grad(sum(losses), features)
-        assert bool(gradient.isfinite().all())
-    normalizers = temporal.present_normalizer, temporal.past_normalizer
-    assert all(bool(normalizer.isfinite()) for normalizer in normalizers)
+    assert temporal.present_normalizer.isfinite() and temporal.past_normalizer.isfinite()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])

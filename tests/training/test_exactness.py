@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from accelerate.utils import gather_object
 from processes import run_processes, synchronize
@@ -65,21 +66,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train(batch_size=16, output=tmp_path_factory.mktemp('runs'), experiment='one')
 
 
-class _InProcesses:
-    """A function of (rank, world) that can be sent to other processes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = str(folder)
-
-    def __call__(self, rank: int, world: int) -> Any:
-        return train(sync_bn=True, batch_size=16 // world, output=f'{self.folder}/runs', experiment=f'of{world}')
-
-
 @pytest.mark.parametrize('world', [2, 4])
 def test_processes(alone: Any, tmp_path: Path, world: int) -> None:
     """The same global batch over 2 and 4: the losses of 20 steps, and banks that are bitwise equal between them."""
     losses, state = alone
-    found = run_processes(_InProcesses(tmp_path), world, tmp_path)
+    values: dict[str, Any] = dict(sync_bn=True, batch_size=16 // world, output=tmp_path / 'runs', experiment='several')
+    found = run_processes(lambda rank, world: train(**values), world, tmp_path)
     assert len(losses) == 20
     for theirs, values in found:
         assert theirs == pytest.approx(losses, abs=1e-5)
@@ -103,8 +95,6 @@ def test_accumulation(tmp_path: Path) -> None:
 
 def test_accumulation_of_the_temporal_term() -> None:
     """As above with the normalizers set, which a stage's first batch sets: its gradient and both banks."""
-    import timm
-
     labels = torch.arange(64) % 4
 
     def step(parts: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -163,7 +153,6 @@ def test_fewer_processes_go_on_within_an_epoch(tmp_path: Path) -> None:
     assert (resumed.state.epoch, resumed.state.batch) == (0, 1)  # 48 images are one batch of 32 and a half
     resumed.loader.set_epoch(0, resumed.state.batch)
     seen = {int(i) for _, _, index in resumed.loader for i in index}
-    loader: Any = trainer.loader
-    loader.set_epoch(0)
-    order = [int(i) for batch in loader.batches for _, i in batch]
+    trainer.loader.set_epoch(0)
+    order = [int(i) for batch in trainer.loader.batches for _, i in batch]
     assert set(order[32:]) == seen

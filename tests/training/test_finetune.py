@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +32,8 @@ from ctc_timm.utils.yaml_files import read_recipe
 Script = Callable[..., Any]
 RECIPE = '-c finetune_digits --train-split train[:128] --val-split validation[:70] -b 32 --epochs 2'
 TARGET = RECIPE.split()
-STEM, BODY = ('conv1.', 'bn1.'), ('conv1.', 'bn1.', 'layer')  # of timm's ResNets
+STEM = ('conv1.', 'bn1.')  # of timm's ResNets
+FROZEN = {'none': (), 'stem': STEM, 'body': (*STEM, 'layer')}
 
 
 @pytest.fixture(scope='module')
@@ -78,10 +78,8 @@ def table(file: Path) -> list[dict[str, str]]:
 def test_a_row_is_what_plain_timm_measures(finished: Path) -> None:
     """The saved weights of each run, evaluated by timm and scikit-learn alone."""
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    _, images, _, labels = train_test_split(
-        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
-    )
+    split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    images, labels = np.rint(split[1] * (255 / 16)).astype(np.uint8), split[3]
     rows = results(finished)['rows']
     assert [(row['train_fraction'], row['seed']) for row in rows] == [(0.2, 0), (0.2, 1), (1.0, 0), (1.0, 1)]
     for row in rows:
@@ -158,8 +156,8 @@ def test_other_settings_are_refused(script: Script, base: Path, finished: Path) 
     """Nothing is written; other weights are another setting too."""
     before = contents(finished)
     best = load_file(base / 'best.safetensors')['conv1.0.weight']
-    epochs = sorted((base / 'weights').iterdir())
-    (other,) = (file for file in epochs if not torch.equal(load_file(file)['conv1.0.weight'], best))
+    kept = (base / 'weights').iterdir()
+    (other,) = (file for file in kept if not torch.equal(load_file(file)['conv1.0.weight'], best))
     words = [*TARGET, '--min-updates', '6', '--output', str(finished)]
     for source, more, message in (
         (base, ['--epochs', '3'], 'holds runs with --epochs 2, not 3; go on with those settings, or give the'),
@@ -184,28 +182,26 @@ def test_an_interrupted_run_goes_on(script: Script, base: Path, finished: Path, 
     assert 'run 4 of 4' in ended.out and f'continuing {run} at epoch 1 of 2' in ended.out
     assert results(folder) == results(finished)
     mine, theirs = (load_file(f / 'fraction-1-seed-1' / 'last.safetensors') for f in (folder, finished))
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize(
-    'part, prefixes, more',
+    'part, more',
     [
-        ('none', (), '--layer-decay 0.5'),
-        ('stem', STEM, '--layer-decay 0.5 --model-ema --model-ema-decay 0.5'),
-        ('stem', STEM, '--no-filter-bias-and-bn --opt adamw --lr 0.01'),
-        ('body', BODY, '--momentum 0.9 --clip-grad 1 --drop 0.3'),
+        ('none', '--layer-decay 0.5'),
+        ('stem', '--layer-decay 0.5 --model-ema --model-ema-decay 0.5'),
+        ('stem', '--no-filter-bias-and-bn --opt adamw --lr 0.01'),
+        ('body', '--momentum 0.9 --clip-grad 1 --drop 0.3'),
     ],
 )
-def test_what_is_frozen_keeps_its_bits(base: Path, tmp_path: Path, part: str, prefixes: tuple, more: str) -> None:
+def test_what_is_frozen_keeps_its_bits(base: Path, tmp_path: Path, part: str, more: str) -> None:
     """Running statistics included, under a weight decay that would be seen; all else moves."""
-    words = (
-        f'--freeze {part} --seeds 1 --weight-decay 0.5 --lr 0.1 --warmup-epochs 0 --epochs 1 --output {tmp_path} {more}'
-    )
-    FineTuning(read(base, *TARGET, *words.split())).run()
+    words = f'--freeze {part} --seeds 1 --weight-decay 0.5 --lr 0.1 --warmup-epochs 0 --epochs 1 {more}'
+    FineTuning(read(base, *TARGET, *words.split(), '--output', tmp_path)).run()
     before, after = load_file(base / 'best.safetensors'), load_file(tmp_path / 'fraction-1-seed-0' / 'last.safetensors')
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        assert torch.equal(tensor, after[name]) is name.startswith(prefixes if prefixes else '?'), name
+        assert torch.equal(tensor, after[name]) is name.startswith(FROZEN[part]), name
 
 
 def test_the_optimizer_knows_nothing_of_what_is_frozen(base: Path, tmp_path: Path) -> None:
@@ -214,12 +210,10 @@ def test_the_optimizer_knows_nothing_of_what_is_frozen(base: Path, tmp_path: Pat
     tuning = FineTuning(read(base, *TARGET, *words))
     trainer = tuning.trainer(tuning.plans[0])
     names = {id(tensor): name for name, tensor in trainer.task.get_eval_model().named_parameters()}
-    scales: dict[str, float] = {}
-    for group in trainer.optimizer.param_groups:
-        for tensor in group['params']:
-            scales[names[id(tensor)]] = group['lr_scale']
+    groups = trainer.optimizer.param_groups
+    scales = {names[id(tensor)]: group['lr_scale'] for group in groups for tensor in group['params']}
     assert scales.keys() == {name for name in names.values() if not name.startswith(STEM)}
-    depth = len({scale for scale in scales.values()})
+    depth = len(set(scales.values()))
     assert sorted(set(scales.values())) == [0.5**i for i in reversed(range(depth))] and depth > 2
     assert scales['fc.weight'] == 1 and scales['layer1.0.conv1.weight'] == min(scales.values())
 
@@ -236,10 +230,8 @@ def test_a_new_head_for_another_target(script: Script, base: Path, image_folder:
     ended = script('transfer/finetune.py', str(run / 'weights' / 'epoch-0000.safetensors'), *words, '--freeze', 'body')
     assert ended.code == 0, ended.err
     folder = run / 'finetune-body-frozen' / 'images-epoch-0000'
-    after, before = (
-        load_file(f)
-        for f in (folder / 'fraction-1-seed-0' / 'last.safetensors', run / 'weights/epoch-0000.safetensors')
-    )
+    after = load_file(folder / 'fraction-1-seed-0' / 'last.safetensors')
+    before = load_file(run / 'weights/epoch-0000.safetensors')
     assert torch.equal(after['layer1.0.conv1.weight'], before['layer1.0.conv1.weight'])
     assert results(folder)['rows'][0]['method'] == 'finetune-body-frozen'
 
@@ -257,16 +249,9 @@ def test_another_image_size(flags: Callable, tiny: list[str], tmp_path: Path) ->
 
 def test_two_processes(base: Path, tmp_path: Path) -> None:
     """An odd number of test images is counted once, rows are written once, and the stem keeps its bits."""
-    environment = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
     launch = f'-m torch.distributed.run --standalone --nproc_per_node 2 transfer/finetune.py {base}'.split()
     words = f'--freeze stem --val-split validation[:71] --seeds 1 --epochs 1 --output {tmp_path}'.split()
-    ended = subprocess.run(
-        [sys.executable, *launch, *TARGET, *words],
-        env={**environment, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = subprocess.run([sys.executable, *launch, *TARGET, *words], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count('run 1 of 1') == ended.stdout.count('mean over seeds') == 1
     (row,) = results(tmp_path)['rows']
@@ -286,27 +271,19 @@ REFUSED = [
     ('{base} --data-dir {}/absent', "of class 2 ('class2')"),
     ('{base} --dataset hfids/{}/hub', 'a streaming set does not tell its classes'),
     ('{base} --freeze head', "--freeze: must be one of none, stem, body, got 'head'"),
-    ('{base} --train-fraction 0', '--train-fraction: must be above 0, got 0'),
     ('{base} --train-fraction 0.5 1.01', '--train-fraction: must be at most 1, got 1.01'),
-    ('{base} --train-fraction half', "--train-fraction: must be a number, got 'half'"),
-    ('{base} --seeds 0', '--seeds: must be at least 1'),
     ('{base} --mode ctc', '--mode: no such flag'),
-    ('{base} --num-negatives 16', '--num-negatives: no such flag'),
     ('{base} --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),
-    ('{base} --img-size 4096000', '--img-size: must be at most 16384'),
 ]
 
 
 @pytest.mark.parametrize('command, message', REFUSED, ids=[command for command, _ in REFUSED])
 def test_mistakes(script: Script, base: Path, image_folder: Path, tmp_path: Path, command: str, message: str) -> None:
     """Exit code 2, one line that names what is wrong, and nothing written."""
-    for name, split, classes in (
-        *(('one', split, (0,)) for split in ('train', 'validation')),
-        *(('absent', split, (0, 1, 2) if split == 'train' else (0, 1)) for split in ('train', 'validation')),
-    ):
-        (tmp_path / name / split).mkdir(parents=True)
-        for klass in classes:
-            (tmp_path / name / split / f'class{klass}').symlink_to(image_folder / split / f'class{klass}')
+    for split, classes in {'one/train': 1, 'one/validation': 1, 'absent/train': 3, 'absent/validation': 2}.items():
+        (tmp_path / split).mkdir(parents=True)
+        for klass in range(classes):
+            (tmp_path / split / f'class{klass}').symlink_to(image_folder / Path(split).name / f'class{klass}')
     words, message = (text.replace('{base}', str(base)).replace('{}', str(tmp_path)) for text in (command, message))
     before = contents(base)
     ended = script('transfer/finetune.py', *words.split(), '--output', str(tmp_path / 'out'))

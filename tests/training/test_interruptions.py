@@ -32,13 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLS = SimpleNamespace(**runpy.run_path(str(ROOT / 'benchmarks' / 'kills.py')))
 # Eight steps in each of four epochs, two a stage, with everything random there is.
 SMALL = {**KILLS.SMALL, 'train_split': 'train[:128]', 'epochs': 4, 'temporal_start_epoch': 2}
-OWNERS: dict[str, Any] = {
-    'checkpoints': checkpoints,
-    'evaluator': SplitEvaluator,
-    'files': files,
-    'refresh': RefreshLoader,
-    'run': Run,
-}
+OWNERS: dict[str, Any] = dict(
+    checkpoints=checkpoints, evaluator=SplitEvaluator, files=files, refresh=RefreshLoader, run=Run
+)
 
 
 def train(**values: Any) -> None:
@@ -176,17 +172,14 @@ def test_several_processes_asked_to_stop(tmp_path: Path, more: str, rows: int, s
 def damaged(state: Path, how: str) -> None:
     file = state / 'model.safetensors'
     if how == 'flipped':
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif how == 'truncated':
         file.write_bytes(file.read_bytes()[:-100])
-    elif how == 'missing':
-        file.unlink()
-    elif how == 'no manifest':
-        (state / MANIFEST).unlink()
-    else:
+    elif how == 'more':
         (state / 'more.bin').write_bytes(b'?')
+    else:
+        (state / {'missing': 'model.safetensors', 'no manifest': MANIFEST}[how]).unlink()
 
 
 @pytest.mark.parametrize('how', ['flipped', 'truncated', 'missing', 'no manifest', 'more'])
