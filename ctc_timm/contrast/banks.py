@@ -58,13 +58,8 @@ def momentum_update(
     An image that appears more than once among the ranks' batches (a sampler that pads, repeated augmentation) is
     updated once, with its first appearance, so that the result does not depend on the order in which a device
     happens to write. A row stays as it is where the new one would have no direction or not be finite.
-
-    Args:
-        bank: [N, E], or [R, E] of a shard; changed in place.
-        index_B: Rows to update by their number in the whole bank, [B].
-        embedding_BE: Unit vectors of this step, [B, E].
-        momentum: In [0, 1); zero replaces the row.
-        shard: Of a sharded bank.
+    The bank is [N, E], or [R, E] of a shard; rows are named by their number in the whole bank, [B]. Embeddings are unit
+    vectors, [B, E], and a momentum of zero replaces the row.
     """
     index_G = gather_rows(index_B).contiguous()
     embedding_GE = gather_rows(embedding_BE.detach())

@@ -3,23 +3,22 @@
 Both losses need a sum of f(<v_b, row_n>) over thousands of rows n for every image b of a batch. Written naively,
 autograd keeps several [B, N] tensors between forward and backward. Here rows are visited in blocks small enough to
 stay in the processor's cache; each block gives its part of the sum and, while its scores are still at hand, its part of
-the gradient with respect to v, the slope. What is kept is one [B, E] tensor. Banks are never differentiated. The passes
-are custom operators of torch, as a compiler would unroll their blocks.
+the gradient with respect to v, [B, E], the slope. That is all that is kept: sums are differentiable once, and banks not
+at all. The passes are custom operators of torch, as a compiler would unroll their blocks.
 
-Letters: B batch (of all ranks together where banks are sharded), E embedding size, K rows of an image, N rows of a
-bank, R rows visited.
+Letters: B batch (of all ranks where banks are sharded), E embedding size, K rows of an image, N of a bank, R visited.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .negatives import Negatives, is_own_class
 from .sharding import BankShard
 
-# About a MiB of float32 scores a block, which a CPU core's second-level cache holds. A GPU wants blocks that fill its
-# matrix units.
+# About a MiB of float32 scores, which a CPU core's second-level cache holds. A GPU wants to fill its matrix units.
 BLOCK_SCORES = 1 << 18
 BLOCK_SCORES_GPU = 1 << 23
 
@@ -30,49 +29,38 @@ def rows_per_block(batch_size: int, device: torch.device) -> int:
     return max(256, scores // max(batch_size, 1))
 
 
-def logsumexp_scores(v_BE: Tensor, bank: Tensor, temperature: float, shard: BankShard) -> Tensor:
-    """Compute log sum_n exp(<v_b, bank_n> / temperature), the partition function of instance discrimination.
+def logsumexp_scores(v_BE: Tensor, bank: Tensor, T: float, shard: BankShard) -> Tensor:
+    """Compute log sum_n exp(<v_b, bank_n> / T), [B], the partition function of instance discrimination.
 
-    Its gradient is softmax attention over the bank, divided by the temperature; both come from the same pass, with a
+    Its gradient is softmax attention over the bank, divided by T; both come from the same pass, with a
     running maximum in place of a [B, N] softmax.
-
-    Returns:
-        [B], differentiable once with respect to the embeddings v, [B, E].
     """
-    peak_B, mass_B, attended_BE = _attention(shard.gather(v_BE), bank, temperature)
+    peak_B, mass_B, attended_BE = _attention(shard.gather(v_BE), bank, T)
     if shard.world > 1:
-        all_peak_B = shard.max(peak_B.clone())
+        all_peak_B = peak_B.clone()
+        dist.all_reduce(all_peak_B, op=dist.ReduceOp.MAX)
         shrink_B1 = (peak_B - all_peak_B).exp()[:, None]
         parts = shard.local(shard.sum(torch.cat([mass_B[:, None], attended_BE], dim=1) * shrink_B1))
         peak_B, mass_B, attended_BE = shard.local(all_peak_B), parts[:, 0], parts[:, 1:]
-    return _with_slope(v_BE, mass_B.log() + peak_B, attended_BE / (mass_B * temperature)[:, None])
+    return _with_slope(v_BE, mass_B.log() + peak_B, attended_BE / (mass_B * T)[:, None])
 
 
 def logistic_terms(
-    v_BE: Tensor,
-    bank: Tensor,
-    negatives: Negatives,
-    temperature: float,
-    offset: Tensor,
-    constant: float,
-    shard: BankShard,
+    v_BE: Tensor, bank: Tensor, negatives: Negatives, T: float, offset: Tensor, constant: float, shard: BankShard
 ) -> Tensor:
-    """Compute scale_b * sum_r w_br * (log(1 + exp(<v_b, row_r> / temperature - offset)) + constant).
+    """Compute scale_b * sum_r w_br * (log(1 + exp(<v_b, row_r> / T - offset)) + constant), [B].
 
     With offset = log(Z (q + eps)) this is the negatives' part of noise-contrastive estimation, see `losses`.
-
-    Returns:
-        [B], differentiable once with respect to the embeddings v, [B, E].
     """
-    value_B, slope_BE = _logistic(shard.gather(v_BE), bank, *negatives[3:], temperature, offset)
+    value_B, slope_BE = _logistic(shard.gather(v_BE), bank, *negatives[3:], T, offset)
     value_B = negatives.scale_B * (value_B + negatives.count_B * constant)
     parts = shard.local(shard.sum(torch.cat([value_B[:, None], negatives.scale_B[:, None] * slope_BE], dim=1)))
     return _with_slope(v_BE, parts[:, 0], parts[:, 1:])
 
 
-def exponential_sums(v_BE: Tensor, bank: Tensor, negatives: Negatives, temperature: float, shard: BankShard) -> Tensor:
-    """Compute sum_r w_br * exp(<v_b, row_r> / temperature), [B], over the rows held here, for all ranks' images."""
-    return _logistic(shard.gather(v_BE), bank, *negatives[3:], temperature, None)[0]
+def exponential_sums(v_BE: Tensor, bank: Tensor, negatives: Negatives, T: float, shard: BankShard) -> Tensor:
+    """Compute sum_r w_br * exp(<v_b, row_r> / T), [B], over the rows held here, for all ranks' images."""
+    return _logistic(shard.gather(v_BE), bank, *negatives[3:], T, None)[0]
 
 
 def _with_slope(v_BE: Tensor, value_B: Tensor, slope_BE: Tensor) -> Tensor:

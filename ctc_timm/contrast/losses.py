@@ -1,4 +1,4 @@
-"""The two losses of CTC, arXiv 2203.03871: projectors from features to embeddings, and banks to contrast them with.
+"""The two losses of CTC, arXiv 2203.03871, with their projectors and banks, and the module that trains with them.
 
 Letters: B batch, D feature size, E embedding size, K negatives an image, N instances in the training set, R rows that
 a batch shares.
@@ -7,13 +7,16 @@ a batch shares.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.models import group_parameters
 from torch import Tensor, nn
 
+from ..models.backbones import features_and_logits
 from ..utils.errors import UserError
 from .banks import BANK_DTYPES, momentum_update, new_bank, unit
 from .blockwise import exponential_sums, logistic_terms, logsumexp_scores
@@ -21,7 +24,7 @@ from .negatives import Negatives
 from .sharding import BankShard, is_distributed
 
 EPS = 1e-7
-LEAST_TEMPERATURE = 0.012  # of the temporal stage: exp(1 / temperature) overflows float32 below
+MIN_TEMPERATURE = 0.012  # of the temporal stage: exp(1 / temperature) overflows float32 below
 
 
 def check_range(name: str, value: float, low: float, below: float = math.inf, *, above: bool = False) -> None:
@@ -37,15 +40,8 @@ class BankLoss(nn.Module):
     With `defer_updates` they wait for `apply_updates`, so that a step of several batches is one step for the banks
     too; `discard_updates` leaves no trace of a step that was not taken.
 
-    Args:
-        feature_dim, num_instances, embed_dim: D, N and E, at least 1.
-        temperature, momentum: T above 0, of the contrast; the share in [0, 1) of the old bank row in the new one.
-        generator, bank_dtype: Source of the first banks; float32 or bfloat16.
-        split_banks: Hold only this rank's shard of the banks, [N / P, E] and not in the module's state, see `sharding`;
-            the process group must be there already. The loss stays what it is with whole banks.
-
-    Raises:
-        UserError: An argument of another size or kind.
+    The arguments are those of `CTCTask`, with D, N and the source of the banks' first values. Sharded banks are not in
+    the module's state. Raises UserError on an argument of another size or kind.
     """
 
     projector_names: tuple[str, ...]
@@ -63,16 +59,13 @@ class BankLoss(nn.Module):
         split_banks: bool = False,
     ) -> None:
         super().__init__()
-        check_range('feature_dim', feature_dim, 1)
-        check_range('num_instances', num_instances, 1)
-        check_range('embed_dim', embed_dim, 1)
+        for name, size in dict(feature_dim=feature_dim, num_instances=num_instances, embed_dim=embed_dim).items():
+            check_range(name, size, 1)
         check_range('temperature', temperature, 0, above=True)
         check_range('momentum', momentum, 0, 1)
         if bank_dtype not in BANK_DTYPES:
             raise UserError(f'`bank_dtype` {bank_dtype}: must be one of {", ".join(map(str, BANK_DTYPES))}')
-        self.num_instances = num_instances
-        self.temperature = temperature
-        self.momentum = momentum
+        self.num_instances, self.temperature, self.momentum = num_instances, temperature, momentum
         self.shard = BankShard.create(num_instances, split_banks)
         for name in self.projector_names:
             setattr(self, name, nn.Linear(feature_dim, embed_dim))
@@ -104,28 +97,18 @@ class BankLoss(nn.Module):
 class InstanceDiscriminationLoss(BankLoss):
     """Tell each training image from all others (first stage of CTC, arXiv 2203.03871); see `BankLoss` for arguments.
 
-        loss = InstanceDiscriminationLoss(feature_dim=512, num_instances=50_000)
-        features_BD, logits_BC = features_and_logits(model, images)
-        value = loss(features_BD, index_B)     # cross_entropy(unit(projector(features)) @ bank.T / T, index)
-
-    No [B, N] tensor is stored, see `blockwise`.
-
-    Attributes:
-        projector: Linear, D -> E. In the published code, and by default in `CTCTask`, it is fixed and random.
-        bank: [N, E], unit rows.
+    loss = InstanceDiscriminationLoss(feature_dim=512, num_instances=50_000)
+    value = loss(features_BD, index_B)     # cross_entropy(unit(projector(features)) @ bank.T / T, index)
     """
 
     projector_names, bank_names = ('projector',), ('bank',)
-    projector: nn.Linear
-    bank: Tensor
+    projector: nn.Linear  # D -> E; in the published code, and by default in `CTCTask`, fixed and random
+    bank: Tensor  # [N, E], unit rows
 
     def forward(self, features_BD: Tensor, index_B: Tensor, lam_B: Tensor | None = None) -> Tensor:
         """Compute a batch's loss, a scalar; in training mode the images' bank rows are updated afterwards.
 
-        Args:
-            features_BD: Pooled features, [B, D].
-            index_B: Position of each image in the training set, [B].
-            lam_B: For Mixup and CutMix, the share of image b in mixed image b, [B]; the rest is image B - 1 - b.
+        Features are pooled, [B, D]; `index_B` and `lam_B` are those of `CTCTask.forward`. No [B, N] tensor is stored.
         """
         with torch.autocast(features_BD.device.type, enabled=False):
             v_BE = embed(features_BD, self.projector)
@@ -144,29 +127,21 @@ class TemporalContrastLoss(BankLoss):
     """Keep features close to what the information bank made of the same images (second stage of CTC).
 
     The present embedding is contrasted with the bank of past embeddings and the past embedding with the bank
-    of present ones, each by noise-contrastive estimation with K negatives an image, and both are added:
-
-        out = exp(<bank[rows], v> / T) / normalizer        with rows = [index, negatives]
-        loss = -mean_b( log(p / (p + q + eps)) + sum_k log(q / (n_k + q + eps)) ),   q = K / N
+    of present ones, each by noise-contrastive estimation with K negatives an image, and both are added, see `task`.
 
         loss = TemporalContrastLoss(feature_dim=512, num_instances=50_000)
         loss.refresh(features_BD, index_B)                     # once, over the whole training set
         value = loss(present_BD, past_BD, index_B, sampler.draw(index_B))
 
-    Args: as `BankLoss`, with num_negatives, K, and a temperature of at least 0.012, so that exp(1 / T) fits in float32.
-
-    Attributes:
-        present_projector, past_projector: Linear, D -> E, both trained.
-        present_bank, past_bank: [N, E], unit rows.
-        present_normalizer, past_normalizer: Scalars; the first step in training mode sets them to N * mean(out).
+    Arguments are those of `BankLoss`, with K and a temperature of at least 0.012, so that exp(1 / T) fits in float32.
     """
 
     projector_names, bank_names = ('present_projector', 'past_projector'), ('present_bank', 'past_bank')
-    present_projector: nn.Linear
+    present_projector: nn.Linear  # D -> E, both trained
     past_projector: nn.Linear
-    present_bank: Tensor
+    present_bank: Tensor  # [N, E], unit rows
     past_bank: Tensor
-    present_normalizer: Tensor
+    present_normalizer: Tensor  # scalars; the first step in training mode sets them to N * mean(out)
     past_normalizer: Tensor
 
     def __init__(
@@ -185,7 +160,7 @@ class TemporalContrastLoss(BankLoss):
             feature_dim, num_instances, embed_dim, temperature, momentum, generator, bank_dtype, split_banks
         )
         check_range('num_negatives', num_negatives, 1)
-        check_range('temperature', temperature, LEAST_TEMPERATURE)
+        check_range('temperature', temperature, MIN_TEMPERATURE)
         self.num_negatives = num_negatives
         self.register_buffer('present_normalizer', torch.zeros(()))
         self.register_buffer('past_normalizer', torch.zeros(()))
@@ -203,13 +178,9 @@ class TemporalContrastLoss(BankLoss):
     ) -> Tensor:
         """Compute a batch's loss, a scalar; in training mode both banks' rows of the images are updated afterwards.
 
-        Args:
-            present_BD: Features of the model being trained, [B, D].
-            past_BD: Features of the information bank for the same images, [B, D]. None takes the stored rows of the
-                past bank for v2, which then stay as they are: a departure from the paper.
-            index_B: Position of each image in the training set, [B].
-            negatives: What a `NegativeSampler` drew, or rows of other classes for each image, [B, K].
-            lam_B: For Mixup and CutMix, as in `InstanceDiscriminationLoss`.
+        Features of the model being trained and of the information bank are [B, D], of the same images. Without past
+        ones the stored rows of the past bank serve as v2 and stay as they are: a departure from the paper. Negatives
+        are what a `NegativeSampler` drew, or rows of other classes for each image, [B, K].
         """
         if not torch.compiler.is_compiling():
             self.sync_normalizer_flag()
@@ -246,7 +217,11 @@ class TemporalContrastLoss(BankLoss):
             powers_B = exponential_sums(v_BE, bank, negatives, T, self.shard)
             total = (negatives.scale_B * powers_B).sum() + score_B.detach().exp().sum()
             count = (negatives.scale_B * negatives.count_B).sum() + len(score_B)
-            first = _mean_over_ranks(total, count) * self.num_instances
+            sums = torch.stack([total, count])  # of all ranks
+            sums = sums if sums.device.type == 'mps' else sums.double()
+            if is_distributed():
+                dist.all_reduce(sums)
+            first = sums[0] / sums[1] * self.num_instances
             if self.training:  # a batch whose mean is not finite leaves it to the next one
                 normalizer.copy_(torch.where(first.isfinite(), first, 0.0))
             else:
@@ -289,11 +264,50 @@ def _mix(lam_B: Tensor, own_B: Tensor, partner_B: Tensor) -> Tensor:
     return lam_B * own_B + (1 - lam_B) * partner_B
 
 
-@torch.no_grad()
-def _mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
-    """Divide a sum by a number, both of all ranks."""
-    sums = torch.stack([total, count])
-    sums = sums if sums.device.type == 'mps' else sums.double()
-    if is_distributed():
-        dist.all_reduce(sums)
-    return sums[0] / sums[1]
+class Backbone(nn.Module):
+    """A timm model whose forward gives features and logits, so that both can be compiled and wrapped as one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features [B, D] and logits [B, C] of images [B, ...]."""
+        return features_and_logits(self.model, images)
+
+
+class CTCModule(nn.Module):
+    """All that has gradients: the model and both losses' projectors, one module so that DDP sees one forward."""
+
+    def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: TemporalContrastLoss) -> None:
+        super().__init__()
+        self.body, self.instance, self.temporal = Backbone(model), instance, temporal
+        # DDP need not broadcast the banks: every rank holds the same ones, or its shard, see `banks`.
+        self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_buffers() if not n.startswith('body.')]
+
+    def forward(
+        self,
+        images: Tensor,
+        index_B: Tensor | None = None,
+        lam_B: Tensor | None = None,
+        past_BD: Tensor | None = None,
+        negatives: Negatives | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute logits [B, C] and the contrast: temporal with negatives, else instance; zero without index."""
+        features_BD, logits_BC = self.body(images)
+        if index_B is None:
+            return logits_BC, logits_BC.new_zeros(())
+        if negatives is None:
+            return logits_BC, self.instance(features_BD, index_B, lam_B)
+        return logits_BC, self.temporal(features_BD, past_BD, index_B, negatives, lam_B)
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the model's own exceptions as this module does (read by timm's optimizer factory)."""
+        return {f'body.model.{name}' for name in getattr(self.body.model, 'no_weight_decay', set)()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Number the model's layers, the projectors with its head (read by timm for layer-wise learning rates)."""
+        model: Any = self.body.model
+        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('body.model.'), last)

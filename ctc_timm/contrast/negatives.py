@@ -21,8 +21,7 @@ from .sharding import BankShard
 MODES = ('sampled', 'shared', 'all')
 POSITIVES = ('exact', 'relaxed')
 
-# With fewer bank rows per negative than this it is cheaper to score the whole bank, a matrix product, and to weight
-# the rows than to gather each image's rows.
+# With fewer bank rows per negative it is cheaper to score and weight the whole bank than to gather each image's rows.
 WHOLE_BANK_RATIO = 12
 # Rows that a draw looks through at a time: 2 MiB of their order stay in a CPU core's cache.
 _BLOCK = 1 << 19
@@ -30,24 +29,14 @@ _BLOCK_GPU = 1 << 25
 
 
 class Negatives(NamedTuple):
-    """A step's negatives, and its positives, from the sampler to the loss.
+    """A step's negatives, and its positives, from the sampler to the loss. Rows are places in this rank's shard."""
 
-    Attributes:
-        count_B: Sum of each image's weights, [B].
-        scale_B: Factor of each image's sum over its negatives, [B], so that they stand for K.
-        positives_B: Row of each image's positive, by its number in the whole bank, [B]; of this rank's images.
-        rows: [B, K], each image's rows; [R], rows for the whole batch; None, the whole bank, R = N. In a sharded bank
-            they are places in this rank's shard.
-        weights_BR: Which rows count for which image, [B, R] booleans, or how much; None with rows of each image.
-        classes_BP, labels_R: In place of weights: every row counts once whose label is none of the image's classes.
-    """
-
-    count_B: Tensor
-    scale_B: Tensor
-    positives_B: Tensor
-    rows: Tensor | None = None
-    weights_BR: Tensor | None = None
-    classes_BP: Tensor | None = None
+    count_B: Tensor  # sum of each image's weights
+    scale_B: Tensor  # factor of each image's sum over its negatives, so that they stand for K
+    positives_B: Tensor  # each image's positive, by its number in the whole bank; of this rank's images
+    rows: Tensor | None = None  # [B, K], each image's; [R], those of the whole batch; None, the whole bank, R = N
+    weights_BR: Tensor | None = None  # booleans, which rows count for which image, or how much; None with [B, K]
+    classes_BP: Tensor | None = None  # in place of weights: a row counts whose label is none of the image's classes
     labels_R: Tensor | None = None
 
     @classmethod
@@ -55,12 +44,11 @@ class Negatives(NamedTuple):
         """Wrap each image's rows of a bank of so many, in the form that is cheapest to visit; a row may repeat."""
         if rows_BK.ndim != 2 or len(rows_BK) != len(scale_B):
             raise UserError(f'negatives must be [B, K], got shape {tuple(rows_BK.shape)}')
-        B, K = rows_BK.shape
-        count_B = torch.full_like(scale_B, K)
-        if num_rows > WHOLE_BANK_RATIO * K:
+        count_B = torch.full_like(scale_B, rows_BK.shape[1])
+        if num_rows > WHOLE_BANK_RATIO * rows_BK.shape[1]:
             return cls(count_B, scale_B, positives_B, rows_BK)
-        times_BR = torch.zeros(B, num_rows, device=rows_BK.device)
-        times_BR.scatter_add_(1, rows_BK, times_BR.new_ones(()).expand(B, K))
+        times_BR = torch.zeros(len(rows_BK), num_rows, device=rows_BK.device)
+        times_BR.scatter_add_(1, rows_BK, times_BR.new_ones(()).expand(rows_BK.shape))
         return cls(count_B, scale_B, positives_B, None, times_BR)
 
 
@@ -73,18 +61,13 @@ class NegativeSampler:
     expectation. `all` draws nothing: every row of another class counts K / M times, which is that expectation itself.
 
     Args:
-        labels_N: Class of each training image, [N], integers from 0.
-        num_negatives: K.
-        mode: 'sampled', 'shared' or 'all'.
+        labels_N, num_negatives, mode: Class of each training image, [N], integers from 0; K; one of the above.
         positives: 'exact' takes the image itself, 'relaxed' a random image of its class.
-        seed, rank: Of the generator. Ranks share it for `shared` and differ for `sampled`, and for both with shards.
-        device: Where to draw.
+        seed, rank, device: Of the generator. Ranks share it for `shared`, not for `sampled` and not with shards.
         split: This rank's shard of the banks. It then draws its share of K of its rows for the images of all ranks,
             weighted so that the ranks' sums together stand for K rows of the whole bank, in expectation.
 
-    Raises:
-        UserError: K below one or below the number of ranks, fewer than two classes, an unknown mode, labels that are
-            not [N] integers.
+    Raises UserError on K below the number of ranks, fewer than two classes, unknown modes, labels not [N] integers.
     """
 
     def __init__(
@@ -110,21 +93,19 @@ class NegativeSampler:
         if (labels_N < 0).any():
             raise UserError(f'labels must not be negative, got {int(labels_N.min())}')
         sizes_C = torch.bincount(labels_N.long().cpu())
-        if int((sizes_C > 0).sum()) < 2:
+        num_classes = int((sizes_C > 0).sum())
+        if num_classes < 2:
             raise UserError('negatives come from other classes, but the data set has fewer than two classes')
-        self.num_negatives = num_negatives
-        self.mode = mode
-        self.positives = positives
+        self.num_negatives, self.mode, self.positives = num_negatives, mode, positives
         self.device = torch.device(device)
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(seed if mode == 'shared' and split is None else seed + 7919 * rank)
         # An image mixed from both of two classes has no third; its partner's class then counts as another.
-        self._two_classes = int((sizes_C > 0).sum()) == 2
+        self._two_classes = num_classes == 2
         labels_N = labels_N.long().to(self.device)
         self._whole = _ByClass(labels_N, len(sizes_C))
-        self._held = self._whole
-        if self.shard.world > 1:
-            self._held = _ByClass(labels_N[self.shard.rows(self.device)], len(sizes_C))
+        held_R = labels_N[self.shard.rows(self.device)]
+        self._held = self._whole if self.shard.world == 1 else _ByClass(held_R, len(sizes_C))
         self._draw_size = len(range(self.shard.rank, num_negatives, self.shard.world))
         # How many rows of other classes an image has here: at the least, by P, and at the most.
         held_C = self._held.sizes_C.cpu()
@@ -132,12 +113,7 @@ class NegativeSampler:
         self._most = self._held.num_rows - int(held_C[sizes_C > 0].min())
 
     def draw(self, index_B: Tensor, partner_B: Tensor | None = None) -> Negatives:
-        """Draw rows to contrast these images with.
-
-        Args:
-            index_B: Position of each image of this rank in the training set, [B].
-            partner_B: For Mixup and CutMix, that of the image mixed into each, whose class is left out too.
-        """
+        """Draw rows to contrast this rank's images with; leave out the classes of images mixed into them, too."""
         whole, held, K = self._whole, self._held, self.num_negatives
         positives_B = index_B
         if self.positives == 'relaxed':
@@ -167,20 +143,19 @@ class NegativeSampler:
             rows_BK = self._held.other_class(classes_BP, self._integers(2**31, B, K))
         elif R > WHOLE_BANK_RATIO * K and least >= 2 * K:
             size = _draws_needed(K, least, R)
-            blocks = classes_BP.split(max(1, block // size))
-            rows_BK = torch.cat([self._distinct_rows(block_BP, K, size) for block_BP in blocks])
+            parts = [self._distinct_rows(part_BP, K, size) for part_BP in classes_BP.split(max(1, block // size))]
+            rows_BK = torch.cat(parts)
         else:
             hardest = min(max(2 * K, least), most)
             size = _draws_needed(min(K, hardest - K), hardest, R)
-            blocks = classes_BP.split(max(1, block // R))
-            mask_BR = torch.cat([self._distinct_mask(block_BP, K, size) for block_BP in blocks])
-            return Negatives(torch.full_like(scale_B, K), scale_B, positives_B, None, mask_BR)
+            parts = [self._distinct_mask(part_BP, K, size) for part_BP in classes_BP.split(max(1, block // R))]
+            return Negatives(torch.full_like(scale_B, K), scale_B, positives_B, None, torch.cat(parts))
         return Negatives.of_rows(rows_BK, scale_B, positives_B, R)
 
     def _distinct_rows(self, classes_BP: Tensor, count: int, size: int) -> Tensor:
         """Draw different other-class rows for each image, [B, count], in a time that does not depend on the bank.
 
-        By rejection: of `size` random rows the first that are of other classes and have not appeared before are taken.
+        By rejection: of `size` random rows it takes the first that are of other classes and have not appeared before.
         """
         drawn_BS = self._integers(self._held.num_rows, len(classes_BP), size)
         sorted_BS, order_BS = drawn_BS.sort(dim=1, stable=True)

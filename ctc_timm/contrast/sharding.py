@@ -38,10 +38,7 @@ class BankShard:
     """Which rows of a bank a rank holds: row n lies with rank n mod P, at place n // P there. P of one is a whole bank.
 
     Images are often sorted by class, and a run of rows would hold a few classes only. Dealt out in turn, every rank has
-    its share of each class, and so of each image's negatives.
-
-    Raises:
-        UserError: Fewer rows than ranks.
+    its share of each class, and so of each image's negatives. Raises UserError on fewer rows than ranks.
     """
 
     num_instances: int  # N
@@ -50,8 +47,8 @@ class BankShard:
 
     def __post_init__(self) -> None:
         if self.num_instances < self.world:
-            rows = f'a bank of {self.num_instances} rows cannot be split over {self.world} processes'
-            raise UserError(f'`split_banks=True`: {rows}')
+            rows = f'a bank of {self.num_instances} rows'
+            raise UserError(f'`split_banks=True`: {rows} cannot be split over {self.world} processes')
 
     @classmethod
     def create(cls, num_instances: int, split_banks: bool) -> BankShard:
@@ -92,10 +89,4 @@ class BankShard:
         """Add up the tensors of all shards, in place."""
         if self.world > 1:
             dist.all_reduce(part)
-        return part
-
-    def max(self, part: Tensor) -> Tensor:
-        """Take the maximum of the tensors of all shards, in place."""
-        if self.world > 1:
-            dist.all_reduce(part, op=dist.ReduceOp.MAX)
         return part

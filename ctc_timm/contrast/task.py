@@ -31,18 +31,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
-from timm.models import group_parameters
 from timm.task.classification import resolve_classification_loss
+from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 
 from ..models.backbones import feature_dim
 from ..utils.errors import UserError
-from .interface import Backbone, CTCInterface
-from .losses import LEAST_TEMPERATURE, InstanceDiscriminationLoss, TemporalContrastLoss, check_range
-from .negatives import Negatives, NegativeSampler
+from ..utils.tasks import StateReader, TrainerTask
+from .losses import MIN_TEMPERATURE, Backbone, CTCModule, InstanceDiscriminationLoss, TemporalContrastLoss, check_range
+from .negatives import NegativeSampler
 from .sharding import BankShard
 
 _logger = logging.getLogger(__name__)
@@ -50,60 +51,16 @@ _logger = logging.getLogger(__name__)
 PAST_FEATURES = ('model', 'bank')
 
 
-class CTCModule(nn.Module):
-    """All that has gradients: the model and both losses' projectors, one module so that DDP sees one forward."""
-
-    def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: TemporalContrastLoss) -> None:
-        super().__init__()
-        self.body = Backbone(model)
-        self.instance = instance
-        self.temporal = temporal
-        # DDP need not broadcast the banks: every rank holds the same ones, or its shard, see `banks`.
-        self._ddp_params_and_buffers_to_ignore = [
-            name for name, _ in self.named_buffers() if name.startswith(('instance.', 'temporal.'))
-        ]
-
-    def forward(
-        self,
-        images: Tensor,
-        index_B: Tensor | None = None,
-        lam_B: Tensor | None = None,
-        past_BD: Tensor | None = None,
-        negatives: Negatives | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute logits [B, C] and the contrast: temporal with negatives, else instance; zero without index."""
-        features_BD, logits_BC = self.body(images)
-        if index_B is None:
-            return logits_BC, logits_BC.new_zeros(())
-        if negatives is None:
-            return logits_BC, self.instance(features_BD, index_B, lam_B)
-        return logits_BC, self.temporal(features_BD, past_BD, index_B, negatives, lam_B)
-
-    def no_weight_decay(self) -> set[str]:
-        """Name the model's own exceptions as this module does (read by timm's optimizer factory)."""
-        model: Any = self.body.model
-        exempt = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
-        return {f'body.model.{name}' for name in exempt}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Number the model's layers, the projectors with its head (read by timm for layer-wise learning rates)."""
-        model: Any = self.body.model
-        layers = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-        last = max(layers.values(), default=0)
-        return lambda name: layers.get(name.removeprefix('body.model.'), last)
-
-
-class CTCTask(CTCInterface):
-    """Both stages of CTC around any timm model with a classification head.
+class CTCTask(TrainerTask):
+    """Both stages of CTC around any timm model with a classification head, with timm's and the trainer's hooks.
 
         task = CTCTask(model, labels=labels_N)
         task(images, targets, index_B)['loss'].backward()
-        ...
-        task.start_temporal_stage(loader)
+        task.start_temporal_stage(loader)              # after the instance stage's epochs
 
     Args:
         model: A timm model with a head.
-        labels: Class of each training image, [N] integers; the position is the image's index.
+        labels: Class of each training image, [N] integers from 0; the position is the image's index.
         criterion: The task's loss on logits and targets; None makes timm's of `criterion_kwargs` (smoothing, ...).
         embed_dim, num_negatives: E, and K of the temporal stage.
         negatives, positives: 'sampled', 'shared' or 'all'; 'exact' or 'relaxed'; see `NegativeSampler`.
@@ -153,47 +110,41 @@ class CTCTask(CTCInterface):
         check_range('instance_weight', instance_weight, 0)
         check_range('temporal_weight', temporal_weight, 0)
         check_range('instance_temperature', instance_temperature, 0, above=True)
-        check_range('temporal_temperature', temporal_temperature, LEAST_TEMPERATURE)
+        check_range('temporal_temperature', temporal_temperature, MIN_TEMPERATURE)
         check_range('instance_momentum', instance_momentum, 0, 1)
         check_range('temporal_momentum', temporal_momentum, 0, 1)
         if past_features not in PAST_FEATURES:
             raise UserError(f'`past_features` {past_features!r}: must be one of {", ".join(PAST_FEATURES)}')
         labels, dim = torch.as_tensor(labels), feature_dim(model)
-        self.stage = 'instance'
-        self.past_features = past_features
-        self.instance_weight = instance_weight
-        self.temporal_weight = temporal_weight
+        self.stage, self.past_features, self.split_banks = 'instance', past_features, split_banks
+        self.instance_weight, self.temporal_weight = instance_weight, temporal_weight
         self.criterion = resolve_classification_loss(criterion, self.device, criterion_kwargs=criterion_kwargs)
-        self.split_banks = split_banks
         self.shard = BankShard.create(labels.numel(), split_banks)
         self.sampler = NegativeSampler(
             labels, num_negatives, negatives, positives, seed=seed, rank=rank, device=self.device, split=self.shard
         )
-        last_class = int(labels.max())
-        if last_class >= model.num_classes:
-            raise UserError(f'label {last_class} is outside the {model.num_classes} classes of the model')
+        if labels.max() >= model.num_classes:
+            raise UserError(f'label {int(labels.max())} is outside the {model.num_classes} classes of the model')
         sizes, banks = (dim, labels.numel(), embed_dim), (torch.Generator().manual_seed(seed), bank_dtype, split_banks)
         instance = InstanceDiscriminationLoss(*sizes, instance_temperature, instance_momentum, *banks)
         instance.projector.requires_grad_(train_projector)
         temporal = TemporalContrastLoss(*sizes, num_negatives, temporal_temperature, temporal_momentum, *banks)
         self.trainable_module: nn.Module = CTCModule(model, instance, temporal).to(self.device)
-        self.information_bank = None
+        self.information_bank: Backbone | None = None
+        self._compile_kwargs: dict[str, Any] | None = None
         if self.verbose:
             _logger.info(f'CTCTask: {labels.numel()} instances, D={dim}, E={embed_dim}, K={num_negatives} {negatives}')
 
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor, index: Tensor, lam: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Compute one step's forward pass and losses.
+        """Compute a step's 'loss' (task_loss + weight * ctc_loss), 'output' (logits [B, C]), 'task_loss', 'ctc_loss'.
 
         Args:
             input: Images, [B, 3, H, W], mixed already where Mixup or CutMix is used.
             target: Classes [B], or whatever the criterion takes (soft targets [B, C]).
             index: Position of each image in the training set, [B].
             lam: With Mixup or CutMix, the share of image b in mixed image b, [B]; the rest is image B - 1 - b.
-
-        Returns:
-            'loss' (task_loss + weight * ctc_loss), 'output' (logits [B, C]), 'task_loss', 'ctc_loss'.
         """
         weight = self.instance_weight if self.stage == 'instance' else self.temporal_weight
         if weight == 0:
@@ -210,23 +161,15 @@ class CTCTask(CTCInterface):
             negatives = self.sampler.draw(index, None if lam is None else index.flip(0))
             output, ctc_loss = self.trainable_module(input, index, lam, past_BD, negatives)
         task_loss = self.criterion(output, target)
-        return {
-            'loss': task_loss + weight * ctc_loss,
-            'output': output,
-            'task_loss': task_loss.detach(),
-            'ctc_loss': ctc_loss.detach(),
-        }
+        terms = {'task_loss': task_loss.detach(), 'ctc_loss': ctc_loss.detach()}
+        return {'loss': task_loss + weight * ctc_loss, 'output': output, **terms}
 
     @torch.no_grad()
     def start_temporal_stage(self, loader: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Freeze the model as the information bank and fill both banks of the temporal stage.
+        """Freeze the model as the information bank and fill both banks; raises RuntimeError if that is done already.
 
-        Args:
-            loader: One pass over the training set, batches of (images, targets, index); of several ranks each gives a
-                share, all the same number of batches of the same size.
-
-        Raises:
-            RuntimeError: The temporal stage has started already.
+        The loader is one pass over the training set, batches of (images, targets, index). Of several ranks each gives
+        a share, all the same number of batches of the same size.
         """
         if self.stage == 'temporal':
             raise RuntimeError('the temporal stage has started already')
@@ -235,3 +178,159 @@ class CTCTask(CTCInterface):
             features_BD, _ = bank(images.to(self.device))
             self.temporal.refresh(features_BD, index.to(self.device))
         self.stage = 'temporal'
+
+    @property
+    def model(self) -> nn.Module:
+        """The backbone with its classifier, as timm made it."""
+        return unwrap_model(self.trainable_module).body.model
+
+    eval_model = model  # what timm evaluates and saves
+
+    @property
+    def instance(self) -> InstanceDiscriminationLoss:
+        """The instance stage's loss."""
+        return unwrap_model(self.trainable_module).instance
+
+    @property
+    def temporal(self) -> TemporalContrastLoss:
+        """The temporal stage's loss."""
+        return unwrap_model(self.trainable_module).temporal
+
+    def banks(self) -> dict[str, Tensor]:
+        """All three banks by name, [N, E] each; of sharded banks the rows of this rank."""
+        losses = {'instance': self.instance, 'temporal': self.temporal}
+        return {f'{stage}.{name}': getattr(loss, name) for stage, loss in losses.items() for name in loss.bank_names}
+
+    def freeze(self) -> Backbone:
+        """Make the information bank of the model as it is."""
+        # Compiled or not is a property of the module that deepcopy would carry along; the copy is made plain.
+        self.information_bank = Backbone(deepcopy(self.model)).requires_grad_(False).eval()
+        if self._compile_kwargs is not None:
+            self.information_bank.compile(**self._compile_kwargs)
+        return self.information_bank
+
+    def train(self, mode: bool = True) -> CTCTask:
+        """Set training mode; the information bank stays in evaluation mode."""
+        super().train(mode)
+        if self.information_bank is not None:
+            self.information_bank.eval()
+        return self
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> CTCTask:
+        """Wrap what has gradients in DistributedDataParallel; each stage leaves the other's projectors without any."""
+        options = {'find_unused_parameters': True, **ddp_kwargs}
+        self.trainable_module = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids, **options)
+        return self
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        """Compile the backbone's pass and both losses, in place so that no wrapper's prefix reaches a saved name."""
+        self._compile_kwargs = dict(backend=backend, mode=mode, **kwargs)
+        for module in (unwrap_model(self.trainable_module).body, self.instance, self.temporal, self.model):
+            module.compile(**self._compile_kwargs)
+        return self.model
+
+    def setup_ema(
+        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
+    ) -> nn.Module:
+        """Keep an exponential moving average of the backbone alone; banks have a momentum of their own."""
+        self.trainable_module_ema = ModelEmaV3(self.model, decay=decay, use_warmup=use_warmup, device=device, **kwargs)
+        return self.trainable_module_ema
+
+    def update_ema(self, step: int | None = None) -> None:
+        """Move the average towards the backbone."""
+        if self.has_ema():
+            self.trainable_module_ema.update(self.model, step=step)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """List what is clipped; without the head it leaves out the model's classifier, not a projector."""
+        classifier: Any = self.model.get_classifier() if exclude_head else None  # type: ignore[operator]
+        heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+        left_out = {id(p) for head in heads if head is not None for p in head.parameters()}
+        return [p for p in self.trainable_module.parameters() if id(p) not in left_out]
+
+    def run_batch(self, batch: tuple[Any, ...]) -> dict[str, Tensor]:
+        """Run `forward` on (images, targets, index, lam or None)."""
+        return self(*batch)
+
+    def start_training(self) -> None:
+        """Have the banks wait for the optimizer's steps, see `losses.BankLoss`."""
+        self.instance.defer_updates = self.temporal.defer_updates = True
+
+    def prepare_epoch(self, stage: str, training_images: Callable[[], Iterable[Any]]) -> bool:
+        """Start the temporal stage before its first epoch."""
+        starts = stage == 'temporal' and self.stage == 'instance'
+        if starts:
+            self.start_temporal_stage(training_images())
+        return starts
+
+    def step_taken(self, step: int) -> None:
+        """Update the banks, then the moving average."""
+        self.instance.apply_updates()
+        self.temporal.apply_updates()
+        super().step_taken(step)
+
+    def step_discarded(self) -> None:
+        """Leave the banks as they were before the step."""
+        self.instance.discard_updates()
+        self.temporal.discard_updates()
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Collect what a resume needs beyond the backbone's weights; sharded banks are those of this rank."""
+        if ema:
+            return {}
+        losses = {'instance': self.instance.state_dict(), 'temporal': self.temporal.state_dict()}
+        state: dict[str, Any] = {'stage': self.stage, **losses, 'sampler': self.sampler.get_state()}
+        if self.information_bank is not None:
+            state['information_bank'] = self.information_bank.model.state_dict()
+        return {**state, 'banks': self.banks()} if self.split_banks else state
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """Continue from `get_task_state`; casts banks of another dtype, raises RuntimeError on another size."""
+        if not state or ema:
+            return
+        for name in {'instance', 'temporal'} & state.keys():
+            getattr(self, name).load_state_dict(state[name], strict=strict)
+        if self.split_banks and 'banks' in state:
+            self.load_rows(state['banks'], self.shard)
+        self.stage = state['stage']
+        self.sampler.load_state(state['sampler'])
+        self.information_bank = None
+        if 'information_bank' in state:
+            self.freeze().model.load_state_dict(state['information_bank'], strict=strict)
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """The sampler's generator."""
+        return self.sampler.get_state()
+
+    def state_files(self, is_main_process: bool) -> dict[str, dict[str, Tensor]]:
+        """The information bank, from the main process, and with sharded banks the rows of this rank."""
+        files = {}
+        if is_main_process and self.information_bank is not None:
+            tensors = self.information_bank.model.state_dict().items()  # which share memory where weights are tied
+            files['information_bank'] = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors}
+        if self.split_banks:
+            files[f'banks_{self.shard.rank:05d}'] = self.banks()
+        return files
+
+    def load_state_files(self, stage: str, rank_state: dict[str, Tensor], files: StateReader) -> None:
+        """Continue from a state of any number of ranks; raises UserError if only one of state and task is sharded."""
+        shards = sorted(name for name in files.names if name.startswith('banks_'))
+        if bool(shards) != self.split_banks:
+            raise UserError(f'was saved {"with" if shards else "without"} `split_banks=True`; continue in the same way')
+        for rank, name in enumerate(shards):
+            saved = BankShard(self.shard.num_instances, rank, len(shards))
+            if saved.world != self.shard.world or rank == self.shard.rank:
+                self.load_rows(files.read(name), saved)
+        bank = {'information_bank': files.read('information_bank')} if stage == 'temporal' else {}
+        self.load_task_state({'stage': stage, 'sampler': {**self.rank_state(), **rank_state}, **bank})
+
+    @torch.no_grad()
+    def load_rows(self, rows: dict[str, Tensor], saved: BankShard) -> None:
+        """Take over what lies here of the banks' rows [R, E] in a shard; raises RuntimeError on another shape."""
+        for name, bank in self.banks().items():
+            if rows[name].shape != (saved.num_rows, bank.shape[1]):
+                raise RuntimeError(f'{name} is {tuple(rows[name].shape)}, not {(saved.num_rows, bank.shape[1])}')
+            theirs_R, place_R = saved.find(self.shard.rows(bank.device))
+            bank[theirs_R] = rows[name].to(bank)[place_R[theirs_R]]

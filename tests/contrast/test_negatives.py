@@ -19,13 +19,6 @@ from ctc_timm.utils.errors import UserError
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-@pytest.fixture
-def labels():
-    # Classes of unequal size in no order.
-    torch.manual_seed(0)
-    return torch.cat([torch.full((n,), c) for c, n in enumerate([5, 40, 15, 60])])[torch.randperm(120)]
-
-
 @given(
     st.lists(st.integers(0, 5), min_size=2, max_size=150),
     st.integers(1, 120),
@@ -95,19 +88,14 @@ def test_negatives_are_uniform(form: str, seed: int) -> None:
     labels_N = (torch.arange(N) * 7919) % N % 8 % 5  # classes of two sizes in no order
     sampler = NegativeSampler(labels_N, K, mode=mode, seed=seed)
     image = int((labels_N == 3).nonzero()[0])
-    hits_N, others_N = torch.zeros(N, dtype=torch.float64), labels_N != labels_N[image]
-    if mode == 'shared':  # one draw a batch
-        for _ in range(draws):
-            hits_N[sampler.draw(torch.tensor([image])).rows] += 1
-        hits_M = hits_N
-    else:
-        at_once = 500
-        for start in range(0, draws, at_once):
-            drawn = sampler.draw(torch.full((min(at_once, draws - start),), image))
-            assert (drawn.rows is not None) == (form == 'rows')
-            hits_N += weights_of(drawn, N).sum(dim=0)
-        assert not hits_N[~others_N].any()
-        hits_M = hits_N[others_N]
+    hits_N = torch.zeros(N, dtype=torch.float64)
+    others_N = labels_N >= 0 if mode == 'shared' else labels_N != labels_N[image]
+    for images in torch.full((draws,), image).split(1 if mode == 'shared' else 500):  # one shared draw a batch
+        drawn = sampler.draw(images)
+        assert (drawn.rows is not None) == (form == 'rows' or mode == 'shared')
+        hits_N += torch.zeros(N).index_fill_(0, drawn.rows, 1) if mode == 'shared' else weights_of(drawn, N).sum(dim=0)
+    assert not hits_N[~others_N].any()
+    hits_M = hits_N[others_N]
     M, chance = len(hits_M), K / len(hits_M)
     statistic = float((hits_M - draws * chance).square().sum()) / (draws * chance * (1 - chance)) * (M - 1) / M
     assert 1e-3 < chi2.sf(statistic, M - 1) < 1 - 1e-3
@@ -131,9 +119,7 @@ def test_repeated_negatives_and_relaxed_positives_are_uniform(seed: int) -> None
 
 @pytest.mark.parametrize('K', [1200, 6600, 12_000, 17_000])
 def test_many_rows_are_equally_likely_and_independent(K):
-    # 20,000 images, classes of unequal size. Sixty images of one class draw K rows each; a row's hits are
-    # binomial, so over M rows their mean is exactly 60 K / M and their variance 60 p (1 - p) within five standard
-    # deviations. Fifty blocks of neighboring rows have the same mean, and two images share K p rows.
+    """Sixty images draw K of M = K / p rows: within five deviations, blocks have one mean, and two images share K p."""
     labels = (torch.arange(20_000) * 7919 % 20_011) % 53
     sampler = NegativeSampler(labels, num_negatives=K, seed=6)
     image = int((labels == 5).nonzero()[0])
@@ -159,24 +145,14 @@ def test_enough_rows_are_drawn(count, others, rows):
     assert size / 12 < wait < size
 
 
-def test_the_seed_decides(labels):
-    index = torch.arange(8)
-    first, again, other = (NegativeSampler(labels, 30, seed=s).draw(index).weights_BR for s in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    ranks = [NegativeSampler(labels, 30, seed=1, rank=r).draw(index).weights_BR for r in (0, 1)]
-    assert not torch.equal(*ranks)
+def test_seed_and_rank_decide():
+    index, labels = torch.arange(8), torch.arange(120) % 7 % 4
+    first, again, other, rank = (
+        NegativeSampler(labels, 30, seed=s, rank=r).draw(index).weights_BR for s, r in ((1, 0), (1, 0), (2, 0), (1, 1))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, rank)
     shared = [NegativeSampler(labels, 30, 'shared', seed=1, rank=r).draw(index).rows for r in (0, 1)]
     assert torch.equal(*shared)
-
-
-def test_draws_continue_from_a_saved_state(labels):
-    sampler, index = NegativeSampler(labels, 30), torch.arange(8)
-    sampler.draw(index)
-    state = {k: v.clone() for k, v in sampler.get_state().items()}
-    expected = sampler.draw(index).weights_BR
-    other = NegativeSampler(labels, 30, seed=9)
-    other.load_state(state)
-    assert torch.equal(other.draw(index).weights_BR, expected)
 
 
 @pytest.mark.parametrize(
