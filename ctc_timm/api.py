@@ -199,9 +199,9 @@ def publish(run: PathLike, repo_id: str, **settings: Any) -> str:
     Returns:
         URL of the commit, or the folder of a dry run.
     """
-    from .hub.publish import publish as push
+    from .hub.publish import push
 
-    return push(run, repo_id, **settings)
+    return push(run, repo_id, **settings).url
 
 
 def _call(where: str, *arguments: Any) -> Any:

@@ -17,18 +17,11 @@ from ..utils.errors import UserError
 from ..utils.files import sha256
 from .summary import summarize
 
-_MOST_RESULTS = 40  # of a card from elsewhere
-
 
 def add(source: str | os.PathLike, file: Path, name: str = '', tag: str = '', overwrite: bool = False) -> Entry:
-    """Catalog a run's folder or a repo of the Hub, pinned and with its hash.
+    """Catalog a run's folder or a repo of the Hub, USER/NAME[@REVISION], pinned and with its hash.
 
-    Args:
-        source: A run's folder, or USER/NAME[@REVISION].
-        file: The catalog; made where it is missing.
-        name: '<arch>_ctc[.tag]'; made of the architecture and the run's or repo's name when empty.
-        tag: In place of a whole name.
-        overwrite: Whether other weights of that name may be replaced.
+    Its name is made of the architecture and the `tag`, or else the name of the run or repo, unless a `name` is given.
 
     Raises:
         UserError: Nothing there, weights that don't fit, or a name that is taken.
@@ -100,7 +93,7 @@ def _name(base: str, name: str, tag: str) -> str:
 def _rows_of_card(card: Any) -> list[dict[str, Any]]:
     """The measured numbers of a repo's card, as short texts and numbers."""
     rows = []
-    for result in (getattr(card, 'eval_results', None) or [])[:_MOST_RESULTS]:
+    for result in (getattr(card, 'eval_results', None) or [])[:40]:  # a card from elsewhere may hold any number
         texts = {'dataset': str(result.dataset_name)[:80], 'metric': str(result.metric_name)[:80]}
         rows.append({**texts, 'value': result.metric_value})
     return [row for row in rows if is_result(row)]

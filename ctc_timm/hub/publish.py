@@ -50,11 +50,6 @@ class Published:
         return '\n'.join([*lines, f'{done}: {self.url}', self.load])
 
 
-def publish(run: str | os.PathLike, repo_id: str, **options: Any) -> str:
-    """Publish a run as `push` does, and return the URL of the commit, or the folder of a dry run."""
-    return push(run, repo_id, **options).url
-
-
 def push(
     run: str | os.PathLike,
     repo_id: str,
@@ -66,17 +61,9 @@ def push(
     license: str = 'apache-2.0',
     dry_run: bool = False,
 ) -> Published:
-    """Publish a run's best weights on the Hub, with a card, in one commit.
+    """Publish a run's best weights on the Hub, with a card, in one commit; the options are of `PublishSettings`.
 
-    Args:
-        run: A run's folder.
-        repo_id: USER/NAME; created where it is missing. Named `<arch>_ctc[.tag]` it loads by that name, too.
-        private: Whether a repo that is created is private; the Hub's own default when None.
-        revision: Branch, made where it is missing; the main one when empty.
-        create_pr: Open a pull request instead of committing.
-        tags: More tags for the card.
-        license: By its identifier on the Hub.
-        dry_run: Write RUN/publish and send nothing.
+    The repo, and the branch `revision`, are created where they are missing; the Hub decides on a `private` of None.
 
     Raises:
         UserError: A run that can't be published, or a Hub that does not take it; nothing is visible then.
@@ -121,11 +108,7 @@ def _write_folder(
 
 
 def _copy_pictures(run: RunDetails, folder: Path) -> dict[str, str]:
-    """Copy the run's pictures as pixels alone: their metadata may tell who made them, and where.
-
-    Returns:
-        Title of each by its file in the repo.
-    """
+    """Copy the run's pictures as pixels alone, as their metadata may tell who made them; titles by file in the repo."""
     pictures = {}
     for title, file in run.pictures.items():
         try:
@@ -172,13 +155,8 @@ def _upload(folder: Path, repo_id: str, private: bool | None, revision: str, cre
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision and revision != 'main':
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=title,
-            revision=revision or None,
-            create_pr=create_pr,
-        )
+        options: dict[str, Any] = dict(commit_message=title, revision=revision or None, create_pr=create_pr)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
 
 
 def _check(repo_id: str, revision: str = '', tags: Sequence[str] = (), license: str = 'other') -> None:

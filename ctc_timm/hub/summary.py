@@ -34,57 +34,37 @@ _PICTURES = {
 
 @dataclass(frozen=True)
 class Result:
-    """One measured accuracy with its 95% interval, in percent.
-
-    The method is the probe that reads frozen features, such as 'ridge', and empty for the model's own classifier;
-    shots are training images of each class, None for all.
-    """
+    """One measured accuracy with its 95% interval, in percent."""
 
     dataset: str
     split: str
-    method: str
+    method: str  # probe that reads frozen features, such as 'ridge'; empty for the model's own classifier
     top1: float
     low: float | None
     high: float | None
     top5: float | None
     num_images: int | None
-    shots: int | None = None
+    shots: int | None = None  # training images of each class; None for all
 
 
 @dataclass
 class RunDetails:
-    """Everything that a publication says of its run, without what must not be published.
-
-    Attributes:
-        path: Its folder.
-        architecture: The base architecture, by timm's name.
-        config: timm's pretrained_cfg of it.
-        model_args: What it is built with besides.
-        weights: The weights file that is published.
-        recipe: The settings that make the run again, by name.
-        data: Name of its data, or empty.
-        data_flag: For data that every reader has elsewhere: '--data-dir FOLDER' or '--dataset hfds/FOLDER'; or empty.
-        val_split: Of its data, on which the best epoch was chosen.
-        source, transfer: Numbers on the data it was trained for, and on other data.
-        class_names: In the order of the classes, or empty.
-        pictures: Files by their titles.
-        notes: What was left out, and why.
-    """
+    """Everything that a publication says of its run, without what must not be published."""
 
     path: Path
-    architecture: str
-    config: dict[str, Any]
-    model_args: dict[str, Any]
-    weights: Path
-    recipe: dict[str, Any] = field(default_factory=dict)
-    data: str = ''
-    data_flag: str = ''
-    val_split: Any = None
-    source: list[Result] = field(default_factory=list)
-    transfer: list[Result] = field(default_factory=list)
-    class_names: list[str] = field(default_factory=list)
-    pictures: dict[str, Path] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    architecture: str  # the base architecture, by timm's name
+    config: dict[str, Any]  # timm's pretrained_cfg of it
+    model_args: dict[str, Any]  # what it is built with besides
+    weights: Path  # the file that is published
+    recipe: dict[str, Any] = field(default_factory=dict)  # the settings that make the run again
+    data: str = ''  # name of its data
+    data_flag: str = ''  # for data that every reader has elsewhere: '--data-dir FOLDER' or '--dataset hfds/FOLDER'
+    val_split: Any = None  # of its data, on which the best epoch was chosen
+    source: list[Result] = field(default_factory=list)  # numbers on the data it was trained for
+    transfer: list[Result] = field(default_factory=list)  # and on other data
+    class_names: list[str] = field(default_factory=list)  # in the order of the classes, or empty
+    pictures: dict[str, Path] = field(default_factory=dict)  # files by their titles
+    notes: list[str] = field(default_factory=list)  # what was left out, and why
 
     @property
     def stock(self) -> bool:
@@ -103,11 +83,7 @@ class RunDetails:
 
 
 def summarize(folder: str | os.PathLike, private: Private | None = None) -> RunDetails:
-    """Read a run's folder, leaving out what must not be published, by default what this machine would give away.
-
-    Raises:
-        UserError: No run, no sound weights, or an architecture timm does not know.
-    """
+    """Read a run's folder, or raise a UserError for no sound one, leaving out what must not be published."""
     run, private = Run(folder), private or Private()
     if not run.config_file.is_file():
         raise UserError(f'{run}: no run; name a folder with config.json in it, as training writes it')

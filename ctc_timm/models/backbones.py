@@ -28,14 +28,11 @@ def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
     given as `model` would be bypassed.
 
     Args:
-        model: A timm model with a classification head.
+        model: A timm model; a UserError is raised for one without a classification head.
         images: [B, channels, height, width].
 
     Returns:
         features [B, D] and logits [B, C].
-
-    Raises:
-        UserError: The model has no classification head.
     """
     _require_head(model)
     timm_model: Any = model
@@ -56,11 +53,7 @@ def features_and_logits(model: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
 
 
 def feature_dim(model: nn.Module) -> int:
-    """Return D of `features_and_logits`: the model's `head_hidden_size`, or where it states none, by a blank image.
-
-    Raises:
-        UserError: The model has no classification head.
-    """
+    """Return D of `features_and_logits`, or raise its UserError: `head_hidden_size`, or else tried on a blank image."""
     _require_head(model)
     if stated := getattr(model, 'head_hidden_size', None):  # true of every architecture of timm 1.0.31
         return int(stated)
@@ -82,11 +75,7 @@ def architecture(model: Any) -> str:
 
 
 def check_input(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Show the model one blank image of the size that the data will have.
-
-    Raises:
-        UserError: It cannot take that size.
-    """
+    """Show the model one blank image of the size that the data will have, or raise a UserError if it takes none."""
     training = model.training
     try:
         with torch.no_grad():

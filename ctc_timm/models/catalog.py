@@ -47,39 +47,26 @@ class NoCatalog(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One set of weights.
+    """One set of weights, on the Hub or, with a `path`, on this machine."""
 
-    Attributes:
-        name: '<arch>_ctc' or '<arch>_ctc.<tag>'.
-        pretrained_cfg: Input and shape, by the names of timm's PretrainedCfg.
-        sha256: Of the weights file; empty for a repo that no catalog lists.
-        hub_id, revision, filename: Where weights on the Hub are.
-        path: Of weights on this machine.
-        model_args: What the architecture is built with besides.
-        results: Measured numbers, each a dict of dataset, metric and value.
-        recipe: Settings that the weights were trained with, by name.
-    """
-
-    name: str
-    pretrained_cfg: dict[str, Any]
-    sha256: str = ''
+    name: str  # '<arch>_ctc' or '<arch>_ctc.<tag>'
+    pretrained_cfg: dict[str, Any]  # input and shape, by the names of timm's PretrainedCfg
+    sha256: str = ''  # empty for a repo that no catalog lists
     hub_id: str = ''
     revision: str = ''
     filename: str = WEIGHTS
     path: str = ''
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)  # what the architecture is built with besides
     license: str = ''
-    results: list[dict[str, Any]] = field(default_factory=list)
-    recipe: dict[str, Any] = field(default_factory=dict)
+    results: list[dict[str, Any]] = field(default_factory=list)  # each of dataset, metric and value
+    recipe: dict[str, Any] = field(default_factory=dict)  # settings that the weights were trained with
 
     @property
     def architecture(self) -> str:
-        """The base architecture."""
         return base_of(self.name)
 
     @property
     def tag(self) -> str:
-        """The part after the dot, or empty."""
         return self.name.partition('.')[2]
 
     def to_timm(self) -> PretrainedCfg:
@@ -87,10 +74,8 @@ class Entry:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.pretrained_cfg.items()}
         if self.hub_id:
             values |= {'hf_hub_id': f'{self.hub_id}@{self.revision}', 'hf_hub_filename': self.filename}
-        architecture, license = self.name.partition('.')[0], self.license or None
-        return PretrainedCfg(
-            file=self.path or None, architecture=architecture, tag=self.tag or None, license=license, **values
-        )
+        values |= {'file': self.path or None, 'tag': self.tag or None, 'license': self.license or None}
+        return PretrainedCfg(architecture=self.name.partition('.')[0], **values)
 
     def to_json(self, folder: Path | None = None) -> dict[str, Any]:
         """What a catalog holds; a path inside the catalog's `folder` is written relative to it."""
@@ -128,11 +113,9 @@ def load_all() -> tuple[dict[str, Entry], list[UserError]]:
 
 
 def load(file: Path) -> dict[str, Entry]:
-    """Load a catalog. The names in `BASELINES` are ARCH.TAG, those in all others ARCH_ctc or ARCH_ctc.TAG.
+    """Load a catalog, or raise NoCatalog for no file and a UserError for anything in it that is not sound.
 
-    Raises:
-        NoCatalog: No such file.
-        UserError: Not a catalog, or an entry that is not sound.
+    The names in `BASELINES` are ARCH.TAG, those in all others ARCH_ctc or ARCH_ctc.TAG.
     """
     try:
         content = json.loads(file.read_text(encoding='utf-8'), object_pairs_hook=_unique)
@@ -158,11 +141,7 @@ def save(file: Path, entries: Iterable[Entry]) -> None:
 
 
 def parse(name: str, raw: Any, where: str, folder: Path = Path()) -> Entry:
-    """Check an entry of the catalog `where`, as JSON holds it; a relative path starts in the folder.
-
-    Raises:
-        UserError: Anything that is missing, unknown, or of another form.
-    """
+    """Check an entry of the catalog `where`, or raise a UserError; a relative path starts in the folder."""
     if not (_BASELINE if where == str(BASELINES) else NAME).fullmatch(name):
         raise UserError(f'{where}: {name!r} is no name of a model: it must be ARCH_ctc or ARCH_ctc.TAG')
     where = f'{where}: {name!r}'
@@ -184,8 +163,8 @@ def parse(name: str, raw: Any, where: str, folder: Path = Path()) -> Entry:
 
 def is_repo_id(text: Any) -> bool:
     """Whether a text can only be USER/NAME: no path, no revision, nothing that means more."""
-    parts = text.split('/') if isinstance(text, str) else []
-    return len(parts) == 2 and all(map(is_word, parts)) and len(text) <= 96
+    parts = text.split('/') if isinstance(text, str) and len(text) <= 96 else []
+    return len(parts) == 2 and all(map(is_word, parts))
 
 
 def is_word(text: str) -> bool:
@@ -201,11 +180,6 @@ def is_result(row: Any) -> bool:
     return texts and type(row['value']) in (int, float) and abs(row['value']) < math.inf
 
 
-def _is_path(value: Any) -> bool:
-    sound = isinstance(value, str) and value.endswith('.safetensors') and '\0' not in value
-    return sound and '..' not in re.split(r'[\\/]', value)
-
-
 def _matches(pattern: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and bool(re.fullmatch(pattern, value))
 
@@ -214,7 +188,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'hub_id': (is_repo_id, 'USER/NAME'),
     'revision': (_matches(r'[0-9a-f]{40}'), 'a whole commit, 40 hexadecimal digits'),
     'filename': (_matches(r'[\w-][\w.-]*\.safetensors'), 'a .safetensors file'),
-    'path': (_is_path, "a .safetensors file in the catalog's folder, or an absolute path"),
+    'path': (
+        _matches(r'(?!([^\0]*[\\/])?\.\.[\\/])[^\0]*\.safetensors'),
+        "a .safetensors file in the catalog's folder, or an absolute path",
+    ),
     'sha256': (_matches(r'[0-9a-f]{64}'), '64 hexadecimal digits'),
     'license': (lambda value: isinstance(value, str), 'text'),
     'results': (lambda v: isinstance(v, list) and all(map(is_result, v)), 'a list of dataset, metric and value'),

@@ -45,13 +45,12 @@ class _FullResolution:
         for info in self.feature_info:
             info['reduction'] = max(info['reduction'] // 4, 1)
 
+    # The parents of these two take five feature levels for granted.
     def forward_intermediates(self, x: torch.Tensor, indices: Indices = None, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's, which takes five feature levels for granted."""
         taken, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, taken, *args, **kwargs)  # type: ignore[misc]
 
     def prune_intermediate_layers(self, indices: Indices = 1, *args: Any, **kwargs: Any) -> list[int]:
-        """As the parent's, which takes five feature levels for granted."""
         taken, _ = feature_take_indices(len(self.feature_info), indices)
         return super().prune_intermediate_layers(taken, *args, **kwargs)  # type: ignore[misc]
 
@@ -83,13 +82,24 @@ class CifarResNetV2(_FullResolution, ResNetV2):
 
 
 class CifarMobileNetV2(EfficientNet):
-    """timm's EfficientNet with its stem among the feature levels.
+    """MobileNetV2 of half width: timm's EfficientNet with its stem among the feature levels.
 
     The parent lists the last block before each stride; for 32x32 images the stem's output is wanted too.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        blocks = [
+            ['ir_r1_k3_s1_e1_c16'],  # ir, not timm's ds: the published first block has its 1x1 expansion
+            ['ir_r2_k3_s1_e6_c24'],  # stride 1, not 2: the map is 16x16 already
+            ['ir_r3_k3_s2_e6_c32'],
+            ['ir_r4_k3_s2_e6_c64'],
+            ['ir_r3_k3_s1_e6_c96'],
+            ['ir_r3_k3_s2_e6_c160'],
+            ['ir_r1_k3_s1_e6_c320'],
+        ]
+        # Halved exactly: timm's rounding to multiples of 8 would turn 12 into 16.
+        sizes = dict(num_features=1280, stem_size=32, round_chs_fn=lambda channels: int(channels * 0.5))
+        super().__init__(**{'block_args': decode_arch_def(blocks), **sizes, **kwargs})
         stem = dict(module='bn1', num_chs=self.conv_stem.out_channels, stage=0, reduction=2)
         self.feature_info = [stem, *self.feature_info]
         self.stage_ends = [0, *self.stage_ends]
@@ -134,8 +144,31 @@ class CifarShuffleNetV2(EfficientNet):
         self.to(device=device, dtype=dtype)  # torchvision's blocks don't take these two
 
 
-def _cfg(pool_size: int, first_conv: str, classifier: str) -> dict[str, Any]:
+def _wide(depth: int, width: int) -> dict[str, Any]:
+    """A wide ResNet: three stages of (depth - 4) / 6 pre-activation blocks, `width` times as wide."""
+    sizes = dict(layers=((depth - 4) // 6,) * 3, channels=(16 * width, 32 * width, 64 * width))
+    return dict(**sizes, basic=True, bottle_ratio=1.0, norm_layer=nn.BatchNorm2d, conv_layer=create_conv2d)
+
+
+# First and last layer, by which timm adapts weights to other channels and classes.
+_ENDS = {CifarResNet: ('conv1', 'fc'), CifarResNetV2: ('stem.conv', 'head.fc')}
+_RESNEXT = dict(block=Bottleneck, layers=(5, 5, 5), channels=(32, 64, 128), stem_chs=32, cardinality=16, base_width=4)
+# By name: the class, the size of the last map, the number of feature levels, and arguments of the class.
+_VARIANTS: dict[str, tuple[type[nn.Module], int, int, dict[str, Any]]] = {
+    'cifar_resnet20': (CifarResNet, 8, 4, dict(block=BasicBlock, layers=(3, 3, 3), channels=(16, 32, 64), stem_chs=16)),
+    'cifar_resnet18': (CifarResNet, 4, 5, dict(block=BasicBlock, layers=(2, 2, 2, 2))),
+    'cifar_resnet34': (CifarResNet, 4, 5, dict(block=BasicBlock, layers=(3, 4, 6, 3))),
+    'cifar_wrn_16_2': (CifarResNetV2, 8, 4, _wide(16, 2)),
+    'cifar_wrn_28_4': (CifarResNetV2, 8, 4, _wide(28, 4)),
+    'cifar_resnext32_16x4d': (CifarResNet, 8, 4, _RESNEXT),
+    'cifar_mobilenetv2_050': (CifarMobileNetV2, 2, 5, {}),
+    'cifar_shufflenetv2': (CifarShuffleNetV2, 4, 4, {}),
+}
+
+
+def _cfg(cls: type[nn.Module], pool_size: int) -> dict[str, Any]:
     """timm's config of a model: CIFAR-100's numbers, and names of its first and last layer."""
+    first_conv, classifier = _ENDS.get(cls, ('conv_stem', 'classifier'))
     return dict(
         num_classes=100,
         input_size=(3, 32, 32),
@@ -149,100 +182,21 @@ def _cfg(pool_size: int, first_conv: str, classifier: str) -> dict[str, Any]:
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        'cifar_resnet20': _cfg(8, 'conv1', 'fc'),
-        'cifar_resnet18': _cfg(4, 'conv1', 'fc'),
-        'cifar_resnet34': _cfg(4, 'conv1', 'fc'),
-        'cifar_wrn_16_2': _cfg(8, 'stem.conv', 'head.fc'),
-        'cifar_wrn_28_4': _cfg(8, 'stem.conv', 'head.fc'),
-        'cifar_resnext32_16x4d': _cfg(8, 'conv1', 'fc'),
-        'cifar_mobilenetv2_050': _cfg(2, 'conv_stem', 'classifier'),
-        'cifar_shufflenetv2': _cfg(4, 'conv_stem', 'classifier'),
-    }
-)
+def _make_entrypoint(variant: str, cls: type[nn.Module], levels: int, arguments: dict[str, Any]) -> Any:
+    """Make the function that timm calls to build a variant; what the caller gives wins over its own arguments."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        feature_cfg = dict(out_indices=tuple(range(levels)), flatten_sequential=cls is not CifarResNet)
+        return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **{**arguments, **kwargs})
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    return entrypoint
+
+
+default_cfgs = generate_default_cfgs({name: _cfg(cls, size) for name, (cls, size, _, _) in _VARIANTS.items()})
 # Weights to compare CTC with have tags of their own, so that an untagged name keeps the input size of CIFAR.
 for _entry in catalog.load(catalog.BASELINES).values():
     default_cfgs[_entry.architecture].tags.append(_entry.tag)
     default_cfgs[_entry.architecture].cfgs[_entry.tag] = _entry.to_timm()
-
-
-def _build(
-    cls: type[nn.Module], variant: str, pretrained: bool, levels: int, kwargs: dict[str, Any], **arguments: Any
-) -> nn.Module:
-    """Build a model of so many feature levels; what the caller gives wins over the variant's own arguments."""
-    feature_cfg = dict(out_indices=tuple(range(levels)), flatten_sequential=cls is not CifarResNet)
-    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **{**arguments, **kwargs})
-
-
-def _wide_resnet(variant: str, pretrained: bool, depth: int, width: int, kwargs: dict[str, Any]) -> nn.Module:
-    """A wide ResNet: three stages of (depth - 4) / 6 pre-activation blocks, `width` times as wide."""
-    sizes = dict(layers=((depth - 4) // 6,) * 3, channels=(16 * width, 32 * width, 64 * width))
-    kinds = dict(basic=True, bottle_ratio=1.0, norm_layer=nn.BatchNorm2d, conv_layer=create_conv2d)
-    return _build(CifarResNetV2, variant, pretrained, 4, kwargs, **sizes, **kinds)
-
-
-def _halve(channels: int) -> int:
-    """Halve the channels exactly: timm's rounding to multiples of 8 would turn 12 into 16."""
-    return int(channels * 0.5)
-
-
-@register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-20 for 32x32 images: three stages of three basic blocks, 16 to 64 channels."""
-    arguments = dict(block=BasicBlock, layers=(3, 3, 3), channels=(16, 32, 64), stem_chs=16)
-    return _build(CifarResNet, 'cifar_resnet20', pretrained, 4, kwargs, **arguments)
-
-
-@register_model
-def cifar_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-18 for 32x32 images."""
-    return _build(CifarResNet, 'cifar_resnet18', pretrained, 5, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
-
-
-@register_model
-def cifar_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-34 for 32x32 images."""
-    return _build(CifarResNet, 'cifar_resnet34', pretrained, 5, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
-
-
-@register_model
-def cifar_wrn_16_2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide ResNet of depth 16 and width 2 for 32x32 images."""
-    return _wide_resnet('cifar_wrn_16_2', pretrained, 16, 2, kwargs)
-
-
-@register_model
-def cifar_wrn_28_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide ResNet of depth 28 and width 4 for 32x32 images."""
-    return _wide_resnet('cifar_wrn_28_4', pretrained, 28, 4, kwargs)
-
-
-@register_model
-def cifar_resnext32_16x4d(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNeXt of 16 groups for 32x32 images: three stages of five bottlenecks."""
-    blocks = dict(block=Bottleneck, layers=(5, 5, 5), cardinality=16, base_width=4)
-    arguments = dict(channels=(32, 64, 128), stem_chs=32, **blocks)
-    return _build(CifarResNet, 'cifar_resnext32_16x4d', pretrained, 4, kwargs, **arguments)
-
-
-@register_model
-def cifar_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MobileNetV2 of half width for 32x32 images."""
-    blocks = [
-        ['ir_r1_k3_s1_e1_c16'],  # ir, not timm's ds: the published first block has its 1x1 expansion
-        ['ir_r2_k3_s1_e6_c24'],  # stride 1, not 2: the map is 16x16 already
-        ['ir_r3_k3_s2_e6_c32'],
-        ['ir_r4_k3_s2_e6_c64'],
-        ['ir_r3_k3_s1_e6_c96'],
-        ['ir_r3_k3_s2_e6_c160'],
-        ['ir_r1_k3_s1_e6_c320'],
-    ]
-    arguments = dict(block_args=decode_arch_def(blocks), num_features=1280, stem_size=32, round_chs_fn=_halve)
-    return _build(CifarMobileNetV2, 'cifar_mobilenetv2_050', pretrained, 5, kwargs, **arguments)
-
-
-@register_model
-def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ShuffleNetV2 for 32x32 images."""
-    return _build(CifarShuffleNetV2, 'cifar_shufflenetv2', pretrained, 4, kwargs)
+for _name, (_cls, _, _levels, _arguments) in _VARIANTS.items():
+    globals()[_name] = register_model(_make_entrypoint(_name, _cls, _levels, _arguments))

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 
 
 def create_model(model: ModelSettings, built: ArchitectureSettings, data: DataSettings, num_classes: int | None) -> Any:
-    """Create the model to train.
-
-    Args:
-        model: Which one, and its first weights.
-        built: How timm builds it.
-        data: Channels and size of its images.
-        num_classes: Outputs; None leaves the model's own.
+    """Create the model to train; `num_classes` of None leaves its own.
 
     Raises:
         UserError: An unknown model, weights that do not exist or do not fit, arguments that it refuses.
@@ -73,11 +67,7 @@ def checkpoint_gradients(model: Any, name: str) -> None:
 def prepare_model(
     model: Any, execution: ExecutionSettings, norms: BatchNormSettings, device: torch.device, num_processes: int
 ) -> Any:
-    """Move the model to its device, as the execution settings say.
-
-    Raises:
-        UserError: It has no gradient checkpointing, or batch norm is to be synchronized on the CPU.
-    """
+    """Move the model to its device, as the settings say; a UserError is raised for what it or the device can't do."""
     if execution.grad_checkpointing:
         checkpoint_gradients(model, architecture(model))
     if norms.sync_bn and num_processes > 1:

@@ -45,13 +45,9 @@ class NotPublished(HubError):
 
 @contextlib.contextmanager
 def translate_errors(what: str) -> Iterator[None]:
-    """Raise failures of the Hub, the network and the disk as one line, in their own words, with a hint.
+    """Raise failures of the Hub, the network and the disk as a HubError of one line, with a hint.
 
-    Args:
-        what: Whose failure it is: a repo's id or a file.
-
-    Raises:
-        HubError: NotPublished for a repo or file that is not there, or may not be seen.
+    It begins with `what` failed, a repo's id or a file, and is a NotPublished for what is not there or may not be seen.
     """
     try:
         yield
@@ -82,10 +78,6 @@ def fetch(entry: Entry, cache_dir: CacheDir = None) -> Path:
 
     A cached file that is not what it should be is taken out of the cache, so that no later load finds it.
 
-    Args:
-        entry: Of a catalog, or found on the Hub.
-        cache_dir: As timm's: where downloads are kept; huggingface_hub's own cache when None.
-
     Raises:
         HubError: It can't be had, or is another file.
     """
@@ -103,13 +95,7 @@ def fetch(entry: Entry, cache_dir: CacheDir = None) -> Path:
 
 
 def find(repo_id: str, name: str = '', revision: str = '', cache_dir: CacheDir = None) -> Entry:
-    """Make an entry of a repo's weights, pinned to the commit that answers now.
-
-    Args:
-        repo_id: USER/NAME.
-        name: '<arch>_ctc[.tag]', what the weights are to be called; the bare architecture when empty.
-        revision: Branch, tag or commit; the main branch when empty.
-        cache_dir: As timm's.
+    """Make an entry of a repo's weights, called `name` or else by the architecture, pinned to the commit of now.
 
     Raises:
         UserError: NotPublished for no such repo; or it can't be read, or holds no weights of that architecture.

@@ -18,45 +18,25 @@ from .backbones import architecture as architecture_of
 from .pretrained_cfg import read_config
 from .settings import SourceSettings
 
-_DATA = (
-    'dataset',
-    'data_dir',
-    'data',
-    'val_split',
-    'class_map',
-    'input_key',
-    'target_key',
-    'input_img_mode',
-    'workers',
-)
+_KEYS = ('class_map', 'input_key', 'target_key', 'input_img_mode', 'workers')
+_DATA = ('dataset', 'data_dir', 'data', 'val_split', *_KEYS)
 _COMMAND = re.compile(r'pipe:|[\'"`$;\\\n]')  # webdataset reads pipe:COMMAND, and hands URLs to a shell
 
 
 @dataclass
 class LoadedModel:
-    """A model with its weights, and where they came from.
-
-    Attributes:
-        model: In evaluation mode.
-        name: Short, for tables and file names.
-        weights: File, or name at the Hub or in timm.
-        run: The folder of the run that trained it, if it is one of ours.
-    """
+    """A model in evaluation mode with its weights, and where they came from."""
 
     model: Any
-    name: str
-    weights: str
-    run: Path | None = None
+    name: str  # short, for tables and file names
+    weights: str  # file, or name at the Hub or in timm
+    run: Path | None = None  # folder of the run that trained it, if it is one of ours
 
 
 def named_source(settings: SourceSettings) -> tuple[str, str, str]:
-    """Read which model is meant, as the arguments of `load_model`.
+    """Read which model is meant: the source, the architecture of a weights file, and the setting that names it.
 
-    Returns:
-        The source, the architecture of a weights file, and the setting that names the source.
-
-    Raises:
-        UserError: None is named.
+    These are the first arguments of `load_model`. A UserError is raised where none is named.
     """
     source = settings.source or settings.checkpoint or settings.model
     if not source:
@@ -102,11 +82,7 @@ def load_model(
 
 
 def load_weights(model: Any, file: Path, where: str) -> None:
-    """Load all of a weights file, which messages call `where`: safetensors, or what loads with `weights_only=True`.
-
-    Raises:
-        UserError: No such file, not a weights file, or weights of another architecture.
-    """
+    """Load all of a weights file, safetensors or what loads with `weights_only=True`, or raise a UserError."""
     if not file.is_file():
         raise UserError(f'{where}: no such file')
     try:

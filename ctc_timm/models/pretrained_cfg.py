@@ -51,11 +51,7 @@ _RESERVED = {'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit
 
 
 def check_pretrained_cfg(config: Any, where: str) -> dict[str, Any]:
-    """Take the fields of `FIELDS` out of a pretrained_cfg of the file `where`, and leave others out.
-
-    Raises:
-        UserError: A field that is missing or of another form.
-    """
+    """Take `FIELDS` out of a pretrained_cfg of the file `where`; a UserError is raised for any of another form."""
     if not isinstance(config, Mapping):
         raise UserError(f'{where}: pretrained_cfg must be a mapping')
     found = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key in FIELDS}
@@ -85,13 +81,10 @@ def base_of(architecture: str) -> str:
 
 
 def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Read a folder's config.json, as timm and training write it; `where` is what it is of, for messages.
+    """Read a folder's config.json, or raise a UserError for what is not sound in it; `where` is what it is of.
 
     Returns:
         The base architecture, its checked pretrained_cfg, and the arguments that it is built with.
-
-    Raises:
-        UserError: It can't be read, or states something that is not sound.
     """
     where = f'{where}: config.json' if where else str(folder / 'config.json')
     try:

@@ -77,8 +77,7 @@ def _make_cfgs(arch: str) -> DefaultCfg:
     if entries:
         tags = sorted(entries, key=bool)  # stable: only the empty tag moves, to the front
         return DefaultCfg(deque(tags), {tag: entries[tag].to_timm() for tag in tags}, is_pretrained=True)
-    # timm's public look-up copies deeply, which over all architectures is most of the time `import ctc_timm`
-    # may take. Its table is only read here, and what is taken from it doesn't change.
+    # timm's public look-up copies deeply, which takes long over all architectures; its table is only read here.
     cfg = getattr(_registry, '_model_pretrained_cfgs', {}).get(arch) or get_pretrained_cfg(arch)
     kept = {key: getattr(cfg, key) for key in FIELDS} if cfg else {}
     return DefaultCfg(deque(['']), {'': PretrainedCfg(**kept)})
@@ -96,11 +95,7 @@ def _make_entrypoint(arch: str) -> Callable[..., nn.Module]:
 
 
 def _create(
-    arch: str,
-    pretrained: bool,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    **kwargs: Any,
+    arch: str, pretrained: bool, pretrained_cfg: Any = None, pretrained_cfg_overlay: Any = None, **kwargs: Any
 ) -> nn.Module:
     """Build the base architecture with the config of its `_ctc` name, from arguments as timm's factory gives them.
 
@@ -136,7 +131,7 @@ def _create(
 
 
 def _resolve(
-    arch: str, pretrained: bool, pretrained_cfg: Any, overlay: dict[str, Any] | None, cache_dir: Any
+    arch: str, pretrained: bool, pretrained_cfg: Any, overlay: Any, cache_dir: Any
 ) -> tuple[PretrainedCfg, Entry | None]:
     """Find the config that was meant, and the published weights that it points at, if it does."""
     name, tag = arch + SUFFIX, pretrained_cfg if isinstance(pretrained_cfg, str) else ''
@@ -146,7 +141,11 @@ def _resolve(
         if not pretrained:
             raise _not_published(name, tag) from error
         cfg = PretrainedCfg()
-    entry = _find_entry(arch, cfg)
+    entry = _entries.get(arch, {}).get(cfg.tag or '')
+    if entry is not None:  # which is meant if timm would load its weights for that config
+        theirs = entry.to_timm()
+        same = all(getattr(cfg, key) == getattr(theirs, key) for key in ('file', 'hf_hub_id', 'hf_hub_filename'))
+        entry = entry if same and not cfg.state_dict else None
     if not pretrained or (entry is None and (cfg.has_weights or cfg.state_dict)):
         return cfg, entry
     if _problems:  # a catalog that can't be read may say which weights are meant
@@ -156,16 +155,6 @@ def _resolve(
         found: Any = entry.to_timm()  # which timm takes too, beside the dict it declares
         cfg = resolve_pretrained_cfg(name, found, overlay)
     return cfg, entry
-
-
-def _find_entry(arch: str, cfg: PretrainedCfg) -> Entry | None:
-    """Find the catalog's entry that a config is of, if timm would load its weights for that config."""
-    entry = _entries.get(arch, {}).get(cfg.tag or '')
-    if entry is None or cfg.state_dict:
-        return None
-    theirs = entry.to_timm()
-    same = all(getattr(cfg, key) == getattr(theirs, key) for key in ('file', 'hf_hub_id', 'hf_hub_filename'))
-    return entry if same else None
 
 
 def _find_in_namespace(name: str, tag: str, cache_dir: Any) -> Entry:
