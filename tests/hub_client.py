@@ -13,16 +13,28 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
-from hub_server import Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 'torch.linspace(-1, 1, 1536).view(2, 3, 16, 16)'
 ALICE, BOB = 'hf_aliceAliceAliceAliceAlice', 'hf_bobBobBobBobBobBobBobBob'
+PUBLISHED = {'.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'plots/training.png', 'recipe.yaml'}
 
+# Does the same with each name in a thread of its own, and prints what came of it.
+IN_THREADS = """
+import sys, json, threading, timm, ctc_timm
+found, names = {}, sys.argv[1:]
+def work(name):
+    try: found[name] = WORK
+    except ctc_timm.UserError as error: found[name] = str(error)
+threads = [threading.Thread(target=work, args=(name,)) for name in names]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(json.dumps(found))
+"""
 COMMAND = 'from ctc_timm.cli.main import main; main()'
 # A process that has the slow imports behind it and forks for each piece of code, which then imports timm and
 # huggingface_hub afresh: these read most of their environment when they are imported.
-_FORKER = """
+FORKER = """
 import json, os, sys, traceback
 import matplotlib.pyplot, numpy, PIL.Image, safetensors.torch, sklearn.datasets, torch, torchvision, yaml
 print('ready', flush=True)
@@ -66,13 +78,7 @@ class Done:
 
 
 class Client:
-    """Runs code in processes of their own, with an environment of their own.
-
-    Args:
-        forker: The process that forks them.
-        folder: Theirs to work in.
-        env: What they find in their environment, above this process's own.
-    """
+    """Runs code in processes of their own, forked by another, with `env` above this process's own environment."""
 
     def __init__(self, forker: subprocess.Popen, folder: Path, env: dict[str, str]) -> None:
         self.forker, self.folder, self.env = forker, folder, env
@@ -114,20 +120,6 @@ class Client:
     def command(self, *argv: str, **env: str) -> Done:
         """Run `ctc-timm`."""
         return self(COMMAND, *argv, **env)
-
-
-def start_forker() -> subprocess.Popen:
-    """The process that forks clients; end it with `kill`."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    process = subprocess.Popen([sys.executable, '-c', _FORKER], stdin=-1, stdout=-1, text=True, env=env)
-    assert process.stdout and process.stdout.readline() == 'ready\n'
-    return process
-
-
-def hub_environment(hub: Hub, cache: Path, token: str = '') -> dict[str, str]:
-    """Of a process that knows this Hub and no other."""
-    quiet = {f'HF_HUB_DISABLE_{name}': '1' for name in ('XET', 'PROGRESS_BARS', 'TELEMETRY')}
-    return {'HF_ENDPOINT': hub.url, 'HF_HOME': str(cache), 'HF_TOKEN': token, 'HF_HUB_DOWNLOAD_TIMEOUT': '5', **quiet}
 
 
 def logits_of(folder: Path) -> np.ndarray:

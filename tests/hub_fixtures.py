@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from hub_client import ALICE, Client, hub_environment, start_forker
+from hub_client import ALICE, FORKER, Client
 from hub_server import Blob, Hub, Repo
 
 
 @pytest.fixture(scope='session')
 def forker():
     """The process that forks clients."""
-    process = start_forker()
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen([sys.executable, '-c', FORKER], stdin=-1, stdout=-1, text=True, env=env)
+    assert process.stdout and process.stdout.readline() == 'ready\n'
     yield process
     process.kill()
     process.wait(10)
@@ -31,7 +36,9 @@ def hub():
 def client(forker, hub, tmp_path):
     """Processes that know only this Hub, with an empty cache, logged in as alice."""
     (tmp_path / 'client').mkdir()
-    return Client(forker, tmp_path / 'client', hub_environment(hub, tmp_path / 'cache', ALICE))
+    env = {f'HF_HUB_DISABLE_{name}': '1' for name in ('XET', 'PROGRESS_BARS', 'TELEMETRY')}
+    env |= {'HF_ENDPOINT': hub.url, 'HF_HOME': str(tmp_path / 'cache'), 'HF_TOKEN': ALICE}
+    return Client(forker, tmp_path / 'client', {**env, 'HF_HUB_DOWNLOAD_TIMEOUT': '5'})
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.utils.sha import git_hash
 
 REPO = r'(?P<repo>[\w.-]+/[\w.-]+)'
 
@@ -37,13 +38,8 @@ class Blob:
         return hashlib.sha256(self.data).hexdigest()
 
     @property
-    def oid(self) -> str:
-        """git's hash of it."""
-        return hashlib.sha1(b'blob %d\0' % len(self.data) + self.data).hexdigest()
-
-    @property
     def etag(self) -> str:
-        return self.sha256 if self.lfs else self.oid
+        return self.sha256 if self.lfs else git_hash(self.data)
 
 
 @dataclass
@@ -67,40 +63,20 @@ class Repo:
     def at(self, revision: str = 'main') -> Commit:
         return self.commits[self.refs.get(revision, revision)]
 
-    def card(self) -> dict[str, Any]:
-        """The front matter of its card."""
-        return front_matter(self.at().files.get('README.md', Blob(b'')).data.decode())
-
-
-@dataclass
-class Fault:
-    """Something that goes wrong."""
-
-    request: re.Pattern
-    kind: int | str
-
 
 class Hub:
-    """The server. Use it as a context manager.
-
-    Attributes:
-        repos: By id.
-        users: Names by token; a token that is not here is refused.
-        requests: '<method> <path>' of all that was asked, and the status that was answered.
-        released: Lets requests that a fault holds up go on.
-        reached: Set when a request is held up.
-        errors: What this server itself did wrong.
-    """
+    """The server. Use it as a context manager."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        # By token; one that is not here is refused.
         self.users = {'hf_aliceAliceAliceAliceAlice': 'alice', 'hf_bobBobBobBobBobBobBobBob': 'bob'}
         self.objects: dict[str, bytes] = {}
-        self.requests: list[tuple[str, int]] = []
-        self.faults: list[Fault] = []
-        self.released, self.reached = threading.Event(), threading.Event()
+        self.requests: list[tuple[str, int]] = []  # '<method> <path>', and the status that was answered
+        self.faults: list[tuple[str, int | str]] = []
+        self.released, self.reached = threading.Event(), threading.Event()  # of requests that a fault holds up
         self.count = itertools.count()
-        self.errors: list[BaseException | None] = []
+        self.errors: list[BaseException | None] = []  # what this server itself did wrong
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self._server.handle_error = lambda *_: self.errors.append(sys.exc_info()[1])  # type: ignore[method-assign]
         self._server.daemon_threads = True
@@ -118,14 +94,12 @@ class Hub:
         self._server.server_close()
 
     def fail(self, request: str, kind: int | str) -> None:
-        """From now on, until `faults` is emptied, requests that match fail.
+        """From now on, until `faults` is emptied, requests fail in whose '<method> <path>' the expression is found.
 
-        Args:
-            request: Regular expression searched for in '<method> <path>'.
-            kind: A status; 'gated'; 'stall' (no content, but no end either), 'break' (the end in place of the
-                content), 'corrupt' (other bytes of the same number), 'hold' (nothing is done until `released`).
+        The kind is a status; 'gated'; 'stall' (no content, but no end either), 'break' (the end in place of the
+        content), 'corrupt' (other bytes of the same number), 'hold' (nothing is done until `released`).
         """
-        self.faults.append(Fault(re.compile(request), kind))
+        self.faults.append((request, kind))
 
     def create(self, repo_id: str, private: bool = False) -> Repo:
         """A new repo, with the one file that the Hub puts into it."""
@@ -147,12 +121,6 @@ class Hub:
     def asked(self, pattern: str) -> int:
         """How many requests matched."""
         return sum(bool(re.search(pattern, request)) for request, _ in self.requests)
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    """The YAML at the head of a card."""
-    match = re.match(r'---\n(.*?)\n---\n', card, re.DOTALL)
-    return yaml.safe_load(match.group(1)) if match else {}
 
 
 class _Refused(Exception):
@@ -212,17 +180,17 @@ class _Handler(BaseHTTPRequestHandler):
         return b''.join(chunks)
 
     def _suffer(self) -> None:
-        for fault in self.hub.faults:
-            if not fault.request.search(self.name):
-                continue
-            if isinstance(fault.kind, int):
-                raise _Refused(fault.kind, 'EntryNotFound' if fault.kind == 404 else '', f'made to answer {fault.kind}')
-            if fault.kind == 'gated':
+        if re.match('(GET /get|PUT /put)/', self.name) and self.headers.get('Authorization'):
+            raise _Refused(400, message='a token was sent to the storage')
+        for kind in [kind for request, kind in self.hub.faults if re.search(request, self.name)]:
+            if isinstance(kind, int):
+                raise _Refused(kind, 'EntryNotFound' if kind == 404 else '', f'made to answer {kind}')
+            if kind == 'gated':
                 raise _Refused(403, 'GatedRepo', 'Access to this model is restricted.')
-            if fault.kind == 'hold':
+            if kind == 'hold':
                 self.hub.reached.set()
                 self.hub.released.wait(60)
-            self.fault = fault.kind
+            self.fault = kind
 
     def send(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         """Answer with bytes, or with JSON."""
@@ -263,10 +231,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
         return repo.at(revision)
 
-    def no_token(self) -> None:
-        if self.headers.get('Authorization'):
-            raise _Refused(400, message='a token was sent to the storage')
-
     @_route('GET', '/api/whoami-v2')
     def whoami(self) -> None:
         if not self.user():
@@ -275,8 +239,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @_route('POST', '/api/validate-yaml')
     def validate_yaml(self) -> None:
-        problems = _problems(json.loads(self.body)['content'])
-        self.send({'errors': [{'message': p} for p in problems], 'warnings': []}, 400 if problems else 200)
+        assert ModelCard(json.loads(self.body)['content']).data  # or it raises a ValueError
+        self.send({'errors': [], 'warnings': []})
 
     @_route('POST', '/api/repos/create')
     def create(self) -> None:
@@ -312,25 +276,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.repo(repo)
         objects = []
         for wanted in json.loads(self.body)['objects']:
-            upload = {'href': f'{self.hub.cdn}/put/{wanted["oid"]}'}
-            actions = {'upload': upload, 'verify': {'href': f'{self.hub.url}/{repo}.git/info/lfs/verify'}}
+            actions = {'upload': {'href': f'{self.hub.cdn}/put/{wanted["oid"]}'}}
             objects.append({**wanted, **({} if wanted['oid'] in self.hub.objects else {'actions': actions})})
         self.send({'transfer': 'basic', 'objects': objects})
 
     @_route('PUT', '/put/(?P<oid>[0-9a-f]{64})')
     def put(self, oid: str) -> None:
-        self.no_token()
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise _Refused(400, message='the content has another hash')
         self.hub.objects[oid] = self.body
         self.send(b'')
-
-    @_route('POST', f'/{REPO}.git/info/lfs/verify')
-    def verify(self, repo: str) -> None:
-        wanted = json.loads(self.body)
-        if len(self.hub.objects.get(wanted['oid'], b'')) != wanted['size']:
-            raise _Refused(404, message='not uploaded')
-        self.send({})
 
     @_route('POST', f'/api/models/{REPO}/commit/(?P<revision>[^/]+)')
     def commit(self, repo: str, revision: str) -> None:
@@ -357,7 +312,13 @@ class _Handler(BaseHTTPRequestHandler):
     @_route('GET', f'/api/models/{REPO}(/revision/(?P<revision>[^/]+))?')
     def info(self, repo: str, revision: str = 'main') -> None:
         found = self.repo(repo)
-        self.send(_info(found, self.state(found, revision), 'blobs' in self.query))
+        state, siblings = self.state(found, revision), []
+        for path, blob in state.files.items():
+            lfs = {'sha256': blob.sha256, 'size': len(blob.data), 'pointerSize': 134} if blob.lfs else None
+            siblings.append({'rfilename': path, 'size': len(blob.data), 'lfs': lfs if 'blobs' in self.query else None})
+        card = ModelCard(found.at().files.get('README.md', Blob(b'')).data.decode()).data.to_dict()
+        facts = {'private': found.private, 'gated': False, 'disabled': False, 'downloads': 0, 'likes': 0, 'tags': []}
+        self.send({'id': repo, 'sha': state.oid, **facts, 'cardData': card, 'siblings': siblings})
 
     @_route('GET', f'/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)')
     def resolve(self, repo: str, revision: str, path: str) -> None:
@@ -374,39 +335,4 @@ class _Handler(BaseHTTPRequestHandler):
 
     @_route('GET', '/get/(?P<oid>[0-9a-f]{64})/.+')
     def get(self, oid: str) -> None:
-        self.no_token()
         self.send(self.hub.objects[oid], headers={'ETag': f'"{oid}"'})
-
-
-def _info(repo: Repo, commit: Commit, blobs: bool) -> dict[str, Any]:
-    """What the API tells of a repo."""
-    siblings = []
-    for path, blob in commit.files.items():
-        lfs = {'sha256': blob.sha256, 'size': len(blob.data), 'pointerSize': 134}
-        more = {'size': len(blob.data), 'blobId': blob.oid, **({'lfs': lfs} if blob.lfs else {})}
-        siblings.append({'rfilename': path, **(more if blobs else {})})
-    card = repo.card()
-    name = {'id': repo.id, 'modelId': repo.id, 'author': repo.id.partition('/')[0], 'sha': commit.oid}
-    facts = {'private': repo.private, 'gated': False, 'disabled': False, 'downloads': 0, 'likes': 0}
-    return {**name, **facts, 'tags': card.get('tags') or [], 'cardData': card, 'siblings': siblings}
-
-
-def _problems(card: str) -> list[str]:
-    """What the Hub would say against a card's front matter."""
-    try:
-        data = front_matter(card)
-    except yaml.YAMLError as error:
-        return [f'not YAML: {error}']
-    lists = {key: data.get(key, []) for key in ('tags', 'datasets', 'metrics')}
-    problems = [
-        f'"{key}" must be a list of texts'
-        for key, value in lists.items()
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value)
-    ]
-    for model in data.get('model-index', []):
-        for result in model.get('results', [{}]):
-            if not {'type'} <= set(result.get('task', {})) or not {'type', 'name'} <= set(result.get('dataset', {})):
-                problems.append('"model-index" lacks a task or a dataset')
-            if not all({'type', 'value'} <= set(metric) for metric in result.get('metrics', [])):
-                problems.append('"model-index" lacks a metric')
-    return problems

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_client import ALICE, BOB, COMMAND, IMAGES, logits_of
+from hub_client import ALICE, BOB, COMMAND, IMAGES, IN_THREADS, PUBLISHED, logits_of
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
@@ -17,7 +17,6 @@ import ctc_timm
 from ctc_timm.hub.publish import push
 
 REPO = 'alice/test_resnet_ctc'
-NAMES = {'.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'plots/training.png', 'recipe.yaml'}
 EMPTY = {'.gitattributes'}
 
 
@@ -25,7 +24,7 @@ def test_from_a_run_to_the_hub_and_back(client, anyone, hub, trained):
     done = client.command('publish', str(trained), '--repo-id', REPO)
     assert done.code == 0, done.err
     head = hub.repos[REPO].at()
-    assert set(head.files) == NAMES and len(hub.repos[REPO].commits) == 2  # the Hub's own one, and ours
+    assert set(head.files) == PUBLISHED and len(hub.repos[REPO].commits) == 2  # the Hub's own one, and ours
     assert hub.asked('POST .*/commit/') == 1
     assert done.out.splitlines()[-2] == f'published: {hub.url}/{REPO}/commit/{head.oid}'
     assert done.last == f"import timm; model = timm.create_model('hf-hub:{REPO}@{head.oid}', pretrained=True)"
@@ -49,11 +48,8 @@ model.eval = lambda: model
 {without}
 """
     ours = 'import timm, ctc_timm; model = timm.create_model("test_resnet_ctc", pretrained=True)'
-    for cache, code in (
-        ('plain', f'{done.last}; {save}; {without}'),
-        ('ours', f'{ours}; {save}'),
-        ('hf', by_transformers),
-    ):
+    plain = f'{done.last}; {save}; {without}'
+    for cache, code in (('plain', plain), ('ours', f'{ours}; {save}'), ('hf', by_transformers)):
         other = anyone(cache=cache, CTC_TIMM_NAMESPACE='alice')(code)  # nobody, with an empty cache
         assert other.code == 0, other.err
         assert np.array_equal(np.load(client.folder / 'logits.npy'), logits_of(trained)), cache
@@ -81,7 +77,7 @@ def test_an_interrupted_upload_shows_nothing_and_a_repeat_completes_it(client, h
     done = client.command(*publish)
     assert done.code == 0, done.err
     head = hub.repos[REPO].at()
-    assert set(head.files) == NAMES and hub.asked('PUT /put/') == uploads  # what was there is not sent again
+    assert set(head.files) == PUBLISHED and hub.asked('PUT /put/') == uploads  # what was there is not sent again
     done = client.command(*publish)  # nothing has changed: no commit, the same answer
     assert done.code == 0 and hub.repos[REPO].at() is head and done.out.splitlines()[-2].endswith(head.oid)
 
@@ -97,25 +93,13 @@ def test_a_failed_upload_is_one_line_and_shows_nothing(client, anyone, hub, trai
     }
     for request, kind, _ in cases.values():
         hub.fail(request, kind)
-    code = """
-import sys, json, threading, ctc_timm
-run, *names = sys.argv[1:]
-found = {}
-def send(name):
-    try: found[name] = ctc_timm.publish(run, name if '/' in name else f'alice/{name}')
-    except ctc_timm.UserError as error: found[name] = str(error)
-threads = [threading.Thread(target=send, args=(name,)) for name in names]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-print(json.dumps(found))
-"""
+    code = IN_THREADS.replace('WORK', "ctc_timm.publish(sys.argv[1], name if '/' in name else f'alice/{name}')")
+    code = code.replace('sys.argv[1:]', 'sys.argv[2:]')
     found = json.loads(client(code, str(trained), *cases, 'bob/theirs').out)
     for name, (_, _, text) in cases.items():
-        assert found[name].startswith(f'alice/{name}: ') and text in found[name] and '\n' not in found[name], found[
-            name
-        ]
+        assert found[name].startswith(f'alice/{name}: ') and text in found[name] and '\n' not in found[name], found
         # Of 'lost' the answer was lost, not the commit.
-        assert set(hub.files(f'alice/{name}')) == (NAMES if name == 'lost' else EMPTY)
+        assert set(hub.files(f'alice/{name}')) == (PUBLISHED if name == 'lost' else EMPTY)
     assert 'You have no right to create this repo (HTTP 403)' in found['bob/theirs'] and 'bob/theirs' not in hub.repos
     with socket.socket() as unused:
         unused.bind(('127.0.0.1', 0))
@@ -133,7 +117,7 @@ print(json.dumps(found))
     hub.faults.clear()
     assert json.loads((done := client(code, str(trained), *cases)).out).keys() == cases.keys(), done.err
     for name in cases:
-        assert set(hub.files(f'alice/{name}')) == NAMES and len(hub.repos[f'alice/{name}'].commits) == 2
+        assert set(hub.files(f'alice/{name}')) == PUBLISHED and len(hub.repos[f'alice/{name}'].commits) == 2
 
 
 def test_branches_pull_requests_and_privacy_of_repos(client, anyone, hub, trained):
@@ -141,10 +125,10 @@ def test_branches_pull_requests_and_privacy_of_repos(client, anyone, hub, traine
     assert client.command(*publish, 'alice/hidden', '--private').code == 0
     assert client.command(*publish, REPO, '--revision', 'next').code == 0
     assert hub.repos['alice/hidden'].private and not hub.repos[REPO].private
-    assert set(hub.files(REPO)) == EMPTY and set(hub.files(REPO, 'next')) == NAMES
+    assert set(hub.files(REPO)) == EMPTY and set(hub.files(REPO, 'next')) == PUBLISHED
     done = anyone(BOB).command(*publish, REPO, '--create-pr')
     assert done.code == 0, done.err
-    assert set(hub.files(REPO, 'refs/pr/1')) == NAMES and set(hub.files(REPO)) == EMPTY
+    assert set(hub.files(REPO, 'refs/pr/1')) == PUBLISHED and set(hub.files(REPO)) == EMPTY
     assert f'pull request: {hub.url}/{REPO}/discussions/1' in done.out
     assert client(done.last, HF_HOME='elsewhere').code == 0
 
@@ -153,7 +137,7 @@ def test_a_dry_run_sends_nothing(client, hub, run):
     done = client.command('publish', str(run), '--repo-id', REPO, '--dry-run')
     assert done.code == 0 and not hub.requests, done.err
     files = {p.relative_to(run / 'publish').as_posix() for p in (run / 'publish').rglob('*') if p.is_file()}
-    assert files == NAMES - EMPTY and client(done.last).code == 0
+    assert files == PUBLISHED - EMPTY and client(done.last).code == 0
     with safe_open(run / 'publish' / 'model.safetensors', framework='pt') as file:
         assert not file.metadata()
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from hub_server import Blob, Repo
+from hub_server import Blob
 from safetensors.torch import save_file
 
 from ctc_timm.hub.collect import add
 from ctc_timm.models import catalog
 from ctc_timm.utils.errors import UserError
-
-Shelve = Callable[..., Repo]
 
 REPO = 'alice/test_resnet_ctc.digits'
 

@@ -9,26 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from huggingface_hub.utils import validate_repo_id
 from timm.models import PretrainedCfg
 
 from ctc_timm.models import catalog
 from ctc_timm.models.catalog import Entry, load, load_all, parse, save
+from ctc_timm.models.pretrained_cfg import FIELDS
 from ctc_timm.utils.errors import UserError
 
-CONFIG: dict[str, Any] = {
-    'num_classes': 10,
-    'input_size': [3, 32, 32],
-    'fixed_input_size': False,
-    'interpolation': 'bicubic',
-    'crop_pct': 0.9,
-    'crop_mode': 'center',
-    'mean': [0.1, 0.2, 0.3],
-    'std': [0.4, 0.5, 0.6],
-    'pool_size': None,
-    'first_conv': 'conv1',
-    'classifier': ['head', 'head_dist'],
-}
+# An input and a shape as timm states them, with lists, texts, numbers and nothing.
+_STATED = {k: v for k, v in timm.get_pretrained_cfg('deit_base_distilled_patch16_224').to_dict().items() if k in FIELDS}
+CONFIG: dict[str, Any] = {**json.loads(json.dumps(_STATED)), 'mean': [0.1, 0.2, 0.3], 'std': [0.4, 0.5, 0.6]}
 AT_HUB: dict[str, Any] = {
     'hub_id': 'alice/resnet18_ctc.a',
     'revision': '0123456789abcdef' * 2 + '01234567',
@@ -59,12 +51,6 @@ def changed(place: str, value: Any, entry: dict[str, Any] = AT_HUB) -> dict[str,
 def write(file: Path, models: dict[str, Any]) -> Path:
     file.write_text(json.dumps({'version': 1, 'models': models}))
     return file
-
-
-def test_the_shipped_catalog_is_sound():
-    for name, entry in load(catalog.SHIPPED).items():
-        assert name == entry.name
-        assert entry.hub_id or Path(entry.path).is_relative_to(catalog.SHIPPED.parent)  # of the package itself
 
 
 def test_an_entry_says_what_timm_needs(tmp_path):
@@ -99,13 +85,20 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert not list(tmp_path.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize(
-    'name',
-    ['resnet18', 'resnet18_ctc.', '../resnet18_ctc', 'resnet18_ctc.a/b', 'resnet18_ctc.a b', 'a\n_ctc', '_ctc', ''],
-)
-def test_names_of_no_model(name):
-    with pytest.raises(UserError, match='no name of a model'):
-        parse(name, AT_HUB, 'zoo.json')
+def test_names_of_no_model():
+    odd = [
+        'resnet18',
+        'resnet18_ctc.',
+        '../resnet18_ctc',
+        'resnet18_ctc.a/b',
+        'resnet18_ctc.a b',
+        'a\n_ctc',
+        '_ctc',
+        '',
+    ]
+    for name in odd:
+        with pytest.raises(UserError, match='no name of a model'):
+            parse(name, AT_HUB, 'zoo.json')
 
 
 @pytest.mark.parametrize(
@@ -116,31 +109,26 @@ def test_names_of_no_model(name):
         (changed('revision', None), "'revision'"),
         (changed('path', 'x.safetensors'), "'path'"),
         (changed('meann', [1]), "'meann'"),
-        (changed('url', 'http://x', HERE), "'url'"),
         (changed('revision', 'main'), 'a whole commit'),
         (changed('filename', 'model.bin'), 'a .safetensors file'),
         (changed('path', 'model.pth', HERE), 'a .safetensors file'),
         (changed('path', 'a\0.safetensors', HERE), 'a .safetensors file'),
+        (changed('path', 'a\n/../x.safetensors', HERE), 'a .safetensors file'),
         (changed('model_args', []), 'a mapping'),
         (changed('model_args/pretrained_cfg_overlay', {'file': '/x'}), 'may not set'),
         (changed('model_args/checkpoint_path', '/x'), 'may not set'),
         (changed('model_args/a b', 1), 'may not set'),
-        (changed('recipe', ''), 'a mapping'),
         (changed('results', [{'dataset': 'x'}]), 'dataset, metric and value'),
         (changed('results', [{'dataset': '\x1b[2J', 'metric': 'm', 'value': 1}]), 'dataset, metric and value'),
         (changed('pretrained_cfg', 3), 'a mapping'),
         (changed('pretrained_cfg/num_classes', None), 'has no num_classes'),
         (changed('pretrained_cfg/num_classes', 0), 'num_classes cannot be 0'),
-        (changed('pretrained_cfg/input_size', [3, 32]), 'input_size cannot be'),
         (changed('pretrained_cfg/input_size', [3, 32, -1]), 'input_size cannot be'),
         (changed('pretrained_cfg/mean', [0.1, 0.2]), 'of the same length'),
-        (changed('pretrained_cfg/mean', ['a']), 'mean cannot be'),
         (changed('pretrained_cfg/mean', [float('nan')] * 3), 'mean cannot be'),
         (changed('pretrained_cfg/std', [1, 1, 0.0]), 'std cannot be'),
         (changed('pretrained_cfg/crop_pct', float('inf')), 'crop_pct cannot be'),
-        (changed('pretrained_cfg/crop_pct', -0.5), 'crop_pct cannot be'),
         (changed('pretrained_cfg/classifier', '__import__("os")'), 'classifier cannot be'),
-        (changed('pretrained_cfg/first_conv', [1]), 'first_conv cannot be'),
     ],
 )
 def test_entries_that_are_refused(entry, match):
@@ -149,22 +137,20 @@ def test_entries_that_are_refused(entry, match):
     assert 'some/zoo.json' in str(caught.value) and repr(NAME) in str(caught.value) and '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    'content',
-    [
-        '',
-        '[]',
-        'null',
-        '{"version": 2, "models": {}}',
-        '{"version": 1}',
-        '{"version": 1, "models": []}',
-        '{"version": 1, "models": {}, "more": 1}',
-        '{"version": 1, "models": {}, "models": {}}',
-        '[' * 100_000,
-        '\ufeff{}',
-        b'\xff\xfe',
-    ],
-)
+NO_CATALOG = [
+    '',
+    '[]',
+    'null',
+    '{"version": 2, "models": {}}',
+    '{"version": 1}',
+    '[' * 100_000,
+    '\ufeff{}',
+    b'\xff\xfe',
+]
+NO_CATALOG += [f'{{"version": 1, "models": {rest}}}' for rest in ('[]', '{}, "more": 1', '{}, "models": {}')]
+
+
+@pytest.mark.parametrize('content', NO_CATALOG)
 def test_files_that_are_no_catalog(content, tmp_path):
     file = tmp_path / 'zoo.json'
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -198,14 +184,9 @@ def test_several_catalogs(tmp_path, monkeypatch):
     assert catalog.named_files() == [one]
 
 
-@pytest.mark.parametrize('text', ['alice/resnet50_ctc.a', 'a-b/c_d.e-f'])
-def test_repo_ids(text):
-    assert catalog.is_repo_id(text)
-    validate_repo_id(text)
-
-
-@pytest.mark.parametrize(
-    'text', ['alice', 'alice/b/c', 'alice/..', '../b', 'alice/a--b', 'alice/a..b', 'alice/.a', 'alice/a.', 'a/b@c']
-)
-def test_no_repo_ids(text):
-    assert not any(map(catalog.is_repo_id, (text, f'{text}\n', 'alice/' + 'a' * 91, None)))
+def test_repo_ids():
+    for text in ('alice/resnet50_ctc.a', 'a-b/c_d.e-f'):
+        assert catalog.is_repo_id(text) and not catalog.is_repo_id(f'{text}\n')
+        validate_repo_id(text)
+    odd = ['alice', 'alice/b/c', 'alice/..', '../b', 'alice/a--b', 'alice/a..b', 'alice/.a', 'alice/a.', 'a/b@c']
+    assert not any(map(catalog.is_repo_id, [*odd, 'alice/' + 'a' * 91, None]))

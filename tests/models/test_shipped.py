@@ -19,9 +19,8 @@ CIFAR100 = ROOT.parent / 'shared' / 'data' / 'cifar100'
 
 
 def documented(name: str, metric: str, dataset: str) -> float:
-    """A number of the catalog."""
-    rows = [row for row in ENTRIES[name].results if row['metric'] == metric and row['dataset'].split()[0] == dataset]
-    return float(rows[0]['value'])
+    rows = {(row['metric'], row['dataset'].split()[0]): row['value'] for row in ENTRIES[name].results[::-1]}
+    return float(rows[metric, dataset])
 
 
 @pytest.mark.parametrize('name', ENTRIES)

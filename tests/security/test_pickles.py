@@ -161,14 +161,6 @@ def test_commands(script, make_run, tmp_path, mark, name, words):
     assert not list(tmp_path.glob('out/**/*.safetensors'))
 
 
-def test_a_run_that_is_published(make_run, mark):
-    run = make_run()
-    for data in payloads(mark).values():
-        (run / 'best.safetensors').write_bytes(data)
-        refused(lambda: push(run, REPO, dry_run=True), mark, 'best.safetensors: not ')
-        assert not (run / 'publish').exists()
-
-
 def test_the_hub(client, hub, make_run, mark):
     config, evil = Blob((make_run() / 'config.json').read_bytes()), payloads(mark)
     repos = {
@@ -250,19 +242,9 @@ def yaml_attacks(mark: Path) -> dict[str, str]:
         'new': f'lr: !!python/object/new:pathlib.PosixPath ["{mark}"]',
         'name': 'lr: !!python/name:os.system',
         'module': 'lr: !!python/module:os',
-        'tuple': 'lr: !!python/tuple [1, 2]',
-        'own tag': 'lr: !evil 3',
         'a key': f'? !!python/object/apply:os.system ["touch {mark}"]\n: 1',
         'aliases': '\n'.join(levels),
         'merges': '\n'.join(merged),
-        'itself': '&a [*a]',
-        'depth': f'lr: {"[" * 3000}{"]" * 3000}',
-        'no date': 'lr: 2024-99-99',
-        'digits': f'lr: {"9" * 5000}',
-        'a list': '- lr',
-        'a text': 'lr',
-        'two documents': 'lr: 1\n---\nlr: 2',
-        'control': 'lr: "\x07"',
     }
 
 
@@ -298,9 +280,7 @@ def test_yaml_runs_nothing(mark, make_run, script):
         {'dataset': 'wds/x', 'data_dir': "https://host/x'; touch MARK; '", 'val_split': 'a-{0..1}.tar'},
         {'dataset': 'wds/x', 'data_dir': 'https://host/$(touch MARK)'},
         {'dataset': ['wds/x']},
-        {'dataset': {'a': 1}},
         {'dataset': 'digits', 'workers': '2'},
-        {'dataset': 'digits', 'workers': True},
         {'dataset': 'digits', 'val_split': 3},
     ],
 )

@@ -10,6 +10,7 @@ FOLDERS = ('ctc_timm', 'benchmarks', 'transfer', 'examples')
 FILES = [*(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob('*.py'))), *sorted(ROOT.glob('*.py'))]
 FILES += [file for file in sorted((ROOT / '.ci').iterdir()) if b'python' in file.read_bytes().split(b'\n')[0]]
 RULES = 'S102,S202,S301,S302,S306,S307,S323,S506,S602,S604,S605,S609'
+RUFF = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', RULES]
 MISSED = re.compile(
     r'\b(allow_pickle|trust_remote_code|shell)=True|weights_only=False|\b(unsafe|full)_load\b|'
     r'\b(torch\.load|load_checkpoint)\((?!.*weights_only=True)|\b(import|from) (dill|joblib|cloudpickle)\b'
@@ -18,19 +19,7 @@ MISSED = re.compile(
 
 def found(source):
     """Lines of a source that hold one of them."""
-    command = [
-        sys.executable,
-        '-m',
-        'ruff',
-        'check',
-        '--isolated',
-        '--select',
-        RULES,
-        '--output-format',
-        'concise',
-        '-',
-    ]
-    done = subprocess.run(command, input=source, capture_output=True, text=True)
+    done = subprocess.run([*RUFF, '--output-format', 'concise', '-'], input=source, capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
     lines = {int(number) for number in re.findall(r'^-:(\d+):', done.stdout, re.MULTILINE)}
     return lines | {number for number, line in enumerate(source.splitlines(), 1) if MISSED.search(line)}
@@ -38,8 +27,7 @@ def found(source):
 
 def test_nothing_that_is_read_is_run():
     assert len(FILES) > 70
-    command = [sys.executable, '-m', 'ruff', 'check', '--isolated', '--select', RULES, *map(str, FILES)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*RUFF, *FILES], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert not [file for file in FILES if MISSED.search(file.read_text(encoding='utf-8'))]
 
