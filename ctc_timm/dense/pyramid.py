@@ -98,17 +98,17 @@ class Pyramid(nn.Module):
             found.append(values * (self.in_chans // len(values)))
         return found[0], found[1]
 
-    def freeze(self, stages: int | None = None, norms: bool = False) -> None:
+    def freeze(self, stages: int, norms: bool) -> None:
         """Freeze parts of the backbone: they take no gradient, and their batch norms keep their statistics.
 
         Args:
-            stages: The first ones: 1 is the stem, 2 the first stage of blocks too, ...; None for the whole backbone.
+            stages: The first ones: 1 is the stem, 2 the first stage of blocks too, ...
             norms: All batch norms.
         """
-        frozen = {name for name, module in self.body.named_modules() if norms and isinstance(module, _BatchNorm)}
-        for name in frozen if stages is not None else {''}:
-            self.body.get_submodule(name).requires_grad_(False)
-            self._frozen.add(name)
+        for name, module in self.body.named_modules() if norms else ():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+                self._frozen.add(name)
         parameters = dict(self.body.named_parameters())
         for tensor in stage_tensors(self.body.model, stages, f'`freeze_stages` {stages}') if stages else ():
             self._frozen.add(f'model.{tensor}'.rpartition('.')[0])

@@ -16,8 +16,6 @@ from pycocotools import mask as coding
 from pycocotools.coco import COCO
 
 from ctc_timm.dense.coco import CocoSplit, evaluate_results, metric_names, to_results
-from ctc_timm.dense.scenes import write_scenes
-from ctc_timm.dense.settings import ScenesSettings
 from ctc_timm.utils.errors import UserError
 
 Content = dict[str, Any]
@@ -34,15 +32,6 @@ def test_boxes_and_classes(tmp_path: Path, suffix: str) -> None:
     plain = COCO(str(split.file))
     expected = [plain.annToMask(annotation) for annotation in plain.loadAnns(plain.getAnnIds(imgIds=[11]))]
     assert np.array_equal(target['masks'].numpy(), np.stack(expected)) and target['masks'].sum() == 100 + 120
-
-
-def test_scenes_are_read_with_their_exact_masks(tmp_path: Path) -> None:
-    """Uncompressed run-length codes of the digits' scenes: each mask's own box is the box."""
-    split = CocoSplit(write_scenes(ScenesSettings(str(tmp_path / 's'), 3, 1, 64, layouts=('coco',))), 'train', True)
-    for i in range(3):
-        for box, mask in zip(split[i][1]['boxes'].tolist(), split[i][1]['masks'].numpy()):
-            rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-            assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 def test_cut_boxes_are_counted(tmp_path: Path) -> None:

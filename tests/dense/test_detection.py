@@ -1,4 +1,4 @@
-"""Detection from a model's losses to a run's files, and frozen backbones under a detector."""
+"""Detection from a model's losses to a run's files."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory: pytest.TempPathFactory, flags: Any, tiny: list[str]) -> Run:
-    """A classifier's run of two epochs, both kept."""
+    """A classifier's run of an epoch."""
     forget_processes()
-    words = f'--mode vanilla --keep-every 1 --epochs 2 --experiment source --output {tmp_path_factory.mktemp("runs")}'
+    words = f'--mode vanilla --epochs 1 --experiment source --output {tmp_path_factory.mktemp("runs")}'
     return train(flags(*tiny, words))
 
 
@@ -208,12 +208,6 @@ def test_a_killed_run_goes_on_with_no_flag_typed_again(data: Path, tmp_path: Pat
     stop_and_go_on(script, 'transfer/detect.py', words, tmp_path, DetectionTask, 'run_batch')
 
 
-def changed(count: int, **changes: Any) -> dict[str, Any]:
-    annotated = content(count)
-    annotated['annotations'][0].update(changes)
-    return annotated
-
-
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({'model': ''}, 'name a model: a run folder'),
     ({'detector_kwargs': {'box_bach': 3}}, "`detector_kwargs`: torchvision's FasterRCNN has no box_bach"),
@@ -230,7 +224,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize('words,message', MISTAKES, ids=[next(iter(words)) for words, _ in MISTAKES])
 def test_mistakes(source: Run, data: Path, tmp_path: Path, words: dict[str, Any], message: str) -> None:
     """No run is left."""
-    write_coco(tmp_path / 'nomasks', {'train': changed(3, segmentation=[]), 'val': content(2)})
+    unmasked = content(3)
+    unmasked['annotations'][0]['segmentation'] = []
+    write_coco(tmp_path / 'nomasks', {'train': unmasked, 'val': content(2)})
     other = {**content(2), 'categories': content()['categories'][:1], 'annotations': content()['annotations'][:1]}
     write_coco(tmp_path / 'other', {'train': content(2), 'val': other})
     filled = {

@@ -156,17 +156,6 @@ def test_a_loop_over_pixels_and_scikit_learn_agree(seed: int) -> None:
     assert metrics['mean_accuracy'] == pytest.approx(balanced_accuracy_score(t, p))
 
 
-def test_closed_forms() -> None:
-    """Two squares of side n that overlap by half: a third; a perfect mask: one; swapped classes: zero."""
-    truth, predicted = torch.zeros(20, 20, dtype=torch.uint8), torch.zeros(20, 20, dtype=torch.uint8)
-    truth[4:14, 0:10], predicted[4:14, 5:15] = 1, 1
-    metrics = scores(confusion(predicted, truth, 2), ['ground', 'square'])
-    assert metrics['iou/square'] == pytest.approx(50 / 150) and metrics['iou/ground'] == pytest.approx(250 / 350)
-    assert metrics['pixel_accuracy'] == pytest.approx(300 / 400)
-    assert scores(confusion(truth, truth, 2), []) == {'miou': 1, 'pixel_accuracy': 1, 'mean_accuracy': 1}
-    assert scores(confusion(1 - truth, truth, 2), []) == {'miou': 0, 'pixel_accuracy': 0, 'mean_accuracy': 0}
-
-
 def test_absent_classes() -> None:
     """A class that is nowhere has no part in the mean; one that is only predicted counts as 0 in it."""
     truth, predicted = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2])

