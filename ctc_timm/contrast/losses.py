@@ -173,14 +173,14 @@ class TemporalContrastLoss(BankLoss):
         present_BD: Tensor,
         past_BD: Tensor | None,
         index_B: Tensor,
-        negatives: Negatives | Tensor,
+        negatives: Negatives | Tensor | None,
         lam_B: Tensor | None = None,
     ) -> Tensor:
         """Compute a batch's loss, a scalar; in training mode both banks' rows of the images are updated afterwards.
 
         Features of the model being trained and of the information bank are [B, D], of the same images. Without past
         ones the stored rows of the past bank serve as v2 and stay as they are: a departure from the paper. Negatives
-        are what a `NegativeSampler` drew, or rows of other classes for each image, [B, K].
+        are what a `NegativeSampler` drew, or rows: [B, K], each image's; [R], those of the batch; None, the whole bank.
         """
         if not torch.compiler.is_compiling():
             self.sync_normalizer_flag()

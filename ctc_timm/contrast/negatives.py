@@ -40,16 +40,16 @@ class Negatives(NamedTuple):
     labels_R: Tensor | None = None
 
     @classmethod
-    def of_rows(cls, rows_BK: Tensor, scale_B: Tensor, positives_B: Tensor, num_rows: int) -> Negatives:
-        """Wrap each image's rows of a bank of so many, in the form that is cheapest to visit; a row may repeat."""
-        if rows_BK.ndim != 2 or len(rows_BK) != len(scale_B):
-            raise UserError(f'negatives must be [B, K], got shape {tuple(rows_BK.shape)}')
-        count_B = torch.full_like(scale_B, rows_BK.shape[1])
-        if num_rows > WHOLE_BANK_RATIO * rows_BK.shape[1]:
-            return cls(count_B, scale_B, positives_B, rows_BK)
-        times_BR = torch.zeros(len(rows_BK), num_rows, device=rows_BK.device)
-        times_BR.scatter_add_(1, rows_BK, times_BR.new_ones(()).expand(rows_BK.shape))
-        return cls(count_B, scale_B, positives_B, None, times_BR)
+    def of_rows(cls, rows: Tensor | None, scale_B: Tensor, positives_B: Tensor, num_rows: int) -> Negatives:
+        """Wrap rows of a bank of so many, counted as often as they are named, in the form cheapest to visit."""
+        B, K, times_BR = len(scale_B), num_rows if rows is None else rows.shape[-1], None
+        if rows is not None and rows.shape not in ((B, K), (K,)):
+            raise UserError(f'negatives must be [B, K], [R] or None, got shape {tuple(rows.shape)}')
+        if rows is not None and rows.ndim == 2 and num_rows <= WHOLE_BANK_RATIO * K:
+            times_BR = torch.zeros(B, num_rows, device=rows.device)
+            times_BR.scatter_add_(1, rows, times_BR.new_ones(()).expand(B, K))
+            rows = None
+        return cls(torch.full_like(scale_B, K), scale_B, positives_B, rows, times_BR)
 
 
 class NegativeSampler:
@@ -99,7 +99,8 @@ class NegativeSampler:
         self.num_negatives, self.mode, self.positives = num_negatives, mode, positives
         self.device = torch.device(device)
         self.generator = torch.Generator(device=self.device)
-        self.generator.manual_seed(seed if mode == 'shared' and split is None else seed + 7919 * rank)
+        alike = mode == 'shared' and self.shard.world == 1  # on all ranks
+        self.generator.manual_seed(seed if alike else seed + 7919 * rank)
         # An image mixed from both of two classes has no third; its partner's class then counts as another.
         self._two_classes = num_classes == 2
         labels_N = labels_N.long().to(self.device)

@@ -278,6 +278,10 @@ def test_settings_that_cannot_work(name, value, words):
             kind(**{'feature_dim': 4, 'num_instances': 9, name: value})
 
 
-def test_negatives_of_another_shape():
-    with pytest.raises(UserError, match=r'negatives must be .B, K., got shape \(3, 40\)'):
-        TemporalContrastLoss(4, 90)(*torch.randn(2, 5, 4), torch.arange(5), torch.zeros(3, 40, dtype=torch.long))
+def test_plain_rows_are_negatives_too():
+    loss = TemporalContrastLoss(7, 20, 6, num_negatives=4).eval()
+    (present, past), index, shared = torch.randn(2, 2, 7), torch.tensor([2, 9]), torch.tensor([3, 7, 9])
+    for rows, each in ((shared, shared.expand(2, -1)), (None, torch.arange(20).expand(2, -1))):
+        torch.testing.assert_close(loss(present, past, index, rows), loss(present, past, index, each))
+    with pytest.raises(UserError, match=r'negatives must be .* got shape \(3, 40\)'):
+        loss(present, past, index, torch.zeros(3, 40, dtype=torch.long))

@@ -14,6 +14,7 @@ from scipy.stats import chi2
 
 from ctc_timm import NegativeSampler
 from ctc_timm.contrast import negatives
+from ctc_timm.contrast.sharding import BankShard
 from ctc_timm.utils.errors import UserError
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -151,8 +152,9 @@ def test_seed_and_rank_decide():
         NegativeSampler(labels, 30, seed=s, rank=r).draw(index).weights_BR for s, r in ((1, 0), (1, 0), (2, 0), (1, 1))
     )
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, rank)
-    shared = [NegativeSampler(labels, 30, 'shared', seed=1, rank=r).draw(index).rows for r in (0, 1)]
-    assert torch.equal(*shared)
+    for split in (None, BankShard(120)):  # as a task gives it
+        shared = [NegativeSampler(labels, 30, 'shared', seed=1, rank=r, split=split).draw(index).rows for r in (0, 1)]
+        assert torch.equal(*shared)
 
 
 @pytest.mark.parametrize(
