@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import re
 import sys
@@ -75,7 +74,6 @@ class Hub:
         self.requests: list[tuple[str, int]] = []  # '<method> <path>', and the status that was answered
         self.faults: list[tuple[str, int | str]] = []
         self.released, self.reached = threading.Event(), threading.Event()  # of requests that a fault holds up
-        self.count = itertools.count()
         self.errors: list[BaseException | None] = []  # what this server itself did wrong
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
         self._server.handle_error = lambda *_: self.errors.append(sys.exc_info()[1])  # type: ignore[method-assign]
@@ -109,7 +107,7 @@ class Hub:
 
     def commit(self, repo: Repo, ref: str, title: str, files: dict[str, Blob]) -> Commit:
         """Put a state of all files on a branch."""
-        oid = hashlib.sha1(f'{repo.id} {ref} {next(self.count)}'.encode()).hexdigest()
+        oid = hashlib.sha1(f'{repo.id} {ref} {len(repo.commits)}'.encode()).hexdigest()
         commit = repo.commits[oid] = Commit(oid, title, files)
         repo.refs[ref] = oid
         return commit
@@ -152,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
         self.name = f'{self.command} {unquote(parts.path)}'
-        self.body, self.fault = self._read(), ''
+        self.body, self.fault = self.rfile.read(int(self.headers.get('Content-Length') or 0)), ''
         try:
             self._suffer()
             for method, pattern, function in _routes:
@@ -168,16 +166,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do
-
-    def _read(self) -> bytes:
-        if self.headers.get('Transfer-Encoding') != 'chunked':
-            return self.rfile.read(int(self.headers.get('Content-Length') or 0))
-        chunks = []
-        while size := int(self.rfile.readline().split(b';')[0], 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b''.join(chunks)
 
     def _suffer(self) -> None:
         if re.match('(GET /get|PUT /put)/', self.name) and self.headers.get('Authorization'):

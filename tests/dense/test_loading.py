@@ -19,7 +19,6 @@ from ctc_timm.data.settings import LoaderSettings
 from ctc_timm.dense.coco import CocoSplit
 from ctc_timm.dense.loading import IGNORE, FitCanvas, TrainLoader, collate, train_transform
 from ctc_timm.dense.settings import CanvasSettings
-from ctc_timm.utils.errors import UserError
 
 BLACK = (0.0, 0.0, 0.0)
 
@@ -111,10 +110,3 @@ def test_order_and_images_are_functions_of_seed_epoch_and_index(split: CocoSplit
         assert all(torch.equal(a['boxes'], b['boxes']) for a, b in zip(one[1], other[1]))
     loaders[0].set_epoch(4)
     assert not torch.equal(next(iter(loaders[0]))[0][0], loaded[0][0][0][0])
-
-
-def test_mistakes(split: CocoSplit) -> None:
-    with pytest.raises(UserError, match='`batch_size` 7 times 1 process.*more than the 4 .*use at most 4'):
-        TrainLoader(split, transform(32, 0, (1, 1), True), LoaderSettings(7), 0, Accelerator(cpu=True))
-    with pytest.raises(UserError, match='`scale` 2 1: the first must not be above the second'):
-        transform(32, 0, (2, 1), True)

@@ -92,28 +92,27 @@ def test_weights_from_a_run_a_file_and_a_folder(tmp_path: Path) -> None:
             assert all(torch.equal(level, known) for level, known in zip(maps, expected, strict=True))
 
 
-def test_a_vision_transformer_is_resampled() -> None:
-    """Four blocks evenly spaced in depth, brought to strides 4 to 32; the maps are forward_intermediates' own."""
-    options: dict[str, Any] = {'depth': 8, 'embed_dim': 32, 'num_heads': 2}
-    plain = timm.create_model('vit_tiny_patch16_224', img_size=64, **options).eval()
-    pyramid = scratch('vit_tiny_patch16_224', **options).eval()
+TRANSFORMERS: list[tuple[str, int, dict[str, Any], list[int], list[int]]] = [
+    ('vit_tiny_patch16_224', 64, {'depth': 8, 'embed_dim': 32, 'num_heads': 2}, [1, 3, 5, 7], [16, 8, 4, 2]),
+    ('eva02_tiny_patch14_224', 112, {'depth': 4}, [0, 1, 2, 3], [28, 14, 7, 4]),
+]
+
+
+@pytest.mark.parametrize('name,size,options,blocks,sides', TRANSFORMERS, ids=['patch16', 'patch14'])
+def test_a_vision_transformer_is_resampled(
+    name: str, size: int, options: dict[str, Any], blocks: list[int], sides: list[int]
+) -> None:
+    """Maps of blocks evenly spaced in depth, brought to the powers of two that torchvision's detectors need."""
+    plain = timm.create_model(name, img_size=size, **options).eval()
+    pyramid = scratch(name, size, **options).eval()
     plain.load_state_dict(pyramid.body.model.state_dict(), strict=False)
-    images = torch.randn(1, 3, 64, 64)
+    images = torch.randn(1, 3, size, size)
     with torch.no_grad():
-        _, expected = plain.forward_intermediates(images, indices=[1, 3, 5, 7], output_fmt='NCHW')
+        _, expected = plain.forward_intermediates(images, indices=blocks, output_fmt='NCHW')
         maps, levels = pyramid.maps(images), pyramid(images)
     for level, known in zip(maps, expected, strict=True):
         torch.testing.assert_close(level, known)
-    assert [level.shape[-1] for level in levels.values()] == [16, 8, 4, 2] and pyramid.strides == [4, 8, 16, 32]
-
-
-def test_patches_of_14_pixels_are_brought_to_powers_of_two() -> None:
-    """Detectors of torchvision take strides for powers of two: levels of 112 pixels have 28, 14, 7 and 4 a side."""
-    pyramid = scratch('eva02_tiny_patch14_224', 112, depth=4).eval()
-    with torch.no_grad():
-        assert pyramid.maps(torch.zeros(1, 3, 112, 112))[0].shape[-1] == 8
-        assert [level.shape[-1] for level in pyramid(torch.zeros(1, 3, 112, 112)).values()] == [28, 14, 7, 4]
-    assert pyramid.strides == [4, 8, 16, 32]
+    assert [level.shape[-1] for level in levels.values()] == sides and pyramid.strides == [4, 8, 16, 32]
 
 
 FROZEN = [

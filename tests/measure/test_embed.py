@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -25,7 +23,7 @@ from ctc_timm.models.backbones import features_and_logits
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build
 
-parquet = pytest.importorskip('pyarrow.parquet')
+pandas, parquet = pytest.importorskip('pandas'), pytest.importorskip('pyarrow.parquet')
 
 
 def write_weights(file: Path, num_classes: int = 7) -> Path:
@@ -49,13 +47,10 @@ def run(weights: Path, output: Path, **values: Any) -> dict[str, np.ndarray]:
     if output.suffix == '.npz':
         return dict(np.load(output))
     if output.suffix == '.csv':
-        header, *rows = csv.reader(output.read_text().splitlines())
-        columns = {name: np.array(column) for name, *column in zip(header, *rows)}
-        plain = {name: columns[name] if name == 'file_name' else columns[name].astype(int) for name in header[:3]}
-        for name in ('features', 'logits'):
-            numbers = [values for key, values in columns.items() if re.fullmatch(name[0] + r'\d{4}', key)]
-            plain[name] = np.stack(numbers, axis=1).astype(np.float32)
-        return plain
+        columns = pandas.read_csv(output)
+        plain = {name: columns[name].to_numpy() for name in columns.columns[:3]}
+        wide = {name: columns.filter(regex=rf'^{name[0]}\d{{4}}$').to_numpy() for name in ('features', 'logits')}
+        return plain | wide
     table = parquet.read_table(output)
     return {name: np.array(table[name].to_pylist()) for name in table.column_names}
 

@@ -59,7 +59,7 @@ def test_features_equal_a_plain_loop() -> None:
 
 
 def test_cache(tmp_path: Path) -> None:
-    """A hit needs the same weights, images and transform; anything else, or damage, is computed anew."""
+    """A hit needs the same weights, images and transform; anything else is computed anew."""
     accelerator = Accelerator()
     images, loaded = images_of(accelerator), model()
     first = features_of(loaded, images, accelerator, tmp_path)
@@ -77,13 +77,6 @@ def test_cache(tmp_path: Path) -> None:
     for other in (images_of(accelerator, 'validation[1:71]'), images_of(accelerator, most=50)):
         features_of(model(), other, accelerator, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
-
-    file.write_bytes(file.read_bytes()[:1000])
-    assert torch.equal(features_of(model(), images, accelerator, tmp_path).features_ND, first.features_ND)
-    damaged = bytearray(file.read_bytes())
-    damaged[-5] ^= 1
-    file.write_bytes(damaged)
-    assert torch.equal(features_of(model(), images, accelerator, tmp_path).features_ND, first.features_ND)
     assert not torch.equal(features_of(model(1), images, accelerator, tmp_path).features_ND, first.features_ND)
 
 

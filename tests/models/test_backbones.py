@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 from families import HEADLESS, on_meta, small_of_each_module
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.mobilenetv3 import MobileNetV3
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -110,28 +112,13 @@ def test_features_of_a_normalizing_head_are_those_of_the_batch():
     assert model.classifier.weight.grad is None
 
 
-class Tiny(nn.Module):
-    """The least that has timm's interface, with a BatchNorm on either side of the pooling."""
-
-    num_classes = 10
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        self.head_norm = nn.BatchNorm1d(8)
-        self.fc = nn.Linear(8, 10)
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x)
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.head_norm(x.mean((2, 3)))
-        return x if pre_logits else self.fc(x)
-
-
 def test_compiles_into_one_graph():
     torch.manual_seed(0)
-    model, images = Tiny().train(), torch.randn(4, 3, 8, 8)
+    blocks = decode_arch_def([['cn_r1_k3_s2_c8']])
+    model = MobileNetV3(
+        blocks, num_classes=10, num_features=8, head_norm=True
+    ).train()  # batch norms around the pooling
+    images = torch.randn(4, 3, 16, 16)
     twin = copy.deepcopy(model)
     compiled = torch.compile(features_and_logits, backend='eager', fullgraph=True)
     for _ in range(2):
@@ -139,7 +126,7 @@ def test_compiles_into_one_graph():
             torch.testing.assert_close(got, wanted)
     for (key, value), wanted in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(value, wanted, msg=key)
-    assert model.head_norm.num_batches_tracked == model.body[1].num_batches_tracked == 2
+    assert model.norm_head.num_batches_tracked == model.bn1.num_batches_tracked == 2
 
 
 @pytest.mark.parametrize('name', [*HEADLESS, 'num_classes', 'features_only', 'Linear'])

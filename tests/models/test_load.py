@@ -144,49 +144,46 @@ def test_a_wrong_hash_is_refused_and_leaves_nothing(place, client, shelve, train
 
 def test_every_failure_is_one_line_and_a_later_load_works(client, hub, shelve, export, tmp_path):
     config, boom = json.loads(export['config.json'].data), tmp_path / 'executed'
-    pickled = b"cposix\nsystem\n(S'touch " + str(boom).encode() + b"'\ntR."
+    weights = Blob(b"cposix\nsystem\n(S'touch " + str(boom).encode() + b"'\ntR.", lfs=True)
 
     def changed(**values: object) -> dict[str, Blob | None]:
         return {'config.json': Blob(json.dumps({**config, **values}).encode())}
 
-    files: dict[str, dict[str, Blob | None]] = {
-        'noweights': {'model.safetensors': None, 'pytorch_model.bin': Blob(pickled, lfs=True)},
-        'pickle': {'model.safetensors': Blob(pickled, lfs=True)},
-        'notjson': {'config.json': Blob(b'[1')},
-        'otherarch': changed(architecture='resnet18'),
-        'overlay': changed(model_args={'pretrained_cfg_overlay': {'file': '/etc/passwd'}}),
-        'otherclasses': changed(num_classes=3),
+    damaged, retry = (
+        'file that was published (its hash differs) and was removed',
+        'the network and HF_ENDPOINT, then retry',
+    )
+    faults: dict[str, tuple[int | str, str]] = {
+        '401': (401, 'made to answer 401 (HTTP 401); log in with `hf auth login`'),
+        '403': (403, 'made to answer 403 (HTTP 403); use a token that may do this'),
+        '404': (404, '(HTTP 404); check the name'),
+        '429': (429, '(HTTP 429); retry later'),
+        '500': (500, '(HTTP 500); retry later'),
+        'gated': ('gated', 'Access to this model is restricted.'),
+        'stall': ('stall', f'timed out; check {retry}'),
+        'break': ('break', f'check {retry}'),
+        'corrupt': ('corrupt', damaged),
+        'corruptconfig': ('corrupt', damaged),
     }
-    wanted = {
-        '401': 'made to answer 401 (HTTP 401); log in with `hf auth login`',
-        '403': 'made to answer 403 (HTTP 403); use a token that may do this',
-        '404': '(HTTP 404); check the name',
-        '429': '(HTTP 429); retry later',
-        '500': '(HTTP 500); retry later',
-        'gated': 'Access to this model is restricted.',
-        'stall': 'timed out; check the network and HF_ENDPOINT, then retry',
-        'break': 'check the network and HF_ENDPOINT, then retry',
-        'corrupt': 'is not the file that was published (its hash differs) and was removed from the cache',
-        'corruptconfig': 'is not the file that was published (its hash differs) and was removed from the cache',
-        'noweights': 'Entry not found (HTTP 404)',
-        'pickle': 'does not fit test_resnet: ',
-        'notjson': 'config.json: no config of timm',
-        'otherarch': "holds weights of 'resnet18', not of test_resnet",
-        'overlay': "model_args may not set 'pretrained_cfg_overlay'",
-        'otherclasses': 'does not fit test_resnet: ',
+    files: dict[str, tuple[dict[str, Blob | None], str]] = {  # in place of the run's
+        'noweights': ({'model.safetensors': None, 'pytorch_model.bin': weights}, 'Entry not found (HTTP 404)'),
+        'pickle': ({'model.safetensors': weights}, 'does not fit test_resnet: '),
+        'notjson': ({'config.json': Blob(b'[1')}, 'config.json: no config of timm'),
+        'otherarch': (changed(architecture='resnet18'), "holds weights of 'resnet18', not of test_resnet"),
+        'overlay': (changed(model_args={'pretrained_cfg_overlay': {}}), "may not set 'pretrained_cfg_overlay'"),
+        'otherclasses': (changed(num_classes=3), 'does not fit test_resnet: '),
     }
-    names = {case: f'test_resnet_ctc.{case}' for case in wanted}
+    names = {case: f'test_resnet_ctc.{case}' for case in (*faults, *files)}
     for case, name in names.items():
-        shelve(f'alice/{name}', files.get(case))
-        if case not in files:
-            at_storage = case in ('stall', 'break', 'corrupt')
-            request = f'GET /get/.*/{name}/model' if at_storage else f'/{name}/resolve/.*config'
-            hub.fail(request, int(case) if case.isdecimal() else case.removesuffix('config'))
+        shelve(f'alice/{name}', files.get(case, ({}, ''))[0])
+    for case, (kind, _) in faults.items():
+        at_storage = case in ('stall', 'break', 'corrupt')
+        hub.fail(f'GET /get/.*/{names[case]}/model' if at_storage else f'/{names[case]}/resolve/.*config', kind)
 
     where = {'CTC_TIMM_NAMESPACE': 'alice', 'HF_HUB_DOWNLOAD_TIMEOUT': '1', 'HF_HUB_ETAG_TIMEOUT': '5'}
     found = json.loads(client(TRY, *names.values(), **where).out)
     hub.released.set()
-    for case, text in wanted.items():
+    for case, (_, text) in (*faults.items(), *files.items()):
         error = found[names[case]]
         assert text in error and names[case] in error and '\n' not in error, (case, error)
     kept = {path.parts[-4] for path in cached(client)}
@@ -194,15 +191,13 @@ def test_every_failure_is_one_line_and_a_later_load_works(client, hub, shelve, e
     assert not boom.exists()
 
     hub.faults.clear()
-    again = [name for case, name in names.items() if case not in files]
-    assert set(json.loads(client(TRY, *again, **where).out).values()) == {''}
+    again = json.loads(client(TRY, *(names[case] for case in faults), **where).out)
+    assert set(again.values()) == {''}
 
 
 def test_errors_keep_the_words_of_their_cause():
-    for cause, words in (
-        (OSError(28, 'No space left\non device'), '[Errno 28] No space left on device'),
-        (None, 'no file'),
-    ):
+    full = OSError(28, 'No space left\non device')
+    for cause, words in ((full, '[Errno 28] No space left on device'), (None, 'no file')):
         with pytest.raises(HubError) as caught, translate_errors('alice/x'):
             raise LocalEntryNotFoundError('no file') from cause
         assert str(caught.value) == f'alice/x: {words}' and isinstance(caught.value, RuntimeError)
