@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ctc_timm.cli import flags
 from ctc_timm.cli.flags import Parser, add_settings
 from ctc_timm.utils.errors import RunError, Stopped
+from ctc_timm.utils.settings import check_values
 from ctc_timm.utils.yaml_files import read_recipe
 
 Table = dict[str, dict[str, float | None]]
@@ -52,7 +53,7 @@ def read_flags(doc: str | None, *positional: str, settings: type | None = None, 
     add_settings(parser, settings)
     values = flags.read_flags(parser, settings)
     own = {name: values.pop(name) for name in defaults}
-    recipe = read_recipe(values.pop('config')) if 'config' in values else {}
+    recipe = check_values(settings, read_recipe(values.pop('config'))) if 'config' in values else {}
     return argparse.Namespace(**own, values={**recipe, **values})
 
 
