@@ -18,13 +18,13 @@ from typing import Any
 
 import psutil
 import torch
-from harness import Table, finish, read_flags, timing_table
 from torch import Tensor
 
 from ctc_timm import InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
 from ctc_timm.contrast import blockwise
 from ctc_timm.contrast.banks import momentum_update
 from ctc_timm.contrast.losses import EPS, embed
+from harness import Table, finish, read_flags, timing_table
 
 D, CLASSES = 512, 100
 Steps = dict[str, Callable[[], Any]]

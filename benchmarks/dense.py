@@ -15,11 +15,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ctc_timm.measure.results import write_json
 from harness import Task, read_flags, work
 from tradeoff import METHODS, ROOT, measured_runs
 from tradeoff_report import redraw
-
-from ctc_timm.measure.results import write_json
 
 EPOCHS = {'detect': 4, 'segment': 6}
 KEPT = {'detect': ('box_ap', 'box_ap50', 'box_ap75'), 'segment': ('miou', 'pixel_accuracy')}

@@ -17,7 +17,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from harness import Table, read_flags, show
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from ctc_timm.measure.information import create_estimator
 from ctc_timm.measure.neural import donsker_varadhan
 from ctc_timm.measure.plots.style import GRAY, drawing, look, plt, save
 from ctc_timm.measure.results import write_json
+from harness import Table, read_flags, show
 
 FIELDS = ('part', 'estimator', 'sample', 'images', 'truth', 'seed', 'nats', 'standard_error', 'seconds')
 COLUMNS = ('mean', 'bias', 'bias, %', 'spread over seeds', 'error claimed', 'seconds')

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from harness import Table, read_flags, show
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from ctc_timm.measure.transfer_sets import TransferSet, target_names
 from ctc_timm.models.loading import load_model
 from ctc_timm.runs import Run
 from ctc_timm.utils.settings import build
+from harness import Table, read_flags, show
 
 EPOCHS = 30
 

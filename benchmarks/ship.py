@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import read_flags
 from safetensors.torch import load_file, save_file
 
 from ctc_timm.hub.collect import entry_of_run
 from ctc_timm.models import catalog
 from ctc_timm.utils.files import sha256
+from harness import read_flags
 
 
 def enter(entry: catalog.Entry) -> None:

@@ -17,10 +17,10 @@ from itertools import cycle
 
 import timm
 import torch
-from harness import finish, read_flags, timing_table
 from timm.task import ClassificationTask, TrainingTask
 
 from ctc_timm import CTCTask
+from harness import finish, read_flags, timing_table
 
 CLASSES = 100
 

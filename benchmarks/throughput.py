@@ -18,7 +18,6 @@ from typing import Any
 
 import timm
 import torch
-from harness import Table, read_flags, show, timing_table
 from timm.task import ClassificationTask
 from torchvision.transforms import RandomCrop
 
@@ -30,6 +29,7 @@ from ctc_timm.training.build import build_trainer
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.training.trainer import Trainer
 from ctc_timm.utils.settings import build, replace
+from harness import Table, read_flags, show, timing_table
 
 CPU = torch.device('cpu')
 

@@ -19,9 +19,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from harness import Task, cpu_seconds, read_flags, work
-from tradeoff_report import redraw
-
 from ctc_timm.data.datasets import open_split
 from ctc_timm.measure.dynamics import Checkpoint, KeptRun
 from ctc_timm.measure.features import SplitImages
@@ -34,6 +31,8 @@ from ctc_timm.models.loading import data_settings
 from ctc_timm.utils.distributed import create_accelerator
 from ctc_timm.utils.settings import build, replace
 from ctc_timm.utils.yaml_files import read_recipe
+from harness import Task, cpu_seconds, read_flags, work
+from tradeoff_report import redraw
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = '--sched multistep --decay-milestones 16 31'  # counted within a stage, as every schedule is

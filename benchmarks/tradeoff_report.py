@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import markdown
 from scipy import stats
 
 from ctc_timm.measure.plots.style import COLORS, GRAY, MARKERS, drawing, plt, save
+from harness import markdown
 
 BASELINE = 'vanilla'
 # supervised training's best kept epoch on the source's validation rows, with either schedule

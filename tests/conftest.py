@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from runs import ROOT, TINY, Ended, forget_processes, write_folder
 
 from ctc_timm.cli.flags import Parser, add_settings, read_flags
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.settings import build
+from runs import ROOT, TINY, Ended, forget_processes, write_folder
 
 pytest_plugins = ['hub_fixtures']
 settings.register_profile(

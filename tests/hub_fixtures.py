@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from hub_client import ALICE, FORKER, Client
 from hub_server import Blob, Hub, Repo
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Ended, forget_processes
 from safetensors.torch import load_file
+
+from runs import Ended, forget_processes
 
 STEP = 4
 

@@ -18,7 +18,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from runs import forget_processes
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -39,6 +38,7 @@ from ctc_timm.training.checkpoints import find_resume
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build, check_values, settings_of
+from runs import forget_processes
 
 SECONDS = 20  # more is a hang
 LETTERS = b'0123456789-aeglnsx_FUI16.'  # that leave a text a text

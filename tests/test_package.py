@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TINY
 from safetensors.torch import load_file
 
 import ctc_timm
 from ctc_timm.cli.flags import Parser, add_settings, read_flags
 from ctc_timm.training.settings import TrainSettings
+from runs import ROOT, TINY
 
 
 def python(code: str) -> str:

@@ -23,7 +23,7 @@ next:
   ctc-timm validate {path}
   ctc-timm linear-probe {path}
   ctc-timm dynamics {path}
-  python -c "import timm; model = timm.create_model('local-dir:{path}', pretrained=True)\"""")
+  python -c "import timm, ctc_timm; model = timm.create_model('local-dir:{path}', pretrained=True)\"""")
 
 
 def write_scenes(**given: Any) -> None:

@@ -10,10 +10,10 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 
+import harness
 from ctc_timm.utils.errors import RunError, Stopped
 
 # Appends its word to its file; then fails, or waits for SIGTERM, if that is its word.

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dense
 import numpy as np
 import pytest
-import tradeoff
-import tradeoff_report as report
-from runs import ROOT
 from scipy import stats
 
+import dense
+import tradeoff
+import tradeoff_report as report
 from ctc_timm.dense.settings import DetectSettings, SegmentSettings
 from ctc_timm.utils.settings import flatten
 from ctc_timm.utils.yaml_files import RECIPES
+from runs import ROOT
 
 DOCS = ROOT / 'docs'
 STORED = {**report.stored(DOCS), **report.stored(DOCS, 'dense')}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from families import on_meta, small_of_each_module
 
 from ctc_timm import CTCTask
+from families import on_meta, small_of_each_module
 
 B, C = 2, 3
 

@@ -6,12 +6,12 @@ import pytest
 import timm
 import torch
 from equations import weights_of
-from processes import run_processes
 
 from ctc_timm import CTCTask, InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
 from ctc_timm.contrast import banks, negatives
 from ctc_timm.contrast.banks import new_bank
 from ctc_timm.contrast.sharding import BankShard
+from processes import run_processes
 
 N, B, D, E, K = 61, 8, 10, 6, 18
 LABELS = torch.arange(N) % 5

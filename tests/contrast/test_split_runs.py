@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT
 from safetensors.torch import load_file
 
 from ctc_timm.contrast.sharding import BankShard
@@ -14,6 +13,7 @@ from ctc_timm.training.build import build_trainer
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build
+from runs import ROOT
 
 SMALL = dict(
     model='test_vit', train_split='train[:160]', val_split='validation[:70]', img_size=16, mean=0.3, std=0.4,

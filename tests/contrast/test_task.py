@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from processes import run_processes
 from timm.task import ClassificationTask, TrainingTask
 
 from ctc_timm import CTCTask, features_and_logits
 from ctc_timm.utils.errors import UserError
+from processes import run_processes
 
 N, B, C = 48, 8, 6
 SMALL = {'embed_dim': 16, 'num_negatives': 12}

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from runs import CONFIG
 
 from ctc_timm.data import cached
 from ctc_timm.data.cached import cache_split
@@ -20,6 +19,7 @@ from ctc_timm.data.decoding import ReplacingDataset
 from ctc_timm.data.loaders import TrainLoader
 from ctc_timm.data.settings import AugmentationSettings, DataSettings, LoaderSettings
 from ctc_timm.utils.errors import UserError
+from runs import CONFIG
 
 CPU = torch.device('cpu')
 SMALL: dict[str, Any] = dict(crop_padding=2, scale=(1.0, 1.0), ratio=(1.0, 1.0), color_jitter=0.0)

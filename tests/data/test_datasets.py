@@ -11,9 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import timm
-from images import encoded, picture
 from PIL import Image
-from runs import write_folder
 from sklearn.datasets import load_digits
 
 from ctc_timm.data.datasets import check_classes, check_labels, is_streaming, open_split
@@ -23,6 +21,8 @@ from ctc_timm.data.indexed import IndexedDataset
 from ctc_timm.data.settings import DataSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.utils.errors import UserError
+from images import encoded, picture
+from runs import write_folder
 
 DIGITS = DataSettings(dataset='digits')
 

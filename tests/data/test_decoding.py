@@ -14,9 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from images import damaged_images, encoded, odd_images, picture, write_damaged, write_odd
 from PIL import Image
-from runs import CONFIG, write_folder
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from ctc_timm.data import decoding
@@ -27,6 +25,8 @@ from ctc_timm.data.loaders import RefreshLoader, create_eval_loader
 from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.training.build import build_trainer
 from ctc_timm.utils.errors import RunError, UserError
+from images import damaged_images, encoded, odd_images, picture, write_damaged, write_odd
+from runs import CONFIG, write_folder
 
 CPU = torch.device('cpu')
 MODEL = '--model test_resnet --img-size 16 --mean 0.3 --std 0.4 --num-negatives 16 --smoothing 0 --lr 0.01'

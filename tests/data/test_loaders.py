@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import CONFIG
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
@@ -24,6 +23,7 @@ from ctc_timm.data.loaders import RefreshLoader, TrainLoader, erase
 from ctc_timm.data.settings import AugmentationSettings, DataSettings, LoaderSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.utils.errors import UserError
+from runs import CONFIG
 
 CPU = torch.device('cpu')
 DIGITS = DataSettings(dataset='digits')

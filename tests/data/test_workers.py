@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from runs import CONFIG, Ended, forget_processes
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -22,6 +21,7 @@ from ctc_timm.data.decoding import WorkerError, fetch_batches, translate_errors
 from ctc_timm.data.loaders import TrainLoader, create_eval_loader
 from ctc_timm.data.settings import AugmentationSettings, DataSettings, LoaderSettings
 from ctc_timm.utils.errors import UserError
+from runs import CONFIG, Ended, forget_processes
 
 CPU = torch.device('cpu')
 DIGITS = DataSettings(dataset='digits')

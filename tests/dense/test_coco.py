@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_folders import content, write_coco
 from PIL import Image
 from pycocotools import mask as coding
 from pycocotools.coco import COCO
 
+from coco_folders import content, write_coco
 from ctc_timm.dense.coco import CocoSplit, evaluate_results, metric_names, to_results
 from ctc_timm.utils.errors import UserError
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from coco_folders import content, write_coco
 from PIL import Image
-from runs import Ended
 
+from coco_folders import content, write_coco
 from ctc_timm.data.settings import LoaderSettings
 from ctc_timm.dense.coco import CocoSplit
 from ctc_timm.dense.detection import DetectionEvaluator, DetectionTask, create_detector, extra_levels
@@ -24,6 +23,7 @@ from ctc_timm.models.settings import SourceSettings
 from ctc_timm.runs import Run
 from ctc_timm.utils.settings import build
 from ctc_timm.utils.yaml_files import read_recipe
+from runs import Ended
 
 Script = Callable[..., Ended]
 KINDS = ('fasterrcnn', 'maskrcnn', 'retinanet')

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from coco_folders import content, write_coco
-from mask_folders import blocks
 from PIL import Image
 from torchvision.tv_tensors import Mask
 
+from coco_folders import content, write_coco
 from ctc_timm.data.settings import LoaderSettings
 from ctc_timm.dense.coco import CocoSplit
 from ctc_timm.dense.loading import IGNORE, FitCanvas, TrainLoader, collate, train_transform
 from ctc_timm.dense.settings import CanvasSettings
+from mask_folders import blocks
 
 BLACK = (0.0, 0.0, 0.0)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mask_folders import blocks, write_ade, write_voc
 from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
 
@@ -18,6 +17,7 @@ from ctc_timm.dense.loading import IGNORE
 from ctc_timm.dense.masks import confusion, open_masks, read_classes, scores, voc_palette
 from ctc_timm.dense.settings import SegmenterSettings
 from ctc_timm.utils.errors import UserError
+from mask_folders import blocks, write_ade, write_voc
 
 PLAIN = SegmenterSettings()
 ADE20K = SegmenterSettings(reduce_zero_label=True)

@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_folders import content, write_coco
-from mask_folders import write_ade, write_voc
 from PIL import Image
-from processes import run_processes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from runs import Ended, forget_processes
 from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
-from stops import stop_and_go_on
 
 import ctc_timm
+from coco_folders import content, write_coco
 from ctc_timm.dense import detection, segmentation
 from ctc_timm.runs import Run
 from ctc_timm.training.build import train
 from ctc_timm.utils.errors import UserError
+from mask_folders import write_ade, write_voc
+from processes import run_processes
+from runs import Ended, forget_processes
+from stops import stop_and_go_on
 
 _SMALL: dict[str, Any] = dict(img_size=32, batch_size=2, workers=0, epochs=2, fpn_channels=16, hflip=0)
 _FEW = dict(rpn_pre_nms_top_n_train=50, rpn_post_nms_top_n_train=30, box_batch_size_per_image=16, box_score_thresh=0)

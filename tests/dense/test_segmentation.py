@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from mask_folders import write_voc
 from PIL import Image
 from torch.nn.functional import conv2d, interpolate
 
@@ -19,6 +18,7 @@ from ctc_timm.dense.pyramid import open_pyramid
 from ctc_timm.dense.segmentation import SegmentationEvaluator, SegmentationTask, Segmenter, SemanticFPN
 from ctc_timm.dense.settings import BackboneSettings, SegmenterSettings
 from ctc_timm.models.settings import SourceSettings
+from mask_folders import write_voc
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import yaml
-from hub_client import PUBLISHED
 from huggingface_hub import ModelCard
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -19,6 +18,7 @@ from timm.models._hub import save_config_for_hf
 import ctc_timm
 from ctc_timm.hub.privacy import Private
 from ctc_timm.hub.publish import push
+from hub_client import PUBLISHED
 
 REPO = 'alice/test_resnet_ctc'
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hub_client import ALICE, BOB, COMMAND, IMAGES, IN_THREADS, PUBLISHED, logits_of
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
 import ctc_timm
 from ctc_timm.hub.publish import push
+from hub_client import ALICE, BOB, COMMAND, IMAGES, IN_THREADS, PUBLISHED, logits_of
 
 REPO = 'alice/test_resnet_ctc'
 EMPTY = {'.gitattributes'}

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hub_server import Blob
 from safetensors.torch import save_file
 
 from ctc_timm.hub.collect import add
 from ctc_timm.models import catalog
 from ctc_timm.utils.errors import UserError
+from hub_server import Blob
 
 REPO = 'alice/test_resnet_ctc.digits'
 

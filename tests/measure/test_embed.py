@@ -12,8 +12,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from processes import run_processes
-from runs import CONFIG
 from safetensors.torch import save_file
 from timm.data import create_transform
 
@@ -22,6 +20,8 @@ from ctc_timm.measure.settings import EmbedSettings
 from ctc_timm.models.backbones import features_and_logits
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build
+from processes import run_processes
+from runs import CONFIG
 
 pandas, parquet = pytest.importorskip('pandas'), pytest.importorskip('pyarrow.parquet')
 

@@ -10,8 +10,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from processes import run_processes
-from runs import CONFIG
 from torchvision.transforms import functional
 
 from ctc_timm.data.datasets import open_split
@@ -21,6 +19,8 @@ from ctc_timm.measure.features import SplitImages, compute_features, features_of
 from ctc_timm.models.backbones import features_and_logits
 from ctc_timm.models.loading import LoadedModel
 from ctc_timm.utils.errors import UserError
+from processes import run_processes
+from runs import CONFIG
 
 DIGITS, LOADER = DataSettings(dataset='digits'), LoaderSettings(batch_size=32, workers=0)
 

@@ -14,7 +14,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from runs import forget_processes, write_folder
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -25,6 +24,7 @@ from ctc_timm.measure.settings import DynamicsSettings, LinearProbeSettings
 from ctc_timm.training.build import train
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build
+from runs import forget_processes, write_folder
 
 Flags = Callable[..., Any]
 SMALL = {'target': 'digits', 'max_train': 300, 'max_test': 200, 'workers': 0}

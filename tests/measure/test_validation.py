@@ -11,7 +11,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import CONFIG
 from safetensors.torch import save_file
 from timm.data import create_transform
 
@@ -19,6 +18,7 @@ from ctc_timm.data.digits import DigitsReader
 from ctc_timm.measure.settings import ValidateSettings
 from ctc_timm.measure.validation import PerClassEvaluator, validate
 from ctc_timm.utils.settings import build
+from runs import CONFIG
 
 
 def test_accuracy_by_class_against_a_loop(tmp_path: Path) -> None:

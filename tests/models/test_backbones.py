@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from families import HEADLESS, on_meta, small_of_each_module
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import nn
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ctc_timm
 from ctc_timm.models.backbones import check_input, feature_dim, features_and_logits, has_classification_head
+from families import HEADLESS, on_meta, small_of_each_module
 
 # A head with a BatchNorm before its classifier, one that averages two classifiers, one whose classifier is a
 # convolution, and some of what timm keeps for tests: small enough to compare real numbers.

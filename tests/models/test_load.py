@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
-from hub_client import BOB, IMAGES, IN_THREADS, Client, logits_of
-from hub_server import Blob, Repo
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load, save, save_file
 from timm.models._hub import save_config_for_hf
@@ -20,6 +18,8 @@ from timm.models._hub import save_config_for_hf
 import ctc_timm
 from ctc_timm.hub.collect import add
 from ctc_timm.models.download import HubError, translate_errors
+from hub_client import BOB, IMAGES, IN_THREADS, Client, logits_of
+from hub_server import Blob, Repo
 
 NAME = 'test_resnet_ctc.digits'
 REPO = f'alice/{NAME}'

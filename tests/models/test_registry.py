@@ -11,14 +11,14 @@ import sys
 import pytest
 import timm
 import torch
-from families import on_meta, small_of_each_module
-from runs import ROOT
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, get_arch_name, get_arch_pretrained_cfgs, model_entrypoint
 from torch import nn
 
 import ctc_timm
 from ctc_timm.models import catalog, registry
+from families import on_meta, small_of_each_module
+from runs import ROOT
 
 SMALL = 'test_byobnet'  # the nets timm keeps for tests have a few hundred thousand parameters
 SHIPPED = catalog.load(catalog.SHIPPED)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from runs import ROOT
 from safetensors.torch import load_file
 
 import ctc_timm
 from ctc_timm.models import catalog
+from runs import ROOT
 
 ENTRIES = {**catalog.load(catalog.SHIPPED), **catalog.load(catalog.BASELINES)}
 CIFAR100 = ROOT.parent / 'shared' / 'data' / 'cifar100'

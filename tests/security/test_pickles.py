@@ -19,8 +19,6 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from hub_server import Blob
-from runs import CONFIG
 from safetensors.torch import load_file, save_file
 
 from ctc_timm.data.datasets import open_split
@@ -31,6 +29,8 @@ from ctc_timm.measure.results import RowStore
 from ctc_timm.models.loading import LoadedModel, data_settings, load_model, load_weights
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.yaml_files import read_mapping, read_recipe, read_values
+from hub_server import Blob
+from runs import CONFIG
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.pth.tar', '.safetensors', '.npz', '.npy', '.PTH', '')
 DATA = ('--dataset', 'digits', '--val-split', 'validation[:32]', '-j', '0', '-b', '32')

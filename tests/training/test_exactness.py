@@ -9,8 +9,6 @@ import pytest
 import timm
 import torch
 from accelerate.utils import gather_object
-from processes import run_processes, synchronize
-from runs import forget_processes
 from safetensors.torch import load_file
 
 from ctc_timm import CTCTask
@@ -18,6 +16,8 @@ from ctc_timm.models.settings import BatchNormSettings
 from ctc_timm.training import build as building
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.settings import build, replace
+from processes import run_processes, synchronize
+from runs import forget_processes
 
 # Ten steps in each of two epochs of 160 images; `all` draws nothing that could differ, and GELU has no kink whose side
 # depends on the order of a sum.

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import on_meta, small_of_each_module
 from torch import nn
 
 from ctc_timm.training.freezing import freeze
 from ctc_timm.training.tasks import SupervisedTask
 from ctc_timm.utils.errors import UserError
+from families import on_meta, small_of_each_module
 
 # heads with more than the one layer that timm's config names as the classifier
 WIDER = {'caformer_s18': ['head.fc'], 'iformer_t': ['head.head'], 'levit_384_s8': ['head', 'head_dist']}
