@@ -70,7 +70,7 @@ class LinearProbeSettings(_ModelOnDataSettings):
 class EmbeddingSettings:
     """What is embedded, and the file that it goes to."""
 
-    output: str = setting('features.parquet', 'file to write: .parquet, .npz or .csv', metavar='FILE')
+    output: str = setting('features.npz', 'file to write: .parquet, .npz or .csv', metavar='FILE')
     split: str = setting('', 'which split; a folder whole, or the validation split of a data set', metavar='NAME')
     logits: bool = setting(False, 'write the class scores too')
 
