@@ -33,7 +33,7 @@ from ..utils.tasks import Evaluator, Loader, TrainerTask
 from .checkpoints import ResumePoint, locate_run
 from .monitor import create_monitor
 from .optimization import TwoStageSchedule, create_optimizer, resolve_lr, temporal_start
-from .settings import StageSettings, TrainSettings
+from .settings import CommandSettings, StageSettings, TrainSettings
 from .tasks import PrepareBatch, create_task
 from .trainer import Trainer
 
@@ -141,7 +141,7 @@ def build_trainer(
 
 
 def assemble_trainer(
-    settings: Any,
+    settings: CommandSettings,
     task: TrainerTask,
     loader: Loader,
     evaluator: Evaluator,
@@ -164,7 +164,7 @@ def assemble_trainer(
     return trainer
 
 
-def open_accelerator(settings: Any, find_unused_parameters: bool) -> Accelerator:
+def open_accelerator(settings: CommandSettings, find_unused_parameters: bool) -> Accelerator:
     """Set up Accelerate for a command that trains; raises a UserError where it has no such tracker or precision."""
     log_with, output = settings.run.log_with, settings.folder.output
     installed = ['all', *(str(tracker.value) for tracker in get_available_trackers())] if log_with else []

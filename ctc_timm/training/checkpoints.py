@@ -31,6 +31,7 @@ from ..utils.errors import RunError, UserError, one_line
 from ..utils.files import atomic_rename, verify, write_manifest
 from ..utils.settings import flatten
 from ..utils.tasks import StateReader, TrainerTask
+from .settings import CommandSettings
 
 PROGRESS, _RANK_FILE = 'progress.json', 'process_{:05d}'
 _SAME = ('model', 'source', 'checkpoint', 'dataset', 'data_dir', 'mode')  # of runs that one may continue by 'auto'
@@ -198,12 +199,12 @@ class ResumePoint(NamedTuple):
     damaged: tuple[str, ...] = ()
 
 
-def values_of(settings: Any) -> dict[str, Any]:
+def values_of(settings: CommandSettings) -> dict[str, Any]:
     """All settings by name, as args.yaml holds them, with the `mode` of a command that has no such setting."""
     return {'mode': getattr(settings, 'mode', ''), **flatten(settings)}
 
 
-def locate_run(settings: Any) -> tuple[Run, ResumePoint]:
+def locate_run(settings: CommandSettings) -> tuple[Run, ResumePoint]:
     """Decide which folder a run has, the same on all ranks, and which state it continues from.
 
     Raises:
@@ -222,7 +223,7 @@ def locate_run(settings: Any) -> tuple[Run, ResumePoint]:
     return run, point
 
 
-def find_resume(settings: Any) -> ResumePoint:
+def find_resume(settings: CommandSettings) -> ResumePoint:
     """Find the state that `resume` of a command's settings means, or none to start afresh (only with 'auto').
 
     Raises:

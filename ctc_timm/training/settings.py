@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..data.settings import AugmentationSettings, DataSettings, LoaderSettings, MixupSettings
 from ..models.settings import ArchitectureSettings, BatchNormSettings, ExecutionSettings, ModelSettings, SourceSettings
@@ -145,6 +145,31 @@ class PushSettings:
     """What is done with a finished run."""
 
     push_to_hub: str = setting('', 'publish the run there when it is done', metavar='USER/NAME')
+
+
+class CommandSettings(Protocol):
+    """What the settings of every command that trains have, see `TrainSettings`."""
+
+    @property
+    def loader(self) -> LoaderSettings: ...
+
+    @property
+    def schedule(self) -> ScheduleSettings: ...
+
+    @property
+    def optimizer(self) -> OptimizerSettings: ...
+
+    @property
+    def batch_norm(self) -> BatchNormSettings: ...
+
+    @property
+    def precision(self) -> PrecisionSettings: ...
+
+    @property
+    def folder(self) -> FolderSettings: ...
+
+    @property
+    def run(self) -> RunSettings: ...
 
 
 @dataclass(frozen=True)

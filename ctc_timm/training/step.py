@@ -15,6 +15,7 @@ from timm.utils import adaptive_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor, nn
 
 from ..utils.tasks import Batch, TrainerTask
+from .settings import CommandSettings
 
 
 class Step(NamedTuple):
@@ -31,7 +32,9 @@ class Steps:
     With `max_bad_steps`, steps with numbers that are not finite are discarded, which waits once a step for the device.
     """
 
-    def __init__(self, accelerator: Accelerator, task: TrainerTask, optimizer: Any, settings: Any, mixup: Any) -> None:
+    def __init__(
+        self, accelerator: Accelerator, task: TrainerTask, optimizer: Any, settings: CommandSettings, mixup: Any
+    ) -> None:
         self.accelerator, self.task, self.optimizer = accelerator, task, optimizer
         self.settings, self.mixup = settings.optimizer, mixup
         checks = settings.run.max_bad_steps > 0

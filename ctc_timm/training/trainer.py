@@ -20,6 +20,7 @@ from ..utils.progress import clock, progress_bar
 from ..utils.tasks import Batch, Evaluator, Loader, TrainerTask, Watcher
 from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state, values_of
 from .optimization import TwoStageSchedule
+from .settings import CommandSettings
 from .signals import Interrupted, StopSignal, newest_state
 from .step import Steps, share_statistics
 
@@ -41,7 +42,7 @@ class Trainer:
 
     def __init__(
         self,
-        settings: Any,
+        settings: CommandSettings,
         task: TrainerTask,
         loader: Loader,
         evaluator: Evaluator,
