@@ -55,10 +55,11 @@ class Negatives(NamedTuple):
 class NegativeSampler:
     """Draws negatives, and positives of the same class, with a generator of its own.
 
-    `sampled` gives each image K rows of other classes, without repetition where there are that many and with
-    repetition where there are not, as in the paper's code. `shared` draws K rows once for the batch and leaves out,
-    image by image, those of the image's class; the sum over the rest is scaled to K rows, so that the loss has the same
-    expectation. `all` draws nothing: every row of another class counts K / M times, which is that expectation itself.
+    `sampled` gives each image K rows of other classes, without repetition where there are that many and with repetition
+    where there are not, as in the paper's code. `shared` draws K rows once for the batch and leaves out, image by
+    image, those of the image's class; the sum over the rest is scaled to K rows, and by how often there is a rest, so
+    that the loss has the same expectation. `all` draws nothing: every row of another class counts K / M times, which is
+    that expectation itself.
 
     Args:
         labels_N, num_negatives, mode: Class of each training image, [N], integers from 0; K; one of the above.
@@ -131,6 +132,7 @@ class NegativeSampler:
             rows_R = self._shared_rows()
             other_BR = ~is_own_class(classes_BP, held.labels_R[rows_R])
             count_B = other_BR.sum(dim=1)
+            share_B = share_B / self._chance_of_any(held_B, classes_BP.shape[1])
             return Negatives(count_B, share_B / count_B.clamp(min=1), positives_B, rows_R, other_BR)
         scale_B = torch.ones_like(share_B) if self.shard.world == 1 else share_B / self._draw_size
         return self._sampled(classes_BP, held_B, scale_B, positives_B)
@@ -198,6 +200,19 @@ class NegativeSampler:
             no_class = self._held.labels_R.new_full((1, 1), -1)
             return self._distinct_rows(no_class, K, math.ceil(1.1 * wanted))[0]
         return torch.randperm(R, generator=self.generator, device=self.device)[:K]
+
+    def _chance_of_any(self, others_B: Tensor, num_classes: int) -> Tensor | float:
+        """Compute how likely shared rows have one of another class at all, [B], or 1.0 where that is as good as sure.
+
+        The other draws must make up for those that have none. Of R rows each of K misses the M others that are left
+        with 1 - M / R, 1 - M / (R - 1), ... without repetition.
+        """
+        R, K = self._held.num_rows, self._draw_size
+        if self._least[num_classes - 1] * K > 20 * R:  # (1 - M / R)^K is below e^-20, less than float32 resolves
+            return 1.0
+        left_K = torch.full((K,), R) if K > R else torch.arange(R, R - K, -1)
+        miss_BK = 1 - others_B[:, None] / left_K.to(others_B.device)
+        return 1 - miss_BK.clamp(min=0).log().sum(dim=1).exp().where(others_B > 0, 0.0)
 
     def _integers(self, below: int, *shape: int) -> Tensor:
         return torch.randint(below, shape, generator=self.generator, device=self.device)

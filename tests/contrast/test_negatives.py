@@ -5,6 +5,8 @@ Letters: B batch, K negatives an image, M rows of other classes, N instances.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from equations import weights_of
@@ -61,9 +63,47 @@ def test_negatives_are_of_other_classes(
             assert len(draw.rows) == K and (K > N or len(set(draw.rows.tolist())) == K)
         has = weight_BN.any(dim=1)
         total_B = draw.scale_B.double() * weight_BN.sum(dim=1)
-        torch.testing.assert_close(total_B[has], torch.full_like(total_B, K)[has], rtol=1e-5, atol=0)
+        wanted_B = K / (_chance_of_any(allowed_BN, K) if mode == 'shared' else torch.ones_like(total_B))
+        torch.testing.assert_close(total_B[has], wanted_B[has], rtol=1e-5, atol=0)
         for positive, index in zip(draw.positives_B, index_B):
             assert classes[positive] == classes[index] and (relaxed or positive == index)
+
+
+def _chance_of_any(allowed_BN: torch.Tensor, K: int) -> torch.Tensor:
+    """How likely K rows of N have an allowed one: by counting subsets, or of N^K when rows repeat."""
+    B, N = allowed_BN.shape
+    own = [N - int(row.sum()) for row in allowed_BN]
+    miss = [(n / N) ** K if K > N else math.comb(n, K) / math.comb(N, K) for n in own]
+    return 1 - torch.tensor(miss, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    'sizes, K, mixed',
+    [
+        ((180, 20), 8, False),
+        ((3, 57), 2, False),
+        ((2, 1), 5, False),
+        ((90, 6, 3, 1), 12, False),
+        ((50, 40, 5), 9, True),
+    ],
+)
+def test_shared_negatives_of_unbalanced_classes_stand_for_all(sizes: tuple[int, ...], K: int, mixed: bool) -> None:
+    """In the mean each other row counts K / M times, within five standard errors, even if most draws miss them."""
+    labels_N = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    labels_N = labels_N[torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(3))]
+    N, draws = len(labels_N), 3000
+    index_B = torch.stack([(labels_N == c).nonzero()[0, 0] for c in range(len(sizes))])
+    partner_B = index_B.flip(0) if mixed else None
+    others_BN = labels_N != labels_N[index_B][:, None]
+    if partner_B is not None:
+        others_BN &= labels_N != labels_N[partner_B][:, None]
+    sampler = NegativeSampler(labels_N, K, 'shared', seed=4)
+    drawn = (sampler.draw(index_B, partner_B) for _ in range(draws))
+    weights_DBN = torch.stack([draw.scale_B[:, None] * weights_of(draw, N) for draw in drawn])
+    mean_BN, error_BN = weights_DBN.mean(dim=0), weights_DBN.std(dim=0) / draws**0.5
+    wanted_BN = others_BN * K / others_BN.sum(dim=1, keepdim=True)
+    assert not mean_BN[~others_BN].any()
+    assert ((mean_BN - wanted_BN).abs() <= 5 * error_BN + 1e-5 * K).all()
 
 
 UNIFORM = {

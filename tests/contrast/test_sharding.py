@@ -31,7 +31,7 @@ def test_every_row_is_held_once(world, monkeypatch):
 
 
 @pytest.mark.parametrize('mixed', [False, True])
-@pytest.mark.parametrize('kind', ['shared', 'mask', 'rows', 'repeated'])
+@pytest.mark.parametrize('kind', ['shared', 'shared, few', 'mask', 'rows', 'repeated'])
 def test_drawn_rows_stand_for_all_of_other_classes(kind, mixed, monkeypatch):
     """Summed over processes, a row of another class weighs K / M on average, whichever process holds it.
 
@@ -40,7 +40,7 @@ def test_drawn_rows_stand_for_all_of_other_classes(kind, mixed, monkeypatch):
     monkeypatch.setattr(negatives, 'WHOLE_BANK_RATIO', 0 if kind == 'rows' else 10**9)
     labels = torch.cat([torch.full((size,), c) for c, size in enumerate((40, 3, 30, 27))])
     labels = labels[torch.randperm(100, generator=torch.Generator().manual_seed(1))]
-    size, draws, world = {'shared': 60, 'repeated': 100}.get(kind, 14), 2000, 3
+    size, draws, world = {'shared': 60, 'shared, few': 12, 'repeated': 100}.get(kind, 14), 2000, 3
     index = torch.tensor([int((labels == c).nonzero()[0]) for c in range(4)])
     partner = index.flip(0) if mixed else None
     left_out = labels[index, None] == labels
@@ -48,7 +48,7 @@ def test_drawn_rows_stand_for_all_of_other_classes(kind, mixed, monkeypatch):
     expected = size / (~left_out).sum(dim=1, keepdim=True) * ~left_out
     for rank in range(world):
         split = BankShard(100, rank, world)
-        mode = 'shared' if kind == 'shared' else 'sampled'
+        mode = 'shared' if kind.startswith('shared') else 'sampled'
         sampler = NegativeSampler(labels, size, mode, seed=2, rank=rank, split=split)
         seen = torch.zeros(2, 4, split.num_rows, dtype=torch.float64)
         for _ in range(draws):
