@@ -70,10 +70,10 @@ def momentum_update(
     if shard is not None and shard.world > 1:
         mine_G, place_G = shard.find(index_G)
         # Picking out the images that lie here would wait for the device. So every image writes something: the others
-        # repeat what the first image that lies here writes.
-        first = mine_G.byte().argmax()
-        place_G = torch.where(mine_G, place_G, place_G[first])
-        source_G = torch.where(mine_G, source_G, source_G[first])
+        # repeat what the first image that lies here writes. Its number stays a [1]: a scalar index waits, too.
+        first_1 = mine_G.byte().argmax(keepdim=True)
+        place_G = torch.where(mine_G, place_G, place_G[first_1])
+        source_G = torch.where(mine_G, source_G, source_G[first_1])
     old_GE = bank[place_G].to(embedding_GE.dtype)
     new_GE = torch.lerp(embedding_GE[source_G], old_GE, momentum) if momentum else embedding_GE[source_G]
     length_G1 = new_GE.norm(dim=1, keepdim=True)

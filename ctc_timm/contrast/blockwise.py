@@ -58,8 +58,8 @@ def logistic_terms(
     return _with_slope(v_BE, parts[:, 0], parts[:, 1:])
 
 
-def exponential_sums(v_BE: Tensor, bank: Tensor, negatives: Negatives, T: float, shard: BankShard) -> Tensor:
-    """Compute sum_r w_br * exp(<v_b, row_r> / T), [B], over the rows held here, for all ranks' images."""
+def log_exponential_sums(v_BE: Tensor, bank: Tensor, negatives: Negatives, T: float, shard: BankShard) -> Tensor:
+    """Compute log sum_r w_br exp(<v_b, row_r> / T), [B], over the rows held here, for all ranks' images."""
     return _logistic(shard.gather(v_BE), bank, *negatives[3:], T, None)[0]
 
 
@@ -104,20 +104,24 @@ def _logistic(
 ) -> tuple[Tensor, Tensor]:
     """Compute, with o = exp(<query, row_r> / T - offset): sum_r w_br log(1 + o), [B], and its slope, [B, E].
 
-    Without an offset the sum is that of w_br o, and the slope is of no use. Rows and weights are those of `Negatives`.
+    Without an offset it computes log sum_r w_br exp(<query, row_r> / T), and the slope is of no use. Rows and weights
+    are those of `Negatives`.
     """
     dtype, device = queries_BE.dtype, queries_BE.device
     if temperature < 0.03 and device.type != 'mps':  # o may reach exp(2 / T), which overflows float32
         queries_BE = queries_BE.double()
     queries_BE = queries_BE / temperature
+    subtracted = 1 / temperature if offset is None else offset  # scores are at most 1 / T: no term is above one
     if rows is not None and rows.ndim == 2:  # one image at a time: the rows of all would take B K E
         values, slopes = [], []
         for query_E, rows_K in zip(queries_BE, rows):
             rows_KE = bank_NE.index_select(0, rows_K).to(query_E.dtype)
-            odds_K = (rows_KE @ query_E).sub_(0 if offset is None else offset).exp_()
+            odds_K = (rows_KE @ query_E).sub_(subtracted).exp_()
             values.append((odds_K if offset is None else odds_K.log1p()).sum())
             slopes.append(odds_K.div_(odds_K + 1) @ rows_KE)
-        return torch.stack(values).to(dtype), torch.stack(slopes).div_(temperature).to(dtype)
+        value_B, slope_BE = torch.stack(values), torch.stack(slopes)
+        value_B = value_B.log() + subtracted if offset is None else value_B
+        return value_B.to(dtype), slope_BE.div_(temperature).to(dtype)
     batch_size, count = len(queries_BE), bank_NE.shape[0] if rows is None else rows.shape[0]
     value_B, slope_BE = queries_BE.new_zeros(batch_size), torch.zeros_like(queries_BE)
     step = min(rows_per_block(batch_size, device), count)
@@ -128,9 +132,7 @@ def _logistic(
         rows_RE = (bank_NE[block] if rows is None else bank_NE.index_select(0, rows[block])).to(queries_BE.dtype)
         odds_BR, terms_BR = (flat[: batch_size * len(rows_RE)].view(batch_size, len(rows_RE)) for flat in scratch)
         torch.mm(queries_BE, rows_RE.T, out=odds_BR)
-        if offset is not None:
-            odds_BR.sub_(offset)
-        odds_BR.exp_()
+        odds_BR.sub_(subtracted).exp_()
         weight_BR = None if weights_BR is None else weights_BR[:, block]
         if classes_BP is not None and labels_R is not None:
             odds_BR.masked_fill_(is_own_class(classes_BP, labels_R[block]), 0)  # adds nothing to sum and slope
@@ -142,6 +144,7 @@ def _logistic(
         if offset is not None:
             pull_BR = odds_BR.div_(torch.add(odds_BR, 1, out=terms_BR))
             slope_BE.addmm_(pull_BR if weight_BR is None else pull_BR.mul_(weight_BR), rows_RE)
+    value_B = value_B.log() + subtracted if offset is None else value_B
     return value_B.to(dtype), slope_BE.div_(temperature).to(dtype)
 
 

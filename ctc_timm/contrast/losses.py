@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models import group_parameters
 from torch import Tensor, nn
@@ -19,12 +18,13 @@ from torch import Tensor, nn
 from ..models.backbones import features_and_logits
 from ..utils.errors import UserError
 from .banks import BANK_DTYPES, momentum_update, new_bank, unit
-from .blockwise import exponential_sums, logistic_terms, logsumexp_scores
+from .blockwise import log_exponential_sums, logistic_terms, logsumexp_scores
 from .negatives import Negatives
-from .sharding import BankShard, is_distributed
+from .sharding import BankShard, gather_rows
 
 EPS = 1e-7
 MIN_TEMPERATURE = 0.012  # of the temporal stage: exp(1 / temperature) overflows float32 below
+NORMALIZERS = ('present_normalizer', 'past_normalizer')
 
 
 def check_range(name: str, value: float, low: float, below: float = math.inf, *, above: bool = False) -> None:
@@ -141,8 +141,8 @@ class TemporalContrastLoss(BankLoss):
     past_projector: nn.Linear
     present_bank: Tensor  # [N, E], unit rows
     past_bank: Tensor
-    present_normalizer: Tensor  # scalars; the first step in training mode sets them to N * mean(out)
-    past_normalizer: Tensor
+    log_present_normalizer: Tensor  # scalars; the first step in training mode sets them to log(N * mean(out))
+    log_past_normalizer: Tensor  # a normalizer itself overflows float32 at low temperatures
 
     def __init__(
         self,
@@ -162,8 +162,8 @@ class TemporalContrastLoss(BankLoss):
         check_range('num_negatives', num_negatives, 1)
         check_range('temperature', temperature, MIN_TEMPERATURE)
         self.num_negatives = num_negatives
-        self.register_buffer('present_normalizer', torch.zeros(()))
-        self.register_buffer('past_normalizer', torch.zeros(()))
+        for name in NORMALIZERS:
+            self.register_buffer(f'log_{name}', torch.tensor(-math.inf))
         # Whether they are set is known on the host, so that no step waits for the device to say so.
         self._normalizers_set = False
         self._seen: tuple[tuple[Tensor, int], ...] = ()
@@ -193,8 +193,8 @@ class TemporalContrastLoss(BankLoss):
                 past_BE = self.shard.fetch(self.past_bank, index_B).to(present_BE.dtype)
             else:
                 past_BE = embed(past_BD, self.past_projector)
-            loss = self._contrast(present_BE, self.past_bank, self.present_normalizer, negatives, lam_B)
-            loss = loss + self._contrast(past_BE, self.present_bank, self.past_normalizer, negatives, lam_B)
+            loss = self._contrast(present_BE, self.past_bank, self.log_present_normalizer, negatives, lam_B)
+            loss = loss + self._contrast(past_BE, self.present_bank, self.log_past_normalizer, negatives, lam_B)
         if self.training:
             self._normalizers_set = True
             self._update('present_bank', index_B, present_BE)
@@ -203,7 +203,7 @@ class TemporalContrastLoss(BankLoss):
         return loss
 
     def _contrast(
-        self, v_BE: Tensor, bank: Tensor, normalizer: Tensor, negatives: Negatives, lam_B: Tensor | None
+        self, v_BE: Tensor, bank: Tensor, log_normalizer: Tensor, negatives: Negatives, lam_B: Tensor | None
     ) -> Tensor:
         """Contrast embeddings of one model with the bank of the other.
 
@@ -214,19 +214,16 @@ class TemporalContrastLoss(BankLoss):
         positive_BE = self.shard.fetch(bank, negatives.positives_B)
         score_B = (v_BE * positive_BE).sum(dim=1) / T
         if not self._normalizers_set:
-            powers_B = exponential_sums(v_BE, bank, negatives, T, self.shard)
-            total = (negatives.scale_B * powers_B).sum() + score_B.detach().exp().sum()
+            powers_B = log_exponential_sums(v_BE, bank, negatives, T, self.shard)
+            total = torch.cat([negatives.scale_B.log() + powers_B, score_B.detach()]).logsumexp(dim=0)
             count = (negatives.scale_B * negatives.count_B).sum() + len(score_B)
-            sums = torch.stack([total, count])  # of all ranks
-            sums = sums if sums.device.type == 'mps' else sums.double()
-            if is_distributed():
-                dist.all_reduce(sums)
-            first = sums[0] / sums[1] * self.num_instances
+            total_P, count_P = gather_rows(torch.stack([total, count])[None]).unbind(dim=1)
+            first = total_P.logsumexp(dim=0) - count_P.sum().log() + math.log(self.num_instances)
             if self.training:  # a batch whose mean is not finite leaves it to the next one
-                normalizer.copy_(torch.where(first.isfinite(), first, 0.0))
+                log_normalizer.copy_(torch.where(first.isfinite(), first, -math.inf))
             else:
-                normalizer = first.to(v_BE.dtype)
-        offset = normalizer.log() + math.log(q + EPS)
+                log_normalizer = first.to(v_BE.dtype)
+        offset = log_normalizer + math.log(q + EPS)
         positive_B = F.softplus(offset - score_B, threshold=50)
         if lam_B is not None:
             partner_B = (v_BE * positive_BE.flip(0)).sum(dim=1) / T
@@ -234,15 +231,28 @@ class TemporalContrastLoss(BankLoss):
         negative_B = logistic_terms(v_BE, bank, negatives, T, offset, math.log1p(EPS / q), self.shard)
         return (positive_B + negative_B).mean()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    @property
+    def present_normalizer(self) -> Tensor:
+        """Z of the present embeddings' contrast, a scalar; zero until it is set."""
+        return self.log_present_normalizer.exp()
+
+    @property
+    def past_normalizer(self) -> Tensor:
+        """Z of the past embeddings' contrast, likewise."""
+        return self.log_past_normalizer.exp()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in NORMALIZERS:  # states before 0.2 hold no logarithms
+            if prefix + name in state_dict:
+                state_dict[f'{prefix}log_{name}'] = state_dict.pop(prefix + name).log()
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.sync_normalizer_flag()
 
     def sync_normalizer_flag(self) -> None:
         """Read whether the normalizers are set; waits for the device only where they were written since last time."""
-        now = tuple((n, n._version) for n in (self.present_normalizer, self.past_normalizer))
+        now = tuple((n, n._version) for n in (self.log_present_normalizer, self.log_past_normalizer))
         if len(self._seen) != 2 or any(a is not b or x != y for (a, x), (b, y) in zip(now, self._seen)):
-            self._normalizers_set = all(bool(normalizer.any()) for normalizer, _ in now)
+            self._normalizers_set = all(bool(log_normalizer.isfinite()) for log_normalizer, _ in now)
             self._seen = now
 
     @torch.no_grad()

@@ -148,8 +148,8 @@ def test_temporal_loss_is_its_equation(
     torch.manual_seed(seed)
     B, N = size['B'], size['N']
     loss = TemporalContrastLoss(size['D'], N, size['E'], num_negatives=K, temperature=T).double().eval()
-    loss.present_normalizer.fill_(float(torch.rand(()) * 10 * N + 0.1))
-    loss.past_normalizer.fill_(float(torch.rand(()) * 10 * N + 0.1))
+    loss.log_present_normalizer.copy_((torch.rand(()) * 10 * N + 0.1).log())
+    loss.log_past_normalizer.copy_((torch.rand(()) * 10 * N + 0.1).log())
     present_BD, past_BD = (torch.randn(B, size['D'], dtype=torch.float64).requires_grad_() for _ in range(2))
     index_B, labels_N = torch.randint(N, (B,)), torch.arange(N) % 2
     rows, weights, classes = None, None, (None, None)
@@ -174,6 +174,36 @@ def test_temporal_loss_is_its_equation(
     same_value_and_slopes(value, expected, [present_BD, loss.present_projector.weight] + [past_BD] * (not stored))
 
 
+@pytest.mark.parametrize('T, N, K', [(0.012, 50_000, 4096), (0.0129, 1_000, 900), (0.04, 50_000, 40_000)])
+def test_aligned_features_at_low_temperatures(T: float, N: int, K: int) -> None:
+    """All scores one: out is 1 / N, so the loss has a closed form, whatever the normalizer, N exp(1 / T), overflows."""
+    generator = torch.Generator().manual_seed(0)
+    loss = TemporalContrastLoss(4, N, embed_dim=3, num_negatives=K, temperature=T, generator=generator)
+    features_BD = torch.ones(6, 4)
+    loss.past_projector.load_state_dict(loss.present_projector.state_dict())
+    loss.refresh(torch.ones(N, 4), torch.arange(N))
+    negatives = NegativeSampler(torch.arange(N) % 2, K, 'all').draw(torch.arange(6))
+    q, c = K / N, K / N + 1e-7
+    expected = 2 * (math.log1p(N * c) + K * math.log((1 / N + c) / q))
+    for _ in range(2):  # the normalizers are set by the first and used by the second
+        value = loss(features_BD, features_BD, torch.arange(6), negatives)
+        assert float(value.detach()) == pytest.approx(expected, rel=1e-4)
+    for normalizer in (loss.log_present_normalizer, loss.log_past_normalizer):
+        assert float(normalizer) == pytest.approx(math.log(N) + 1 / T, rel=1e-5)
+
+
+def test_states_with_plain_normalizers_load() -> None:
+    """Version 0.1 stored Z; zero meant that it was not set yet."""
+    for Z in (0.0, 2.5e7):
+        loss = TemporalContrastLoss(4, 9, embed_dim=3)
+        state = loss.state_dict()
+        for side in ('present', 'past'):
+            del state[f'log_{side}_normalizer']
+            state[f'{side}_normalizer'] = torch.tensor(Z)
+        loss.load_state_dict(state)
+        assert float(loss.present_normalizer) == pytest.approx(Z, rel=1e-6) == float(loss.past_normalizer)
+
+
 @pytest.mark.parametrize('block', [64, 1 << 19])
 @pytest.mark.parametrize('form', ['all', 'shared', 'sampled', 'repeated'])
 def test_many_blocks_against_the_written_out_sum(form, block, monkeypatch):
@@ -181,7 +211,7 @@ def test_many_blocks_against_the_written_out_sum(form, block, monkeypatch):
     torch.manual_seed(2)
     N, B, K = 1111, 5, {'repeated': 1500}.get(form, 900)
     loss = TemporalContrastLoss(8, N, embed_dim=6, num_negatives=K, temperature=0.2).double().eval()
-    loss.present_normalizer.fill_(300.0), loss.past_normalizer.fill_(250.0)
+    loss.log_present_normalizer.fill_(math.log(300)), loss.log_past_normalizer.fill_(math.log(250))
     present, past = torch.randn(2, B, 8, dtype=torch.float64)
     present.requires_grad_()
     index = torch.randperm(N)[:B]

@@ -1,5 +1,6 @@
 """The task: its two stages, what it remembers, and that without CTC it is timm's own."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,8 +8,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask, TrainingTask
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ctc_timm import CTCTask, features_and_logits
+from ctc_timm.contrast.sharding import BankShard
 from ctc_timm.utils.errors import UserError
 from processes import run_processes
 
@@ -273,3 +276,33 @@ def test_stored_past_needs_no_second_pass():
         assert step(task, sgd(task), seed=0)['ctc_loss'] > 0
         assert torch.equal(task.temporal.past_bank, past_bank) == (past_features == 'bank')
     assert calls == ['model']
+
+
+@pytest.mark.parametrize('mixed', [False, True])
+@pytest.mark.parametrize(
+    'stage, negatives, K, shards',
+    [
+        ('instance', 'all', 12, 1),
+        ('instance', 'all', 12, 2),
+        ('temporal', 'all', 12, 1),
+        ('temporal', 'shared', 20, 1),
+        ('temporal', 'shared', 2, 1),
+        ('temporal', 'sampled', 2, 1),
+        ('temporal', 'sampled', 30, 1),
+        ('temporal', 'sampled', 100, 1),
+    ],
+)
+def test_no_step_waits_for_the_device(stage, negatives, K, shards, mixed):
+    """Fake tensors have no values: reading one on the host, which a GPU would have to be waited for, raises."""
+    task, lam = build(negatives=negatives, num_negatives=K), torch.rand(B) if mixed else None
+    if stage == 'temporal':
+        task.start_temporal_stage(loader())
+    task.train().start_training()
+    for fake in (False, False, True):  # the first two temporal steps look whether the normalizers are set
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            if shards > 1 and fake:  # as one rank updates its rows of the batches of all
+                task.instance.shard = BankShard(2 * N, 1, shards)
+                task.instance._update('bank', torch.randint(N, (B,)), torch.randn(B, 16))
+            else:
+                task(*batch(), lam)['loss'].backward()
+            task.step_taken(1)

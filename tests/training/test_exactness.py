@@ -103,8 +103,8 @@ def test_accumulation_of_the_temporal_term() -> None:
         task = CTCTask(model, labels, num_negatives=32, negatives='all', verbose=False)
         images = torch.randn(64, 3, 160, 160, generator=torch.Generator().manual_seed(1))
         task.start_temporal_stage([(images, labels, torch.arange(64))])
-        task.temporal.present_normalizer.fill_(50.0)
-        task.temporal.past_normalizer.fill_(60.0)
+        task.temporal.log_present_normalizer.fill_(4)
+        task.temporal.log_past_normalizer.fill_(4.1)
         task.train().start_training()
         for index in torch.randperm(64, generator=torch.Generator().manual_seed(2)).split(64 // parts):
             (task(images[index], labels[index], index)['loss'] / parts).backward()
