@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import os
+import re
 import sys
-import tarfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from accelerate.logging import get_logger
 from PIL import ImageMode
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from timm.data.readers import get_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 
 from ..utils.errors import UserError, nearest, one_line
 from . import digits
+from .folders import (
+    MissingSplitError,
+    check_class_folders,
+    number_folders,
+    root_of_split,
+    scan_folder,
+    synonyms,
+    warn_once,
+)
 from .settings import DataSettings
 
 STREAMING = ('hfids', 'tfds', 'wds')
 READERS = ('hfds', 'torch', *STREAMING)
 FOLDER_NAMES = ('', 'folder', 'tar', 'imagefolder', 'image_folder', 'imagetar', 'image_tar')
-SYNONYMS = (('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation', 'test'))
+MAX_CLASSES = 10**6
 
 logger = get_logger(__name__)
 
@@ -79,7 +92,8 @@ def open_split(
         labeled: Whether labels are needed. Without, `labels_N` is None where they are missing, which is logged.
 
     Raises:
-        UserError: Nothing there, an empty class folder, a split that does not exist, labels missing.
+        MissingSplitError: A split that does not exist.
+        UserError: Nothing there, an empty class folder, labels that are no class numbers.
     """
     name, mode = data.dataset, image_mode(data)
     if name == digits.NAME:
@@ -88,23 +102,50 @@ def open_split(
     _check_name(data)
     root, inside = data.data_dir, None
     options: dict[str, Any] = {'class_map': data.class_map, 'download': data.dataset_download, 'input_img_mode': mode}
+    name, config = split_config(name)
     if by_reader := '/' in name:
-        split = _available_split(name, split) if name.lower().startswith(('hfds/', 'hfids/')) else split
+        if name.lower().startswith(('hfds/', 'hfids/')):
+            split = _available_split(data.dataset, split)
         options |= {'input_key': data.input_key, 'target_key': data.target_key}
         if is_streaming(name):
             options |= {'is_training': is_training, 'batch_size': batch_size}
             options['num_samples'] = data.train_num_samples if is_training else data.val_num_samples
     else:
-        root, inside = _root_of_split(str(root), split, unsplit)
+        root, inside = root_of_split(str(root), split, unsplit)
+        if Path(root).is_dir():
+            options['input_key'] = scan_folder(Path(root), data)
+        elif data.extensions:
+            raise UserError(f'`extensions` {" ".join(data.extensions)}: only folders take them, not {root}')
     what = f'`dataset` {name}, split {split!r}' if by_reader else f'`data_dir` {data.data_dir}, split {split!r}'
     try:
-        dataset = create_dataset(name if by_reader else '', root, split=split, search_split=by_reader, **options)
+        with _configured(config):
+            dataset = create_dataset(name if by_reader else '', root, split=split, search_split=by_reader, **options)
     except ImportError as error:
         raise UserError(f"{what}: a package is missing ({error}); pip install 'ctc-timm[data]'") from None
     except Exception as error:  # readers, and the packages behind them, raise anything where data are not as expected
         hint = '; `train_num_samples` and `val_num_samples` may give its length' if is_streaming(name) else ''
         raise UserError(f'{what}: {one_line(error)}{hint}') from None
-    return _checked(dataset, what, name if by_reader else str(data.data_dir), inside, data.class_map, labeled)
+    if name.lower().startswith('torch/'):  # which timm hands out as they are
+        dataset.input_img_mode = mode
+    return _checked(dataset, what, data.dataset if by_reader else str(data.data_dir), inside, data.class_map, labeled)
+
+
+def open_validation(data: DataSettings, train: DatasetSplit) -> DatasetSplit | None:
+    """Open the validation split, with the training split's classes; None, which is logged, where there is none.
+
+    Raises:
+        UserError: See `open_split` and `match_classes`; a split that was named and does not exist.
+    """
+    reason = "`val_split` ''"
+    if data.val_split:
+        try:
+            return match_classes(open_split(data, data.val_split, unsplit=False), train.class_names)
+        except MissingSplitError as error:
+            if data.val_split != DataSettings.val_split:
+                raise
+            reason = str(error)
+    warn_once(f'training without evaluation: {reason}')
+    return None
 
 
 def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
@@ -116,16 +157,54 @@ def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
         raise UserError(f'`num_classes` {num_classes}: {first}; give at least {largest + 1}')
 
 
-def check_classes(train: DatasetSplit, val: DatasetSplit) -> None:
-    """Refuse, by a `UserError`, a validation split whose classes have other numbers than those of the training split.
+def match_classes(source: DatasetSplit, names: Mapping[int, str], where: str = 'the training split') -> DatasetSplit:
+    """Number a split's classes as those of the same names, by class; as it is where either has no names.
 
-    timm numbers class folders split by split, so a folder that one of them lacks moves all that follow.
+    timm numbers class folders split by split, so a folder that one of them lacks moves all that follow. Classes
+    without images are logged. A class that is not among the names is a UserError; `where` says whose they are.
     """
-    for index, name in sorted(val.class_names.items()) if train.class_names else ():
-        if (known := train.class_names.get(index)) != name:
-            there = f'is {known!r}' if known is not None else 'is missing'
-            fault = f'{val.name}: class {index} of the validation split, {name!r}, {there} in the training split'
-            raise UserError(f'{fault}; both must have the same classes, or name their order with `class_map`')
+    if not names or not source.class_names:
+        return source
+    numbers = {name: index for index, name in names.items()}
+    if unknown := [name for name in source.class_names.values() if name not in numbers]:
+        near = nearest(unknown[0], list(numbers))
+        fault = f'{source.name}: class {unknown[0]!r} is missing in {where}{near}'
+        raise UserError(f'{fault}; both must have the same classes, or name their order with `class_map`')
+    absent = sorted(set(numbers) - set(source.class_names.values()))
+    if absent:
+        warn_once(f'{source.name}: no images of {len(absent)} of {len(names)} classes, such as {absent[0]!r}')
+    first = next(iter(numbers))  # of a number that the split does not use
+    table = torch.tensor([numbers[source.class_names.get(i, first)] for i in range(max(source.class_names) + 1)])
+    if torch.equal(table, torch.arange(len(table))):
+        return replace(source, num_classes=max(names) + 1, class_names=dict(names))
+    dataset = copy.copy(source.dataset)
+    dataset.target_transform = table.tolist().__getitem__  # of timm's and torchvision's datasets
+    labels_N = None if source.labels_N is None else table[source.labels_N]
+    return DatasetSplit(dataset, labels_N, max(names) + 1, source.name, dict(names))
+
+
+def split_config(name: str) -> tuple[str, str]:
+    """Split hfds/NAME:CONFIG into hfds/NAME and CONFIG, which is empty for other names and for folders."""
+    reader, _, rest = name.partition('/')
+    path, colon, config = rest.rpartition(':')
+    if reader.lower() not in ('hfds', 'hfids') or not colon or Path(rest).exists() or re.search(r'[\\/]', config):
+        return name, ''
+    return f'{reader}/{path}', config
+
+
+@contextmanager
+def _configured(config: str) -> Iterator[None]:
+    """Have `datasets` load a configuration, for which timm's readers have no argument."""
+    if not config:
+        yield
+        return
+    import datasets
+
+    with ExitStack() as stack:
+        for function in ('load_dataset', 'load_dataset_builder'):
+            bound = partial(getattr(datasets, function), name=config)
+            stack.enter_context(mock.patch.object(datasets, function, bound))
+        yield
 
 
 def _check_name(data: DataSettings) -> None:
@@ -148,47 +227,6 @@ def _check_name(data: DataSettings) -> None:
         raise UserError(f'`data_dir` {root}: no such folder or file')
 
 
-def _synonyms(split: str) -> list[str]:
-    """The names that a split may go by, itself first."""
-    return [split, *(name for names in SYNONYMS if split in names for name in names)]
-
-
-def _root_of_split(root: str, split: str, unsplit: bool) -> tuple[str, str | None]:
-    """Find a split's folder or tar file, and for a tar file with splits in it, the split's folder there.
-
-    timm takes all images when it finds no split in the folder, and so would validate on the training images.
-    """
-    what, path, inside = f'`data_dir` {root}', Path(root), set()
-    if '[' in split:
-        raise UserError(f'{what}: split {split!r} is sliced, which only hfds/NAME and digits can be')
-    if path.is_file():
-        try:
-            with tarfile.open(path) as tar:
-                inside = {member.name.removeprefix('./').split('/')[0] for member in tar if member.isfile()}
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f'{what}: neither a folder nor a tar file ({one_line(error)})') from None
-        if path.suffix.lower() != '.tar':
-            raise UserError(f'{what}: must end in .tar to be read as a tar file')
-
-    known = sum(SYNONYMS, ())
-    places: dict[str, tuple[str, str | None]] = {}
-    for name in (split, *known):
-        if name in inside:
-            places[name] = root, name
-        elif (path / name).is_dir():
-            places[name] = str(path / name), None
-        elif (path / f'{name}.tar').is_file():
-            places[name] = str(path / f'{name}.tar'), None
-    for name in _synonyms(split):
-        if name in places:
-            return places[name]
-    if not split or (unsplit and not places and split in known):
-        return root, None
-    found = f'no split {split!r} in it{", only " * bool(places)}{", ".join(places)}'
-    other = "name another with `train_split` or `val_split` ('' for all images)"
-    raise UserError(f'{what}: {found}; put its class folders into {split}/ there, or {other}')
-
-
 def _available_split(name: str, split: str) -> str:
     """The same split by the name a data set on the Hub gives it: many have 'test' but no 'validation'."""
     wanted, bracket, rest = split.partition('[')
@@ -197,13 +235,14 @@ def _available_split(name: str, split: str) -> str:
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
-        known = datasets.get_dataset_split_names(name.split('/', 1)[1])
+        path, config = split_config(name)
+        known = datasets.get_dataset_split_names(path.split('/', 1)[1], config or None)
     except Exception:  # the error of opening the data set says better what is wrong
         return split
-    for other in _synonyms(wanted):
+    for other in synonyms(wanted):
         if other in known:
             return other + bracket + rest
-    raise UserError(f'`dataset` {name} has no split {wanted!r}; it has {", ".join(known)}')
+    raise MissingSplitError(f'`dataset` {name} has no split {wanted!r}; it has {", ".join(known)}')
 
 
 def _checked(
@@ -221,8 +260,10 @@ def _checked(
         keep = [sample[0].path.removeprefix('./').startswith(f'{inside}/') for sample in reader.samples]
         reader.samples, reader.targets = reader.samples[keep], reader.targets[keep]
     try:
-        if hasattr(reader, 'samples') and Path(getattr(reader, 'root', None) or '').is_dir():
-            _check_class_folders(reader, what, class_map)
+        if isinstance(reader, ReaderImageFolder):
+            check_class_folders(reader, what, class_map)
+            if not class_map:
+                names = number_folders(reader, what) or names
         labels_N = _labels(dataset, what)
     except UserError as error:
         if labeled or not len(dataset):
@@ -237,32 +278,16 @@ def _checked(
 
 def _check_columns(reader: Any, what: str, labeled: bool) -> None:
     """Refuse a column that a Hugging Face data set does not have; timm's reader adds an empty one by that name."""
-    columns = set(reader.dataset.column_names)
-    if not isinstance(reader.dataset[0].get(reader.image_key), dict):
+    from pyarrow import compute
+
+    columns, column = set(reader.dataset.column_names), reader.dataset.data.column(reader.image_key)
+    empty = [compute.is_null(compute.struct_field(column, field)) for field in ('bytes', 'path')]
+    if compute.all(compute.and_(*empty)).as_py():
         columns -= {reader.image_key}
     for name, column in (('input_key', reader.image_key), ('target_key', reader.label_key))[: 1 + labeled]:
         if not columns & {column, *column.split(','), column.split('.')[0]}:
             near, known = nearest(column, columns), ', '.join(sorted(columns))
             raise UserError(f'{what}: no such column as `{name}` {column}{near}; the columns are {known}')
-
-
-def _check_class_folders(reader: Any, what: str, class_map: str) -> None:
-    """Refuse images outside of all class folders, and a class folder without images.
-
-    timm would make a class of the former, which moves all others by one, and leave the latter out. A class map may
-    leave out folders: those are not asked for.
-    """
-    root, folders = os.path.normpath(reader.root), {os.path.dirname(sample[0]) for sample in reader.samples}
-    top = {folder for folder in folders if os.path.normpath(folder) == root}
-    outside = [sample[0] for sample in reader.samples if os.path.dirname(sample[0]) in top]
-    if outside:
-        count = f'{len(outside):,} of {len(reader.samples):,} images lie in no class folder'
-        raise UserError(f'{what}: {count}, the first is {outside[0]}; put each into the folder of its class')
-    used = {Path(os.path.relpath(folder, root)).parts[0] for folder in folders}
-    for name in sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')):
-        if name not in used and (not class_map or name in reader.class_to_idx):
-            types = ', '.join(get_img_extensions())
-            raise UserError(f'{what}: class folder {name!r} has no images in it, of the types {types}')
 
 
 def _labels(dataset: Any, what: str) -> Tensor:
@@ -284,12 +309,21 @@ def _labels(dataset: Any, what: str) -> Tensor:
     if not labels:
         raise UserError(f'{what}: no images')
     try:
-        labels_N = np.array([math.nan if label is None else label for label in labels], dtype=np.float64)
-        (N,) = labels_N.shape
-    except (TypeError, ValueError):
-        raise UserError(f'{what}: labels must be class numbers, one an image') from None
-    missing = np.flatnonzero(~(labels_N >= 0))
-    if len(missing):
-        count = f'{len(missing):,} of {N:,} images have no label'
-        raise UserError(f'{what}: {count}, the first is image {missing[0]}; leave them out of the set')
+        labels_N = np.array([math.nan if label is None else label for label in labels])
+    except ValueError:  # lists of different lengths
+        labels_N = np.array(labels, dtype=object)
+    if labels_N.ndim != 1 or labels_N.dtype.kind not in 'biuf':
+        plain = (int, float, np.number)
+        wrong = np.array([label is not None and not (isinstance(label, plain) and label < 2**63) for label in labels])
+    else:
+        wrong = (labels_N % 1 != 0) & np.isfinite(labels_N) | (labels_N >= MAX_CLASSES)
+        missing = np.flatnonzero(~(labels_N >= 0))
+        if len(missing):
+            count = f'{len(missing):,} of {len(labels):,} images have no label'
+            raise UserError(f'{what}: {count}, the first is image {missing[0]}; leave them out of the set')
+    if wrong.any():
+        label = labels[int(wrong.argmax())]
+        right = f'labels are class numbers from 0 to {MAX_CLASSES - 1:,}, one an image'
+        right = 'give the file of all labels in order as `class_map`' if isinstance(label, str) else right
+        raise UserError(f'{what}: image {wrong.argmax()} has the label {label!r}, which is no class number; {right}')
     return torch.from_numpy(labels_N.astype(np.int64))

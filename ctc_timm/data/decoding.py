@@ -136,12 +136,15 @@ class ReplacingDataset(Dataset):
     def decode(self, index: int) -> tuple[Any, Any]:
         """Read an image, without the transform, and its target. Raises what `DAMAGE` holds."""
         if not isinstance(self.dataset, ImageDataset):
-            return self.dataset[index]
+            image, target = self.dataset[index]
+            mode = getattr(self.dataset, 'input_img_mode', None)  # of torchvision's, see `open_split`
+            return image.convert(mode) if mode and isinstance(image, Image.Image) else image, target
         try:
             file, target, *_ = self.dataset.reader[index]
         except Exception as error:
             raise _as_read_error(error) from error
-        return read_image(file, self.dataset.input_img_mode), target
+        relabel = self.dataset.target_transform or (lambda target: target)
+        return read_image(file, self.dataset.input_img_mode), relabel(target)
 
     def name(self, index: int) -> str:
         """The image's file, or its number where it has none."""

@@ -19,14 +19,15 @@ class DataSettings:
     """Which images, and the size and normalization they have at evaluation; by timm's names."""
 
     data_dir: str | None = setting(None, 'folder with the images', metavar='DIR')
-    dataset: str = setting('', "digits, or a name for timm's create_dataset (hfds/..., torch/...)", metavar='NAME')
+    dataset: str = setting('', 'digits, hfds/NAME, hfds/NAME:CONFIG, torch/NAME, ... (timm)', metavar='NAME')
     train_split: str = setting('train', "training split; hfds and digits take slices, 'train[:10000]'", empty=True)
-    val_split: str = setting('validation', 'validation split', empty=True)
+    val_split: str = setting('validation', "validation split; '' trains without evaluation", empty=True)
     train_num_samples: int | None = setting(None, 'length of a stream without one', low=1, high=10**12, metavar='N')
     val_num_samples: int | None = setting(None, 'the same of the validation split', low=1, high=10**12, metavar='N')
     dataset_download: bool = setting(False, 'let torch/, tfds/ and hfids/ data sets download')
     class_map: str = setting('', 'file that maps classes to indices', metavar='FILE')
     input_img_mode: str | None = setting(None, 'PIL mode that images are converted to', metavar='MODE')
+    extensions: tuple[str, ...] = setting((), 'of image files in folders; timm takes .png .jpg .jpeg', metavar='.EXT')
     input_key: str | None = setting(None, 'column of the images', metavar='KEY')
     target_key: str | None = setting(None, 'column of the labels', metavar='KEY')
     img_size: int | None = setting(None, 'image size, square', low=1, high=LARGEST_SIDE, metavar='N')

@@ -21,7 +21,7 @@ from accelerate.logging import get_logger
 from tqdm import tqdm
 
 from ..data.datasets import open_split
-from ..data.transforms import data_config
+from ..data.transforms import data_config, fit_channels
 from ..models.loading import LoadedModel, data_settings, load_model
 from ..runs import Run
 from ..utils.distributed import create_accelerator
@@ -117,9 +117,12 @@ class KeptRun(Run):
         self.weights = dict(list(kept.items())[:: settings.measures.every]) | {last: kept[last]}
         loader = replace(settings.loader, workers=flags.pop('workers', settings.loader.workers))
         data = replace(settings.data, **flags)
+        if not data.val_split:
+            raise UserError(f'`runs` {path}: was trained without a validation split, on which its epochs are measured')
+        model = load_model(kept[last], setting='runs').model
         with accelerator.main_process_first():
-            source = open_split(data, data.val_split, unsplit=False)
-        self.config = data_config(settings.data, load_model(kept[last], setting='runs').model)
+            source = open_split(fit_channels(data, model), data.val_split, unsplit=False)
+        self.config = data_config(settings.data, model)
         self.source = SplitImages(source, loader, self.config, accelerator)
 
     def measure(self, targets: list[TransferSet], bar: tqdm) -> Iterator[dict[str, Any]]:

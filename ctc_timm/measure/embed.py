@@ -32,7 +32,7 @@ from torch.utils.data import IterableDataset
 from ..data.datasets import DatasetSplit, open_split
 from ..data.indexed import IndexedDataset
 from ..data.loaders import create_eval_loader
-from ..data.transforms import data_config
+from ..data.transforms import data_config, fit_channels
 from ..models.backbones import check_input, features_and_logits, has_classification_head
 from ..models.loading import load_model, named_source
 from ..utils.distributed import create_accelerator
@@ -59,9 +59,10 @@ def embed(settings: EmbedSettings) -> Path:
     open_writer = _writer_of(output)
     accelerator = create_accelerator(settings.precision)
     in_folder = not data.dataset or ('/' not in data.dataset and data.data_dir is not None)
-    with accelerator.main_process_first():
-        source = open_split(data, settings.embedding.split or ('' if in_folder else data.val_split), labeled=False)
     loaded = load_model(*named, in_chans=data.in_chans, **settings.built.model_kwargs)
+    split = settings.embedding.split or ('' if in_folder else data.val_split)
+    with accelerator.main_process_first():
+        source = open_split(fit_channels(data, loaded.model), split, labeled=False)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
     batches = _embedded(loaded.model.to(accelerator.device), source, settings, config, accelerator)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from ..data.datasets import check_labels, open_split
 from ..data.loaders import create_eval_loader
-from ..data.transforms import data_config
+from ..data.transforms import data_config, fit_channels
 from ..models.backbones import architecture, check_input
 from ..models.loading import load_model, named_source
 from ..utils.distributed import create_accelerator
+from ..utils.errors import UserError
 from ..utils.progress import progress_bar
 from ..utils.text import sanitize
 from .results import write_csv, write_json
@@ -35,10 +36,12 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     data, chosen, named = settings.data, settings.validation, named_source(settings.source)
     accelerator = create_accelerator(settings.precision)
     split = chosen.split or data.val_split
-    with accelerator.main_process_first():
-        source = open_split(data, split)
     options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
     loaded = load_model(*named, **options)
+    if not split:
+        raise UserError("`split` '': the run has no validation split; name one")
+    with accelerator.main_process_first():
+        source = open_split(fit_channels(data, loaded.model), split)
     check_labels(source, loaded.model.num_classes, split)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])

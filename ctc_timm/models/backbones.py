@@ -74,17 +74,27 @@ def architecture(model: Any) -> str:
     return getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
 
 
-def check_input(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Show the model one blank image of the size that the data will have, or raise a UserError if it takes none."""
-    training = model.training
+def check_input(model: nn.Module, input_size: Sequence[int], training: bool = False) -> None:
+    """Show the model one blank image of the size that the data will have, or raise a UserError if it takes none.
+
+    With `training`, also check that it can be trained on batches of one image.
+    """
+    blank, size = torch.zeros(1, *input_size), 'x'.join(map(str, input_size))
+    was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_size))
+            model.eval()(blank)
     except (RuntimeError, ValueError, AssertionError) as error:
-        size = 'x'.join(map(str, input_size))
         raise UserError(f'`img_size`: {architecture(model)} cannot take {size} images: {one_line(error)}') from None
     finally:
-        model.train(training)
+        model.train(was_training)
+    try:
+        if training:
+            with torch.no_grad():
+                copy.deepcopy(model).train()(blank)
+    except ValueError:
+        fault = f'the batch norms of {architecture(model)} need more than one value a channel to train on'
+        raise UserError(f'`batch_size` 1: {fault}, with {size} images; use at least 2') from None
 
 
 def _require_head(model: nn.Module) -> None:

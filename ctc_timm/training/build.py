@@ -17,10 +17,10 @@ from timm.utils import random_seed
 from torch import nn
 
 from ..data.cached import cache_split
-from ..data.datasets import DatasetSplit, check_classes, check_labels, is_streaming, open_split
+from ..data.datasets import DatasetSplit, check_labels, image_mode, is_streaming, open_split, open_validation
 from ..data.loaders import RefreshLoader, StreamLoader, TrainLoader, create_eval_loader
 from ..data.mixup import create_mixup
-from ..data.transforms import data_config
+from ..data.transforms import data_config, fit_channels
 from ..measure.validation import evaluate
 from ..models.backbones import architecture, check_input
 from ..models.creation import check_compiler, create_model, prepare_model
@@ -61,7 +61,7 @@ def build_trainer(
     settings: TrainSettings,
     *,
     model: Any = None,
-    splits: tuple[DatasetSplit, DatasetSplit] | None = None,
+    splits: tuple[DatasetSplit, DatasetSplit | None] | None = None,
     frozen: Collection[str] = (),
 ) -> Trainer:
     """Build every part of a training run, and continue it or create its folder.
@@ -89,19 +89,21 @@ def build_trainer(
     with accelerator.main_process_first():
         if splits is None:
             training = open_split(data, data.train_split, is_training=True, batch_size=loading.batch_size)
-            validation = open_split(data, data.val_split, unsplit=False)
-            check_classes(training, validation)
+            validation = open_validation(data, training)
         else:
             training, validation = splits
-    if loading.cache_dataset:
-        training = cache_split(training, quiet=rank > 0)
     if model is None:
         classes = settings.model.num_classes or training.num_classes
         model = create_model(settings.model, settings.architecture, data, classes)
-    check_labels(training, model.num_classes, data.train_split)
-    check_labels(validation, model.num_classes, data.val_split)
+    data = fit_channels(data, model)
+    for source, name in ((training, data.train_split), (validation, data.val_split)):
+        if source is not None:
+            check_labels(source, model.num_classes, name)
+            source.dataset.input_img_mode = image_mode(data)
     config = data_config(data, model)
-    check_input(model, config['input_size'])
+    check_input(model, config['input_size'], training=loading.batch_size == 1)
+    if loading.cache_dataset:
+        training = cache_split(training, quiet=rank > 0)
     model = prepare_model(model, execution, settings.batch_norm, device, world_size)
     labels_N, classes = training.labels_N, model.num_classes
     count = 0 if labels_N is None else len(labels_N)
@@ -115,7 +117,10 @@ def build_trainer(
     stream = labels_N is None
     loader = StreamLoader(*options) if stream else TrainLoader(*options, settings.run.seed, rank, world_size)
     spread, keep = world_size > 1, loading.cache_dataset
-    eval_loader = create_eval_loader(validation.dataset, loading, config, device, spread, keep=keep)
+    evaluator: Evaluator = NoEvaluator()
+    if validation is not None:
+        eval_loader = create_eval_loader(validation.dataset, loading, config, device, spread, keep=keep)
+        evaluator = SplitEvaluator(eval_loader, accelerator, classes, execution.channels_last)
     if execution.torchcompile:
         check_compiler(execution.torchcompile)
         task.compile(backend=execution.torchcompile, mode=execution.torchcompile_mode)
@@ -127,7 +132,7 @@ def build_trainer(
         replace(settings, temporal_start_epoch=start),
         task,
         loader,
-        SplitEvaluator(eval_loader, accelerator, classes, execution.channels_last),
+        evaluator,
         accelerator,
         run,
         point,
@@ -177,6 +182,16 @@ def open_accelerator(settings: CommandSettings, find_unused_parameters: bool) ->
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)],
     )
+
+
+class NoEvaluator:
+    """Measures nothing: there is no validation split."""
+
+    columns: tuple[str, ...] = ()
+    best_metric = 'top1'
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        return {}
 
 
 @dataclass

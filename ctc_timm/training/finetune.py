@@ -20,9 +20,9 @@ from timm.utils import random_seed
 from torch import Tensor
 
 from ..data import digits
-from ..data.datasets import is_streaming, open_split
+from ..data.datasets import is_streaming, match_classes, open_split
 from ..data.subsets import draw, part_of
-from ..data.transforms import data_config
+from ..data.transforms import data_config, fit_channels
 from ..measure.features import LabeledFeatures, SplitImages
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
@@ -93,7 +93,7 @@ class FineTuning:
             )
         with self.accelerator.main_process_first():
             self.train = open_split(data, data.train_split, is_training=True)
-            self.test = open_split(data, data.val_split, unsplit=False)
+            self.test = match_classes(open_split(data, data.val_split, unsplit=False), self.train.class_names)
         assert self.train.labels_N is not None and self.test.labels_N is not None
         self.labels = self.train.labels_N, self.test.labels_N
         self.num_classes = self._check_classes()
@@ -244,8 +244,7 @@ def _fit_model(settings: FinetuneSettings, model: Any, source: str) -> FinetuneS
     data = settings.data
     if not data.dataset and not data.data_dir:
         settings = replace(settings, dataset=digits.NAME)
-    if data.in_chans is None and not data.input_size:
-        settings = replace(settings, in_chans=getattr(model, 'in_chans', 3))
+    settings = dataclasses.replace(settings, data=fit_channels(settings.data, model))
     size = data.input_size[1:] if data.input_size else (data.img_size, data.img_size)
     if size[0] and hasattr(model, 'set_input_size'):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import timm
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ctc_timm.data.datasets import check_classes, check_labels, is_streaming, open_split
+from ctc_timm.data.cached import cache_split
+from ctc_timm.data.datasets import check_labels, is_streaming, match_classes, open_split, open_validation
 from ctc_timm.data.decoding import ReplacingDataset
 from ctc_timm.data.digits import DigitsReader
 from ctc_timm.data.indexed import IndexedDataset
@@ -194,15 +196,18 @@ def test_refused_of_the_hub(hub_folder: Path, data: dict[str, Any], split: str, 
 
 def test_refused_normalization() -> None:
     with pytest.raises(UserError, match=r'`std` 0.1 0.2 0.3: 3 values for 1 channel\(s\); give 1'):
-        data_config(DataSettings(in_chans=1, std=(0.1, 0.2, 0.3)), timm.create_model('test_resnet'))
+        data_config(DataSettings(in_chans=1, std=(0.1, 0.2, 0.3)), timm.create_model('test_resnet', in_chans=1))
 
 
 def table(folder: Path, labels: list[Any], images: list[Any] | None = None) -> DataSettings:
     """A data set of the Hub's format with these labels."""
     whole = {'bytes': encoded(Image.fromarray(picture()), 'PNG'), 'path': None}
     rows = {'image': images or [whole] * len(labels), 'label': labels}
-    kind = 'int64' if all(label is None or float(label).is_integer() for label in labels) else 'float64'
-    features = datasets.Features({'image': datasets.Image(decode=False), 'label': datasets.Value(kind)})
+    kind: Any = datasets.Sequence(datasets.Value('int64')) if isinstance(labels[0], list) else None
+    for type_, name in ((bool, 'bool'), (str, 'string'), (int, 'int64'), (float, 'float64')):
+        if kind is None and all(label is None or isinstance(label, type_) for label in labels):
+            kind = datasets.Value(name)
+    features = datasets.Features({'image': datasets.Image(decode=False), 'label': kind or datasets.Value('float64')})
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / 'train.parquet')
     return DataSettings(dataset=f'hfds/{folder}')
 
@@ -219,13 +224,13 @@ def test_images_missing_in_a_table(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(picture(3)), 'PNG')
     whole, gone = {'bytes': data, 'path': 'whole.png'}, tmp_path / 'gone.png'
     gone.write_bytes(data)
-    images = [whole, None, {'bytes': b'', 'path': None}, {'bytes': None, 'path': str(gone)}, whole]
+    images = [None, None, {'bytes': b'', 'path': None}, {'bytes': None, 'path': str(gone)}, whole]
     split = table(tmp_path / 'set', [0, 1, 0, 1, 1], images)
     gone.unlink()
     indexed = IndexedDataset(open_split(split, 'train').dataset)
-    assert [indexed[i][1].tolist() for i in range(5)] == [[0, 0, 0], [1, 4, 1], [1, 4, 2], [1, 4, 3], [1, 4, 4]]
-    assert [indexed.name(i) for i in (0, 4)] == ['whole.png'] * 2
-    assert indexed.log_unreadable() == ['image 1', 'image 2', str(gone)]
+    assert [indexed[i][1].tolist() for i in range(5)] == [[1, 4, 0], [1, 4, 1], [1, 4, 2], [1, 4, 3], [1, 4, 4]]
+    assert indexed.name(4) == 'whole.png'
+    assert indexed.log_unreadable() == ['image 0', 'image 1', 'image 2', str(gone)]
 
 
 def test_class_map(tmp_path: Path) -> None:
@@ -255,22 +260,101 @@ def test_images_outside_of_all_class_folders(tmp_path: Path, root: str, monkeypa
     assert str(error.value).endswith('astray.png; put each into the folder of its class')
 
 
-def test_class_folders_that_only_one_split_has(tmp_path: Path) -> None:
-    """timm numbers the folders of each split for itself; a class map for both settles it."""
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    """Whichever folders a split lacks, its images have the labels of training; unknown classes are refused."""
     for split in ('train', 'validation'):
         write_folder(tmp_path / split, split, 3)
     data, val = DataSettings(data_dir=str(tmp_path)), tmp_path / 'validation'
     train = open_split(data, 'train')
-    check_classes(train, open_split(data, 'validation'))
-    (val / 'class2').rename(tmp_path / 'class2')
-    check_classes(train, open_split(data, 'validation'))  # the last one moves no other
-    (tmp_path / 'class2').rename(val / 'class2')
-    (val / 'class1').rename(tmp_path / 'class1')
-    with pytest.raises(UserError, match=r"class 1 of the validation split, 'class2', is 'class1' in the training"):
-        check_classes(train, open_split(data, 'validation'))
-    with pytest.raises(UserError, match=r"class 2 of the validation split, 'class2', is missing in the training"):
-        check_classes(replace(train, class_names={0: 'class0', 1: 'class1'}), train)
-    (tmp_path / 'map.txt').write_text('class0\nclass1\nclass2\n')
-    data = DataSettings(data_dir=str(tmp_path), class_map=str(tmp_path / 'map.txt'))
-    check_classes(open_split(data, 'train'), open_split(data, 'validation'))
-    assert labels(data, 'validation') == [0] * 3 + [2] * 3
+    for missing in ((), ('class2',), ('class0',), ('class0', 'class1')):
+        for name in missing:
+            (val / name).rename(tmp_path / name)
+        source = open_validation(data, train)
+        assert source is not None and source.labels_N is not None and source.num_classes == 3
+        expected = [i for i in range(3) if f'class{i}' not in missing for _ in range(3)]
+        assert source.labels_N.tolist() == expected == [source.dataset[i][1] for i in range(len(source.dataset))]
+        assert source.class_names == train.class_names
+        for name in missing:
+            (tmp_path / name).rename(val / name)
+    (val / 'class1').rename(val / 'class1b')
+    with pytest.raises(UserError, match="class 'class1b' is missing in the training split; nearest: class1,.* both must"):
+        open_validation(data, train)
+
+
+def test_classes_of_the_hub_are_matched_by_name(tmp_path: Path) -> None:
+    """Also where two sets list the same names in another order, and through a cache."""
+    splits = []
+    for names in (['dog', 'cat', 'fox'], ['fox', 'dog', 'cat']):
+        image = {'bytes': encoded(Image.fromarray(picture()), 'PNG'), 'path': None}
+        features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=names)})
+        table = datasets.Dataset.from_dict({'image': [image] * 4, 'label': [0, 2, 1, 0]}, features=features)
+        table.to_parquet(tmp_path / names[0] / 'train.parquet')
+        splits.append(open_split(DataSettings(dataset=f'hfds/{tmp_path / names[0]}'), 'train'))
+    matched = match_classes(splits[1], splits[0].class_names)
+    wanted = [2, 1, 0, 2]  # fox, cat, dog, fox
+    assert matched.labels_N is not None and matched.labels_N.tolist() == wanted
+    assert [matched.dataset[i][1] for i in range(4)] == wanted
+    assert [cache_split(matched).dataset[i][1] for i in range(4)] == wanted
+
+
+@pytest.mark.parametrize(
+    'data, message',
+    [
+        ({'val_split': ''}, "`val_split` ''"),
+        ({}, "no split 'validation' in it, only train"),
+        ({'dataset': 'hfds/{}/hub', 'data_dir': None}, "has no split 'validation'; it has train"),
+    ],
+)
+def test_without_a_validation_split(tmp_path: Path, data: dict[str, Any], message: str, caplog: Any) -> None:
+    """It is said, and never are the training images validated on; a split that was named must be there."""
+    write_folder(tmp_path / 'images' / 'train', 'train', 2)
+    table(tmp_path / 'hub', [0, 1])
+    values = {'data_dir': str(tmp_path / 'images'), **data}
+    values = {key: value.replace('{}', str(tmp_path)) if value else value for key, value in values.items()}
+    settings = DataSettings(**values)
+    train = open_split(settings, 'train')
+    with caplog.at_level('INFO'):
+        assert open_validation(settings, train) is None
+    assert message in caplog.text and 'training without evaluation' in caplog.text
+    with pytest.raises(UserError, match="no split 'testing'"):
+        open_validation(replace(settings, val_split='testing'), train)
+
+
+@pytest.mark.parametrize('labels', [[True, False, True], [2.0, 0.0, 1.0]])
+def test_labels_that_are_whole_numbers(tmp_path: Path, labels: list[Any]) -> None:
+    source = open_split(table(tmp_path / 'set', labels), 'train')
+    assert source.labels_N is not None and source.labels_N.tolist() == [int(label) for label in labels]
+
+
+@pytest.mark.parametrize(
+    'labels, message',
+    [
+        ([0, 0.5, 1], 'image 1 has the label 0.5, which is no class number; labels are class numbers from 0'),
+        ([0.0, 1.0, math.inf], 'image 2 has the label inf'),
+        (['1', '0', '1'], "image 0 has the label '1', .* as `class_map`"),
+        (['cat', None, 'dog'], "image 0 has the label 'cat', .* as `class_map`"),
+        ([1, 2**33, 0], 'image 1 has the label 8589934592, .* from 0 to 999,999'),
+        ([[0], [0, 1], [1]], r'image 0 has the label \[0\], .* one an image'),
+        ([[0, 1], [1, 0], [1, 1]], r'image 0 has the label \[0, 1\]'),
+    ],
+)
+def test_labels_that_are_no_class_numbers(tmp_path: Path, labels: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=f'hfds/.*: {message}'):
+        open_split(table(tmp_path / 'set', labels), 'train')
+
+
+def test_configurations_of_the_hub(tmp_path: Path) -> None:
+    """By hfds/NAME:CONFIG, map-style and streamed; a missing or unknown one is refused with those that there are."""
+    cards = []
+    for config, values in (('small', [0, 1]), ('large', [1, 1, 0, 2])):
+        table(tmp_path / 'set' / config, values)
+        cards.append(f'- config_name: {config}\n  data_files: {config}/train.parquet\n')
+    (tmp_path / 'set' / 'README.md').write_text(f'---\nconfigs:\n{"".join(cards)}---\n')
+    for config, expected in (('small', [0, 1]), ('large', [1, 1, 0, 2])):
+        data = DataSettings(dataset=f'hfds/{tmp_path / "set"}:{config}')
+        assert labels(data, 'train') == expected
+        stream = DataSettings(dataset=f'hfids/{tmp_path / "set"}:{config}', train_num_samples=len(expected))
+        assert open_split(stream, 'train').dataset.reader.builder.config.name == config
+    for name in ('', ':medium'):
+        with pytest.raises(UserError, match='small.*large'):
+            open_split(DataSettings(dataset=f'hfds/{tmp_path / "set"}{name}'), 'train')
