@@ -277,7 +277,7 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
         for name in missing:
             (tmp_path / name).rename(val / name)
     (val / 'class1').rename(val / 'class1b')
-    with pytest.raises(UserError, match="class 'class1b' is missing in the training split; nearest: class1,.* both must"):
+    with pytest.raises(UserError, match="class 'class1b' is missing in the training split; nearest: class1,.* both"):
         open_validation(data, train)
 
 
