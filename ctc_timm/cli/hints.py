@@ -14,13 +14,14 @@ def train(**given: Any) -> None:
 
     if not PartialState().is_main_process:
         return
-    path = run.path
+    path, evaluated = run.path, run.best_weights != run.last_weights
+    weights = [file for file in (run.best_weights, run.last_weights) if file.is_file()]
     print(f"""\
-  weights   {path / 'best.safetensors'}, {path / 'last.safetensors'}, {path / 'weights'}/
+  weights   {', '.join(map(str, dict.fromkeys(weights)))}, {run.weights_folder}/
   numbers   {path / 'summary.csv'}, {path / 'metrics.jsonl'}
   pictures  {', '.join(map(str, sorted(run.plots.glob('*.png'))))}
 next:
-  ctc-timm validate {path}
+  ctc-timm validate {path}{'' if evaluated else ' --split SPLIT'}
   ctc-timm linear-probe {path}
   ctc-timm dynamics {path}
   python -c "import timm, ctc_timm; model = timm.create_model('local-dir:{path}', pretrained=True)\"""")

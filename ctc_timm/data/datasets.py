@@ -130,22 +130,31 @@ def open_split(
     return _checked(dataset, what, data.dataset if by_reader else str(data.data_dir), inside, data.class_map, labeled)
 
 
+def open_test(data: DataSettings, names: Mapping[int, str]) -> DatasetSplit:
+    """Open the validation split, with its classes numbered by `names`, see `match_classes`.
+
+    Raises:
+        MissingSplitError: None is named, where all images, those of training too, would be taken; or there is none.
+        UserError: See `open_split` and `match_classes`.
+    """
+    if not data.val_split:
+        raise MissingSplitError("`val_split` '': names no split")
+    return match_classes(open_split(data, data.val_split, unsplit=False), names)
+
+
 def open_validation(data: DataSettings, train: DatasetSplit) -> DatasetSplit | None:
     """Open the validation split, with the training split's classes; None, which is logged, where there is none.
 
     Raises:
-        UserError: See `open_split` and `match_classes`; a split that was named and does not exist.
+        UserError: See `open_test`; a split that was named and does not exist.
     """
-    reason = "`val_split` ''"
-    if data.val_split:
-        try:
-            return match_classes(open_split(data, data.val_split, unsplit=False), train.class_names)
-        except MissingSplitError as error:
-            if data.val_split != DataSettings.val_split:
-                raise
-            reason = str(error)
-    warn_once(f'training without evaluation: {reason}')
-    return None
+    try:
+        return open_test(data, train.class_names)
+    except MissingSplitError as error:
+        if data.val_split not in ('', DataSettings.val_split):
+            raise
+        warn_once(f'training without evaluation: {error}')
+        return None
 
 
 def check_labels(source: DatasetSplit, num_classes: int, split: str) -> None:
@@ -316,7 +325,7 @@ def _labels(dataset: Any, what: str) -> Tensor:
         plain = (int, float, np.number)
         wrong = np.array([label is not None and not (isinstance(label, plain) and label < 2**63) for label in labels])
     else:
-        wrong = (labels_N % 1 != 0) & np.isfinite(labels_N) | (labels_N >= MAX_CLASSES)
+        wrong = np.isfinite(labels_N) & (np.trunc(labels_N) != labels_N) | (labels_N >= MAX_CLASSES)
         missing = np.flatnonzero(~(labels_N >= 0))
         if len(missing):
             count = f'{len(missing):,} of {len(labels):,} images have no label'

@@ -12,6 +12,7 @@ from typing import Any
 from scipy.stats import binomtest
 from timm.models import model_entrypoint
 
+from ..data.datasets import split_config
 from ..models.catalog import is_repo_id
 from ..models.pretrained_cfg import read_config
 from ..runs import Run, check_hash, weights_metadata
@@ -113,7 +114,7 @@ def summarize(folder: str | os.PathLike, private: Private | None = None) -> RunD
 def _read_recipe(details: RunDetails, args: dict[str, Any], private: Private) -> None:
     """Take the recipe and the name of the data from a run's settings."""
     name, root = str(args.get('dataset') or ''), str(args.get('data_dir') or args.get('data') or '')
-    reader, _, rest = name.partition('/')
+    reader, _, rest = split_config(name)[0].partition('/')
     details.data = _public_name(name or root, private)
     details.data_flag = '--data-dir FOLDER' if root else ''
     details.val_split = args.get('val_split')
@@ -130,7 +131,7 @@ def _read_recipe(details: RunDetails, args: dict[str, Any], private: Private) ->
 
 def _public_name(data: str, private: Private) -> str:
     """The name of data that may be shown: a repo's id on the Hub, or the last part of where they lie."""
-    reader, _, rest = data.partition('/')
+    reader, _, rest = split_config(data)[0].partition('/')
     name = re.split(r'[\\/]', data.rstrip('\\/'))[-1]
     if reader in ('hfds', 'hfids') and is_repo_id(rest) and not Path(rest).exists():
         name = rest

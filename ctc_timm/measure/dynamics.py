@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from tqdm import tqdm
 
-from ..data.datasets import open_split
+from ..data.datasets import open_test
 from ..data.transforms import data_config, fit_channels
 from ..models.loading import LoadedModel, data_settings, load_model
 from ..runs import Run
@@ -117,11 +117,9 @@ class KeptRun(Run):
         self.weights = dict(list(kept.items())[:: settings.measures.every]) | {last: kept[last]}
         loader = replace(settings.loader, workers=flags.pop('workers', settings.loader.workers))
         data = replace(settings.data, **flags)
-        if not data.val_split:
-            raise UserError(f'`runs` {path}: was trained without a validation split, on which its epochs are measured')
         model = load_model(kept[last], setting='runs').model
         with accelerator.main_process_first():
-            source = open_split(fit_channels(data, model), data.val_split, unsplit=False)
+            source = open_test(fit_channels(data, model), {})
         self.config = data_config(settings.data, model)
         self.source = SplitImages(source, loader, self.config, accelerator)
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data import digits
-from ..data.datasets import READERS, match_classes, open_split
+from ..data.datasets import READERS, open_split, open_test
 from ..data.settings import DataSettings, LoaderSettings, TargetSettings
 from ..utils.errors import UserError, nearest
 from ..utils.text import file_name
@@ -53,7 +53,7 @@ class TransferSet:
             data = replace(data, data_dir=name, dataset='')
         with accelerator.main_process_first():
             train = open_split(data, data.train_split)
-            sources = train, match_classes(open_split(data, data.val_split, unsplit=False), train.class_names)
+            sources = train, open_test(data, train.class_names)
         self._splits = list(zip(sources, most))
         self._loader, self._accelerator = loader, accelerator
         self.num_classes = max(source.num_classes or 0 for source in sources)

@@ -39,7 +39,7 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
     loaded = load_model(*named, **options)
     if not split:
-        raise UserError("`split` '': the run has no validation split; name one")
+        raise UserError("`val_split` '': names no split; name one with `split`")
     with accelerator.main_process_first():
         source = open_split(fit_channels(data, loaded.model), split)
     check_labels(source, loaded.model.num_classes, split)

@@ -20,7 +20,7 @@ from timm.utils import random_seed
 from torch import Tensor
 
 from ..data import digits
-from ..data.datasets import is_streaming, match_classes, open_split
+from ..data.datasets import is_streaming, open_split, open_test
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config, fit_channels
 from ..measure.features import LabeledFeatures, SplitImages
@@ -93,7 +93,7 @@ class FineTuning:
             )
         with self.accelerator.main_process_first():
             self.train = open_split(data, data.train_split, is_training=True)
-            self.test = match_classes(open_split(data, data.val_split, unsplit=False), self.train.class_names)
+            self.test = open_test(data, self.train.class_names)
         assert self.train.labels_N is not None and self.test.labels_N is not None
         self.labels = self.train.labels_N, self.test.labels_N
         self.num_classes = self._check_classes()

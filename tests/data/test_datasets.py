@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +15,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ctc_timm.data.cached import cache_split
-from ctc_timm.data.datasets import check_labels, is_streaming, match_classes, open_split, open_validation
+from ctc_timm.data.datasets import check_labels, is_streaming, match_classes, open_split, open_test, open_validation
 from ctc_timm.data.decoding import ReplacingDataset
 from ctc_timm.data.digits import DigitsReader
-from ctc_timm.data.indexed import IndexedDataset
 from ctc_timm.data.settings import DataSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.utils.errors import UserError
 from images import encoded, picture
 from runs import write_folder
+from tables import table
 
 DIGITS = DataSettings(dataset='digits')
 
@@ -199,40 +198,6 @@ def test_refused_normalization() -> None:
         data_config(DataSettings(in_chans=1, std=(0.1, 0.2, 0.3)), timm.create_model('test_resnet', in_chans=1))
 
 
-def table(folder: Path, labels: list[Any], images: list[Any] | None = None) -> DataSettings:
-    """A data set of the Hub's format with these labels."""
-    whole = {'bytes': encoded(Image.fromarray(picture()), 'PNG'), 'path': None}
-    rows = {'image': images or [whole] * len(labels), 'label': labels}
-    kind: Any = datasets.Sequence(datasets.Value('int64')) if isinstance(labels[0], list) else None
-    for type_, name in ((bool, 'bool'), (str, 'string'), (int, 'int64'), (float, 'float64')):
-        if kind is None and all(label is None or isinstance(label, type_) for label in labels):
-            kind = datasets.Value(name)
-    features = datasets.Features({'image': datasets.Image(decode=False), 'label': kind or datasets.Value('float64')})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / 'train.parquet')
-    return DataSettings(dataset=f'hfds/{folder}')
-
-
-@pytest.mark.parametrize('values, count, first', [([0, 1, None, 1, None], 2, 2), ([0.0, float('nan'), -1.0], 2, 1)])
-def test_labels_missing_in_a_table(tmp_path: Path, values: list[Any], count: int, first: int) -> None:
-    message = f'hfds/.*: {count} of {len(values)} images have no label, the first is image {first}'
-    with pytest.raises(UserError, match=message):
-        open_split(table(tmp_path / 'set', values), 'train')
-
-
-def test_images_missing_in_a_table(tmp_path: Path) -> None:
-    """An empty cell, empty bytes and a path to nowhere are unreadable images as others are."""
-    data = encoded(Image.fromarray(picture(3)), 'PNG')
-    whole, gone = {'bytes': data, 'path': 'whole.png'}, tmp_path / 'gone.png'
-    gone.write_bytes(data)
-    images = [None, None, {'bytes': b'', 'path': None}, {'bytes': None, 'path': str(gone)}, whole]
-    split = table(tmp_path / 'set', [0, 1, 0, 1, 1], images)
-    gone.unlink()
-    indexed = IndexedDataset(open_split(split, 'train').dataset)
-    assert [indexed[i][1].tolist() for i in range(5)] == [[1, 4, 0], [1, 4, 1], [1, 4, 2], [1, 4, 3], [1, 4, 4]]
-    assert indexed.name(4) == 'whole.png'
-    assert indexed.log_unreadable() == ['image 0', 'image 1', 'image 2', str(gone)]
-
-
 def test_class_map(tmp_path: Path) -> None:
     """Without a label of a table it is refused; folders that it leaves out are not wanted, as in timm."""
     mapping = tmp_path / 'map.txt'
@@ -316,31 +281,10 @@ def test_without_a_validation_split(tmp_path: Path, data: dict[str, Any], messag
     with caplog.at_level('INFO'):
         assert open_validation(settings, train) is None
     assert message in caplog.text and 'training without evaluation' in caplog.text
+    with pytest.raises(UserError, match=r"`val_split` ''|no split 'validation'"):  # as transfer and fine-tuning need it
+        open_test(settings, train.class_names)
     with pytest.raises(UserError, match="no split 'testing'"):
         open_validation(replace(settings, val_split='testing'), train)
-
-
-@pytest.mark.parametrize('labels', [[True, False, True], [2.0, 0.0, 1.0]])
-def test_labels_that_are_whole_numbers(tmp_path: Path, labels: list[Any]) -> None:
-    source = open_split(table(tmp_path / 'set', labels), 'train')
-    assert source.labels_N is not None and source.labels_N.tolist() == [int(label) for label in labels]
-
-
-@pytest.mark.parametrize(
-    'labels, message',
-    [
-        ([0, 0.5, 1], 'image 1 has the label 0.5, which is no class number; labels are class numbers from 0'),
-        ([0.0, 1.0, math.inf], 'image 2 has the label inf'),
-        (['1', '0', '1'], "image 0 has the label '1', .* as `class_map`"),
-        (['cat', None, 'dog'], "image 0 has the label 'cat', .* as `class_map`"),
-        ([1, 2**33, 0], 'image 1 has the label 8589934592, .* from 0 to 999,999'),
-        ([[0], [0, 1], [1]], r'image 0 has the label \[0\], .* one an image'),
-        ([[0, 1], [1, 0], [1, 1]], r'image 0 has the label \[0, 1\]'),
-    ],
-)
-def test_labels_that_are_no_class_numbers(tmp_path: Path, labels: list[Any], message: str) -> None:
-    with pytest.raises(UserError, match=f'hfds/.*: {message}'):
-        open_split(table(tmp_path / 'set', labels), 'train')
 
 
 def test_configurations_of_the_hub(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def wilson_by_search(hits: int, count: int) -> tuple[float, float]:
 
 def test_the_card_is_what_the_run_says(client, hub, run):
     validation = json.loads((run / 'validation' / 'results.json').read_text())
-    row = {'target': 'hfds/someone/flowers', 'split': 'test', 'num_test': 400}
+    row = {'target': 'hfds/someone/flowers:small', 'split': 'test', 'num_test': 400}  # a configuration of it
     rows = [
         {**row, 'method': 'ridge', 'top1': 71.25, 'top1_low': 66.5, 'top1_high': 75.5, 'top5': 90.0, 'num_train': 900},
         {**row, 'method': 'knn', 'top1': 55.0, 'shots': 5, 'top1_low': 50.0, 'top1_high': 60.0},
