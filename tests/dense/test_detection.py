@@ -43,16 +43,18 @@ def detector_of(kind: str, size: int = 32, **options: Any) -> DetectionTask:
 @pytest.mark.parametrize('kind', KINDS)
 def test_two_images_are_memorized(kind: str, tmp_path: Path) -> None:
     """From losses that reach every parameter to the boxes, masks and picture of two images."""
+    # RetinaNet leaves anchors of an IoU from 0.4 to 0.5 out of its loss; whether one ends as a false alarm is chance.
+    options = {'detector_kwargs': {'bg_iou_thresh': 0.5}} if kind == 'retinanet' else {}
     split = CocoSplit(write_coco(tmp_path, {'train': content(2)}), 'train', masks=kind == 'maskrcnn')
     still = train_transform(CanvasSettings(img_size=32, hflip=0, scale=(1, 1)), GRAY, boxes=True)
-    batch, task = collate([still(*split[0]), still(*split[1])]), detector_of(kind)
+    batch, task = collate([still(*split[0]), still(*split[1])]), detector_of(kind, **options)
     losses = task.run_batch(batch)
     assert set(losses) == {'loss'} | LOSSES[kind]
     assert losses['loss'].item() == pytest.approx(sum(losses[name].item() for name in LOSSES[kind]), rel=1e-5)
     losses['loss'].backward()
     assert not [name for name, p in task.named_parameters() if p.grad is None]
     optimizer = torch.optim.AdamW(task.parameters(), lr=2e-3)
-    for _ in range(150 if kind == 'retinanet' else 45):
+    for _ in range(200 if kind == 'retinanet' else 45):
         optimizer.zero_grad()
         task.run_batch(batch)['loss'].backward()
         optimizer.step()
