@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Kill a training run at random instants, resume it each time, and compare with a run that was left alone.
 
-All kept weights, summary.csv, metrics.jsonl and the last state, which holds the banks, the optimizer and the random
-states, have to be bit-identical.
+All kept weights, summary.csv and metrics.jsonl have to be the same bytes; so has the last state, which holds the banks,
+the optimizer and the random states, but for the pickles in it, whose values are compared bit by bit.
 
     python benchmarks/kills.py                                    # 20 kills of a small run on the digits
     python benchmarks/kills.py --kills 50 --kill-seed 1 --mode vanilla
@@ -24,11 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.other import load
-from safetensors.torch import load_file
 from torch.utils._pytree import tree_flatten_with_path
 from tqdm import tqdm
 
-from ctc_timm.runs import Run, weights_metadata
+from ctc_timm.runs import Run
 from ctc_timm.training.build import build_trainer
 from ctc_timm.training.settings import TrainSettings
 from ctc_timm.utils.files import MANIFEST
@@ -39,7 +38,7 @@ SMALL: dict[str, Any] = dict(
     dataset='digits', train_split='train[:256]', val_split='validation[:70]', model='test_resnet', img_size=16,
     mean=0.3, std=0.4, batch_size=16, workers=0, num_negatives=16, lr=0.01, epochs=6, temporal_start_epoch=3,
     checkpoint_steps=3, drop=0.2, reprob=0.3, mixup=0.2, model_ema=True, model_ema_decay=0.9, keep_every=1,
-    log_interval=5,
+    log_interval=5, cache_dataset=True, monitor_target='digits', monitor_every=2, monitor_images=60,
 )  # fmt: skip
 
 
@@ -80,11 +79,10 @@ def differences(run: Path, other: Path) -> list[str]:
 
 
 def _content(file: Path) -> Any:
-    """What a file holds, to the bit; weights and pickles by path within them, as they come in any order."""
-    if file.suffix not in ('.safetensors', '.bin', '.pkl') or not file.is_file():
+    """A file's bytes, or the values of a pickle by path within it, as they come in any order."""
+    if file.suffix not in ('.bin', '.pkl') or not file.is_file():
         return file.read_bytes() if file.is_file() else None
-    values = (load_file(file), weights_metadata(file)) if file.suffix == '.safetensors' else load(file)
-    return {str(path): _bits(leaf) for path, leaf in tree_flatten_with_path(values)[0]}
+    return {str(path): _bits(leaf) for path, leaf in tree_flatten_with_path(load(file))[0]}
 
 
 def _bits(leaf: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from ctc_timm.api import recipe_settings
 from ctc_timm.hub.collect import entry_of_run
 from ctc_timm.models import catalog
 from ctc_timm.utils.files import sha256
@@ -48,7 +49,7 @@ if __name__ == '__main__':
     save_file(halved, file, metadata={'format': 'pt'})
     file.chmod(0o644)  # safetensors makes files that only their owner can read, and a wheel would keep that
 
-    entry = entry_of_run(args.run)
+    entry = entry_of_run(args.run, recipe_settings())
     entry = replace(entry, name=args.name, path=str(file), sha256=sha256(file), license=args.license, results=[])
     enter(entry)
     (found,) = measure('validate', args.name, '--dataset', args.source, '--split', 'test')

@@ -59,7 +59,7 @@ def train(data_dir: PathLike | None = None, **settings: Any) -> Run:
         from accelerate import PartialState
 
         if PartialState().is_main_process:
-            print(import_module('.hub.publish', __package__).push(run, repo_id).report())
+            print(import_module('.hub.publish', __package__).push(run, repo_id, recipe_settings()).report())
     return run
 
 
@@ -201,7 +201,14 @@ def publish(run: PathLike, repo_id: str, **settings: Any) -> str:
     """
     from .hub.publish import push
 
-    return push(run, repo_id, **settings).url
+    return push(run, repo_id, recipe_settings(), **settings).url
+
+
+def recipe_settings() -> set[str]:
+    """Names of the settings that a published recipe may hold."""
+    from .training.settings import FinetuneSettings, TrainSettings
+
+    return {*settings_of(TrainSettings), *settings_of(FinetuneSettings)}
 
 
 def _call(where: str, *arguments: Any) -> Any:

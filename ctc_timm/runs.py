@@ -7,7 +7,7 @@ runs/NAME/
   metrics.jsonl      log rows
   best.safetensors   last.safetensors   weights/epoch-0005.safetensors
   state/             what a resume needs, after epoch 3 in epoch-0003, and within epoch 4, after the run's 120th
-                     optimizer step, in epoch-0004-step-000120
+                     optimizer step, in epoch-0004-step-000120; and the lock of the process that trains
   plots/             pictures
   validation/  linear_probe/  features/  dynamics/    measurements
 """
@@ -15,32 +15,32 @@ runs/NAME/
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
-import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from timm.utils import update_summary
-from torch import Tensor, nn
+from torch import nn
 
-from .utils.errors import UserError, one_line
+from .utils.errors import UserError
 from .utils.files import atomic_rename, write_text
 from .utils.text import file_name
+from .utils.weights_files import save_weights, weights_metadata
 from .utils.yaml_files import read_mapping
 
-HASH = 'tensors_sha256'  # in a weights file's metadata
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 _LARGEST_EPOCH = 10**9
 _SHOWN = dict(loss='val loss {:.4f}', top1='top-1 {:.2f}%', top5='top-5 {:.2f}%', monitor_ridge_top1='target {:.2f}%')
 T = TypeVar('T')
@@ -96,6 +96,20 @@ class Run:
         """Files and folders that an interruption left half-written."""
         return [*self.path.glob('*.tmp'), *self.weights_folder.glob('*.tmp'), *self.state_folder.glob('.epoch-*')]
 
+    def lock(self) -> IO[str] | None:
+        """Lock the folder until the file that is returned is closed; None where another process holds the lock."""
+        self.state_folder.mkdir(parents=True, exist_ok=True)
+        file = (self.state_folder / '.lock').open('a')
+        try:
+            if fcntl is not None:  # loader processes do not inherit this kind, so it ends with its process
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return None
+        except OSError:  # a file system without locks
+            pass
+        return file
+
     def create(self, values: Mapping[str, Any]) -> None:
         """Make the folder and write args.yaml."""
         for folder in (self.path, self.weights_folder, self.state_folder, self.plots):
@@ -107,20 +121,38 @@ class Run:
         """The settings that the run was started with."""
         return read_mapping(self.args_file)
 
-    def write_config(self, model: nn.Module, data_config: dict[str, Any]) -> None:
-        """Write config.json, by which `timm.create_model('local-dir:<run>', pretrained=True)` loads the run."""
+    def write_config(self, model: nn.Module, data_config: dict[str, Any], class_names: Mapping[int, str]) -> None:
+        """Write config.json, by which `timm.create_model('local-dir:<run>', pretrained=True)` loads the run.
+
+        As in timm, `label_names` is the list of the classes' names, or a mapping where some class has none.
+        """
         temporary = self.path / 'config.json.tmp'
-        save_config_for_hf(model, str(temporary), data_config=data_config)
+        complete = list(class_names) == [*range(cast(int, model.num_classes))]
+        names = list(class_names.values()) if complete else dict(class_names)
+        save_config_for_hf(model, str(temporary), {'label_names': names}, data_config=data_config)
         atomic_rename(temporary, self.config_file)
 
+    def class_names(self) -> dict[int, str]:
+        """The names of the classes that config.json holds, by class; of runs of before, empty."""
+        try:
+            names = json.loads(self.config_file.read_text(encoding='utf-8')).get('label_names') or {}
+            pairs = names.items() if isinstance(names, dict) else enumerate(names)
+            return {int(index): name for index, name in pairs if isinstance(name, str)}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return {}
+
+    def check_links(self) -> None:
+        """Raise a UserError for a link that leads out of the folder: a run may be of other people."""
+        home = os.path.realpath(self.path)
+        for path in self.path.rglob('*'):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
+                raise UserError(f'{path}: is a link that leads out of the run; put a copy of the file in its place')
+
     def save_weights(self, name: str, model: nn.Module, metadata: Mapping[str, Any]) -> None:
-        """Write `<name>.safetensors`: 'best', 'last' or 'weights/epoch-0005', with a hash of its tensors."""
+        """Write `<name>.safetensors`: 'best', 'last' or 'weights/epoch-0005'."""
         file = self.path / f'{name}.safetensors'
-        temporary = file.with_suffix('.tmp')
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-        facts = {'format': 'pt', HASH: tensors_hash(tensors), **{k: str(v) for k, v in metadata.items()}}
-        save_file(tensors, temporary, metadata=facts)
-        atomic_rename(temporary, file)
+        save_weights(file.with_suffix('.tmp'), model.state_dict(), metadata)
+        atomic_rename(file.with_suffix('.tmp'), file)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl."""
@@ -254,36 +286,3 @@ def _parse(file: Path, parse: Callable[[bytes], T | None]) -> list[T]:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST_EPOCH
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def weights_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a weights file; raises a UserError where it is no safetensors file."""
-    with _translate_errors(file), safe_open(file, framework='pt') as weights:
-        return weights.metadata() or {}
-
-
-def check_hash(file: str | os.PathLike[str]) -> None:
-    """Raise a UserError where a weights file differs from the hash in its metadata, or is no safetensors file."""
-    if (expected := weights_metadata(file).get(HASH)) is None:
-        return
-    with _translate_errors(file):
-        actual = tensors_hash(load_file(file))
-    if actual != expected:
-        raise UserError(f'{os.fspath(file)}: was changed after it was written (its hash differs); take another one')
-
-
-@contextmanager
-def _translate_errors(file: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f'{os.fspath(file)}: not a sound safetensors file: {one_line(error)}') from None

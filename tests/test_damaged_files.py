@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ctc_timm.api import recipe_settings
 from ctc_timm.data.datasets import open_split
 from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.data.transforms import data_config
@@ -85,7 +86,7 @@ def trained(flags: Callable[..., Any], tiny: list[str], tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp('runs')
     run = train(flags(*tiny, f'--epochs 2 --output {folder} --experiment run --keep-every 1')).path
     for tag in ('a', 'b'):
-        add(str(run), run / 'zoo.json', tag=tag)
+        add(str(run), run / 'zoo.json', recipe_settings(), tag=tag)
     return run
 
 
@@ -115,8 +116,8 @@ def from_checkpoint(run: Path) -> list[nn.Module]:
 
 def from_entry(entry: catalog.Entry) -> nn.Module:
     """Make what `timm.create_model(name, pretrained=True)` makes of a catalog's entry."""
-    create = partial(timm.models.model_entrypoint(entry.architecture), pretrained=True, pretrained_cfg=entry.to_timm())
-    return _with_weights(partial(create, **entry.model_args), entry, None)
+    create = partial(timm.models.model_entrypoint(entry.architecture), pretrained=True)
+    return _with_weights(partial(create, **entry.model_args), entry.to_timm(), entry, None)
 
 
 def from_catalog(run: Path) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..api import recipe_settings
 from ..utils.errors import UserError
 
 
@@ -18,7 +19,7 @@ def publish(run: str, repo_id: str = '', private: bool = False, **given: Any) ->
     given.pop('config', None)
     if not repo_id:
         raise UserError('`repo_id`: name the repo of the Hub, USER/NAME')
-    print(push(run, repo_id, private=private or None, **given).report())
+    print(push(run, repo_id, recipe_settings(), private=private or None, **given).report())
 
 
 def show(pattern: str = '*', json: bool = False, **given: Any) -> None:
@@ -49,7 +50,7 @@ def add(source: str, name: str = '', tag: str = '', replace: bool = False, zoo: 
 
     named = catalog.named_files()
     file = Path(zoo).expanduser() if zoo else named[0] if named else Path('zoo.json')
-    entry = collect.add(source, file, name, tag, replace)
+    entry = collect.add(source, file, recipe_settings(), name, tag, replace)
     print(f'{entry.name}: {entry.sha256[:12]} in {file}')
     if file.absolute() not in [known.absolute() for known in named]:
         before = os.environ.get(catalog.ENVIRONMENT, '')

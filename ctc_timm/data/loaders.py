@@ -59,6 +59,7 @@ def create_eval_loader(
         device=device,
         persistent_workers=False,
     )
+    created.loader.generator = torch.Generator()  # a pass must not draw from the state that dropout draws from
     created.loader = _EvalBatches(created.loader, keep, log_unreadable=plain)
     return created
 
@@ -78,7 +79,6 @@ class _EvalBatches:
 
     def __iter__(self) -> Iterator[Any]:
         if self._kept is not None:
-            torch.empty((), dtype=torch.int64).random_()  # as the loader does, so that a resume changes nothing
             yield from self._kept
             return
         batches = []
@@ -217,9 +217,11 @@ class StreamLoader:
             pin_memory=loader.pin_mem,
             device=device,
         )
+        self._loader.loader.generator = torch.Generator()  # of the workers' seeds, as above
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Set the epoch to shuffle for; batches before the first are read and dropped."""
+        self._loader.loader.generator.manual_seed(10_007 * torch.initial_seed() + epoch)
         self._dataset.set_epoch(epoch)
         self._first_batch = first_batch
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,25 @@ from ..utils.files import sha256
 from .summary import summarize
 
 
-def add(source: str | os.PathLike, file: Path, name: str = '', tag: str = '', overwrite: bool = False) -> Entry:
+def add(
+    source: str | os.PathLike,
+    file: Path,
+    settings: Collection[str],
+    name: str = '',
+    tag: str = '',
+    overwrite: bool = False,
+) -> Entry:
     """Catalog a run's folder or a repo of the Hub, USER/NAME[@REVISION], pinned and with its hash.
 
     Its name is made of the architecture and the `tag`, or else the name of the run or repo, unless a `name` is given.
+    A run's recipe holds none but these `settings`, see `push`.
 
     Raises:
         UserError: Nothing there, weights that don't fit, or a name that is taken.
     """
     source = os.fspath(source)
-    entry = (entry_of_run if Path(source).is_dir() else entry_of_repo)(source, name, tag)
+    local = Path(source).is_dir()
+    entry = entry_of_run(source, settings, name, tag) if local else entry_of_repo(source, name, tag)
     try:
         known = load(file)
     except NoCatalog:
@@ -39,10 +50,10 @@ def add(source: str | os.PathLike, file: Path, name: str = '', tag: str = '', ov
     return entry
 
 
-def entry_of_run(folder: str, name: str = '', tag: str = '') -> Entry:
+def entry_of_run(folder: str, settings: Collection[str], name: str = '', tag: str = '') -> Entry:
     """Make an entry of a run on this machine, see `add`."""
     path = Path(folder).absolute()
-    run = summarize(path)
+    run = summarize(path, settings)
     rows = [(row.dataset, f'top-1 %, {row.method}' if row.method else 'top-1 %', row.top1) for row in run.results]
     return Entry(
         _name(run.architecture, name, tag or path.name),
@@ -76,7 +87,7 @@ def entry_of_repo(source: str, name: str = '', tag: str = '') -> Entry:
         results=_rows_of_card(card),
     )
     # Of a file that is too small for LFS the Hub keeps no sha256.
-    return entry if entry.sha256 else replace(entry, sha256=sha256(fetch(entry)))
+    return entry if entry.sha256 else replace(entry, sha256=hashlib.sha256(fetch(entry)).hexdigest())
 
 
 def _name(base: str, name: str, tag: str) -> str:

@@ -69,7 +69,7 @@ def _card_data(run: RunDetails, repo_id: str, license: str, tags: Sequence[str])
         pipeline_tag='image-classification',
         license=license,
         tags=list(dict.fromkeys([*all_tags, *tags])),
-        datasets=[run.data] if re.fullmatch(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?', run.data) else None,
+        datasets=[run.data_id] if run.data_id else None,
         metrics=['accuracy'],
         base_model=_base_model(run.recipe),
         model_name=repo_id.partition('/')[2],
@@ -82,7 +82,7 @@ def _eval_result(result: Result) -> EvalResult:
     return EvalResult(
         task_type='image-classification',
         task_name='Image Classification',
-        dataset_type=re.sub(r'[^\w./-]', '-', name).lower(),
+        dataset_type=result.hub_id or 'other',  # the Hub takes any other word for a set of that name
         dataset_name=name,
         dataset_split=re.sub(r'[^\w.\[\]:%+-]', '-', result.split) or None,
         metric_type='accuracy',

@@ -18,9 +18,14 @@ from huggingface_hub import get_token
 from ..utils.errors import UserError
 from ..utils.text import secret_values, without_tokens
 
-# A slash that begins a path, which is not one inside a word, a URL or a closing tag; a home, a drive, a server.
+# A slash that begins a path, which is not one inside a word or a closing tag; a home, a drive, a server.
 _PATH = re.compile(
-    r'(?<![\w.:/~<])(?<!&lt;)/[\w.@+-]|(?<![\w.])\.\.?/|(?<![\w/])~[\w.-]*/|\b[A-Za-z]:[\\/](?!/)|\\\\[\w.-]+\\|\bfile:'
+    r'(?<![\w.~<])(?<!&lt;)/[\w.@+-]|(?<![\w.])\.\.?/|(?<!\w)~[\w.-]*/|\$\{?\w+\}?/|%\w+%[\\/]|\b[A-Za-z]:[\\/](?!/)|'
+    r'\\\\[\w.-]+\\|\bfile:'
+)
+_KNOWN_URL = re.compile(r'https://(huggingface\.co|github\.com|arxiv\.org)(/[\w./#?=&%+-]*)?(?![\w.@:-])')
+_HOST = re.compile(
+    r'(?<!file)://|\b[\w.-]+@[\w.-]+:|\b[\w-]+\.(local|internal|intranet|intra|corp|lan)\b|\b\d+(\.\d+){3}\b'
 )
 
 
@@ -43,7 +48,8 @@ class Private:
         """As `find`, without names: one may also be an ordinary word of the card."""
         if any(secret in text for secret in self.secrets) or without_tokens(text) != text:
             return 'a token'
-        return 'a path' if _PATH.search(text) else ''
+        text = _KNOWN_URL.sub('', text)
+        return 'the place of a server' if _HOST.search(text) else 'a path' if _PATH.search(text) else ''
 
     def clean(self, value: Any) -> Any:
         """Leave out what would give something away of a value as YAML holds it; None where nothing is left."""

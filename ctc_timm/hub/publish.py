@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from timm.models._hub import save_for_hf
 
 from ..models.catalog import is_repo_id
 from ..models.download import HubError, translate_errors
+from ..models.pretrained_cfg import own_config
 from ..utils.errors import UserError, one_line
+from ..utils.weights_files import read_weights
 from .model_card import write_card
 from .privacy import Private
 from .summary import RunDetails, summarize
@@ -53,6 +55,7 @@ class Published:
 def push(
     run: str | os.PathLike,
     repo_id: str,
+    settings: Collection[str],
     *,
     private: bool | None = None,
     revision: str = '',
@@ -63,6 +66,8 @@ def push(
 ) -> Published:
     """Publish a run's best weights on the Hub, with a card, in one commit; the options are of `PublishSettings`.
 
+    The recipe holds none but these `settings`, by name: a run may be of other people, who write anything there.
+
     The repo, and the branch `revision`, are created where they are missing; the Hub decides on a `private` of None.
 
     Raises:
@@ -70,10 +75,10 @@ def push(
     """
     _check(repo_id, revision, tags, license)
     hidden = Private()
-    details = summarize(run, hidden)
+    details = summarize(run, settings, hidden)
     with tempfile.TemporaryDirectory(prefix='ctc-timm-') as temporary:
         folder = details.path / DRY_RUN if dry_run else Path(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
         _write_folder(details, folder, repo_id, license, tags, hidden)
         if dry_run:
             return Published(str(folder), _load_line(details, f'local-dir:{folder}'), '', details.notes)
@@ -127,10 +132,12 @@ def _export(run: RunDetails, folder: Path) -> None:
     """Write weights and config.json by timm's own export, and check that they are the run's."""
     try:
         model = timm.create_model(f'local-dir:{run.path}', pretrained=False)
-        weights = load_file(run.weights)
+        weights, _ = read_weights(run.weights)
         model.load_state_dict(weights)
-        names = {'label_names': run.class_names} if run.class_names else {}
-        save_for_hf(model, str(folder), model_config=names, safe_serialization=True)
+        about = {'label_names': run.class_names, 'epoch': run.epoch, 'stage': run.stage}
+        about = {name: value for name, value in about.items() if value not in (None, '', [])}
+        own_config(model)
+        save_for_hf(model, str(folder), model_config=about, safe_serialization=True)
     except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{run.weights}: cannot be exported: {one_line(error)}') from None
     if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in weights.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from scipy.stats import binomtest
 from timm.models import model_entrypoint
 
 from ..data.datasets import split_config
-from ..models.catalog import is_repo_id
+from ..data.digits import NAME
+from ..models.catalog import is_repo_id, is_word
 from ..models.pretrained_cfg import read_config
-from ..runs import Run, check_hash, weights_metadata
+from ..runs import Run
 from ..utils.errors import UserError, one_line
+from ..utils.weights_files import HASH, METADATA_HASH, read_weights, tensors_hash
 from .privacy import Private
 
 # Settings that say where things lie or how a run is watched, not what is trained.
@@ -24,6 +27,7 @@ _NOT_RECIPE = re.compile(
     r'config|data|data_dir|output|experiment|resume|class_map|initial_checkpoint|log_with|log_interval|workers|'
     r'pin_mem|dataset_download|checkpoint_\w+|keep_every|device|push_to_hub|\w*(token|secret|passw|credential)\w*'
 )
+_HUB = ('hfds', 'hfids')  # readers of data sets on the Hub
 _PICTURES = {
     'dynamics/tradeoff.png': 'Source accuracy against transfer accuracy over the training',
     'dynamics/path.png': 'Path of the training in the plane of source and transfer accuracy',
@@ -46,6 +50,7 @@ class Result:
     top5: float | None
     num_images: int | None
     shots: int | None = None  # training images of each class; None for all
+    hub_id: str = ''  # of the data set, where it is one on the Hub
 
 
 @dataclass
@@ -58,11 +63,15 @@ class RunDetails:
     model_args: dict[str, Any]  # what it is built with besides
     weights: Path  # the file that is published
     recipe: dict[str, Any] = field(default_factory=dict)  # the settings that make the run again
+    tensors_hash: str = ''  # of the weights
+    epoch: int | None = None  # that they are of, from 0
+    stage: str = ''  # that this epoch was in
     data: str = ''  # name of its data
+    data_id: str = ''  # of its data, where they are a set on the Hub
     data_flag: str = ''  # for data that every reader has elsewhere: '--data-dir FOLDER' or '--dataset hfds/FOLDER'
     val_split: Any = None  # of its data, on which the best epoch was chosen
-    source: list[Result] = field(default_factory=list)  # numbers on the data it was trained for
-    transfer: list[Result] = field(default_factory=list)  # and on other data
+    source: list[Result] = field(default_factory=list)  # numbers of its own classifier
+    transfer: list[Result] = field(default_factory=list)  # and of probes, on other data
     class_names: list[str] = field(default_factory=list)  # in the order of the classes, or empty
     pictures: dict[str, Path] = field(default_factory=dict)  # files by their titles
     notes: list[str] = field(default_factory=list)  # what was left out, and why
@@ -78,35 +87,55 @@ class RunDetails:
         return self.recipe.get('mode', 'ctc') == 'ctc'
 
     @property
+    def chosen_on_source(self) -> bool:
+        """Whether the numbers hold one of the split on which the best epoch was chosen."""
+        own = (self.data or 'private data', self.val_split)
+        return any((result.dataset, result.split) == own for result in self.source)
+
+    @property
     def results(self) -> list[Result]:
         """The numbers but those of few shots."""
         return [result for result in [*self.source, *self.transfer] if result.shots is None]
 
 
-def summarize(folder: str | os.PathLike, private: Private | None = None) -> RunDetails:
-    """Read a run's folder, or raise a UserError for no sound one, leaving out what must not be published."""
+def summarize(folder: str | os.PathLike, settings: Collection[str], private: Private | None = None) -> RunDetails:
+    """Read a run's folder, leaving out what must not be published, and all but these `settings` of its args.yaml.
+
+    Raises:
+        UserError: No sound run, or one with links that lead out of it.
+    """
     run, private = Run(folder), private or Private()
     if not run.config_file.is_file():
         raise UserError(f'{run}: no run; name a folder with config.json in it, as training writes it')
     architecture, config, model_args = read_config(run.path)
+    run.check_links()
     if not run.best_weights.is_file():
         raise UserError(f'{run}: has no best.safetensors yet; let the training finish an epoch')
-    check_hash(run.best_weights)
+    tensors, metadata = read_weights(run.best_weights)
     details = RunDetails(run.path, architecture, config, model_args, run.best_weights)
+    details.tensors_hash = metadata.get(HASH) or tensors_hash(tensors)
+    sealed = METADATA_HASH in metadata  # else anybody may have written any number
+    if sealed and metadata.get('epoch', '').isdecimal():
+        details.epoch, details.stage = int(metadata['epoch']), metadata.get('stage', '')
     args = run.args() if run.args_file.is_file() else {}
-    _read_recipe(details, args, private)
+    _read_recipe(details, {key: args[key] for key in sorted(settings & args.keys())}, private)
+    own = str(args.get('dataset') or args.get('data_dir') or args.get('data') or '')
 
     validation = _read_results(run.validation / 'results.json', details)
-    row = {**validation, 'target': validation.get('dataset')}
-    if not validation:  # the accuracy that training wrote beside the weights
-        metadata = weights_metadata(run.best_weights)
-        row = {key: metadata.get(f'eval_{key}') for key in ('top1', 'top5', 'num_images')}
-        row |= {'target': args.get('dataset') or args.get('data_dir') or args.get('data'), 'split': details.val_split}
-    details.source = _results([row], private)
+    rows = [{**validation, 'target': validation['dataset']}] if validation.get('dataset') else []
+    if validation.get('dataset') != own and sealed:  # the accuracy that training wrote beside the weights
+        metrics = {key: metadata.get(f'eval_{key}') for key in ('top1', 'top5')}
+        rows.insert(0, {**metrics, 'target': own, 'split': details.val_split})
+    details.source = _results(rows, private)
     for file in sorted(run.linear_probe.glob('*/results.json')):
         rows = _read_results(file, details).get('rows', [])
         details.transfer += _results([{'method': 'probe', **row} for row in rows if isinstance(row, dict)], private)
-    details.class_names = _class_names(validation.get('per_class'), config['num_classes'], private)
+    names = run.class_names()
+    if not names and validation.get('dataset') == own:  # a run of before names were kept
+        listed = validation.get('per_class')
+        found = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+        names = {row['class']: str(row.get('name') or '') for row in found if isinstance(row.get('class'), int)}
+    details.class_names = _class_names(names, config['num_classes'], private)
     details.pictures = _pictures(details, run.dynamics / 'results.json', private)
     return details
 
@@ -115,27 +144,35 @@ def _read_recipe(details: RunDetails, args: dict[str, Any], private: Private) ->
     """Take the recipe and the name of the data from a run's settings."""
     name, root = str(args.get('dataset') or ''), str(args.get('data_dir') or args.get('data') or '')
     reader, _, rest = split_config(name)[0].partition('/')
-    details.data = _public_name(name or root, private)
+    details.data, details.data_id = _public_name(name or root, private), _hub_id(name, private)
     details.data_flag = '--data-dir FOLDER' if root else ''
     details.val_split = args.get('val_split')
     values = {k: v for k, v in args.items() if isinstance(k, str) and not _NOT_RECIPE.fullmatch(k)}
-    if reader in ('hfds', 'hfids') and rest and details.data != rest:
+    if reader in _HUB and rest and not details.data_id:
         details.data_flag = f'--dataset {reader}/FOLDER'
         values.pop('dataset', None)
     if str(values.get('model', '')).startswith('local-dir:'):
         values['model'] = details.architecture
-    details.recipe = private.clean({k: v for k, v in values.items() if v is not None and v not in ('', {}, [])})
+    shown = {k: v for k, v in values.items() if v is not None and v not in ('', {}, [])}
+    if (watched := str(shown.get('monitor_target', ''))) != NAME and not _hub_id(watched, private):
+        shown.pop('monitor_target', None)
+    details.recipe = private.clean(shown)
     lost = [key for key in sorted(values) if values[key] and details.recipe.get(key) != values[key]]
     details.notes += [f'`{key}` or a part of it, which tells something private' for key in lost]
 
 
 def _public_name(data: str, private: Private) -> str:
     """The name of data that may be shown: a repo's id on the Hub, or the last part of where they lie."""
-    reader, _, rest = split_config(data)[0].partition('/')
     name = re.split(r'[\\/]', data.rstrip('\\/'))[-1]
-    if reader in ('hfds', 'hfids') and is_repo_id(rest) and not Path(rest).exists():
-        name = rest
+    name = _hub_id(data, private) or name
     return '' if name in ('', '.', '..') or private.find(name) else name
+
+
+def _hub_id(data: str, private: Private) -> str:
+    """The id of a data set on the Hub, as its name in a run's settings tells it; empty for all others."""
+    reader, _, rest = split_config(data)[0].partition('/')
+    on_hub = reader in _HUB and (is_repo_id(rest) or is_word(rest)) and not Path(rest).exists()
+    return rest if on_hub and not private.find(rest) else ''
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -150,14 +187,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_results(file: Path, details: RunDetails) -> dict[str, Any]:
     """Read a measurement, if it is one of the weights that are published."""
-    results, weights = _read_json(file) if file.is_file() else {}, details.weights
-    measured, reason = Path(str(results.get('weights', ''))), ''
-    if measured.name not in (weights.name, details.path.name) or measured.parent.name == 'weights':
-        reason = f'is of other weights than {weights.name}'
-    elif file.stat().st_mtime + 2 < weights.stat().st_mtime:
-        reason = f'is older than {weights.name}; measure again'
-    details.notes += [f'{file.relative_to(details.path)}, which {reason}'] if results and reason else []
-    return {} if reason else results
+    results = _read_json(file) if file.is_file() else {}
+    if not results or results.get(HASH) == details.tensors_hash:
+        return results
+    reason = f'is of other weights than {details.weights.name}' if HASH in results else 'names no weights by their hash'
+    details.notes.append(f'{file.relative_to(details.path)}, which {reason}; measure again')
+    return {}
 
 
 def _results(rows: list[dict[str, Any]], private: Private) -> list[Result]:
@@ -175,7 +210,8 @@ def _results(rows: list[dict[str, Any]], private: Private) -> list[Result]:
         split, method = str(row.get('split') or ''), str(row.get('method', ''))
         split = '' if private.find(split) else split
         method = method if re.fullmatch(r'[\w -]{0,40}', method) and not private.find(method) else 'probe'
-        found.append(Result(dataset, split, method, top1, low, high, top5, count, shots))
+        hub_id = _hub_id(str(row.get('target') or ''), private)
+        found.append(Result(dataset, split, method, top1, low, high, top5, count, shots, hub_id))
     return found
 
 
@@ -191,12 +227,10 @@ def _count(value: Any) -> int | None:
     return int(value) if type(value) in (int, str) and re.fullmatch(r'[1-9][0-9]{0,15}', str(value)) else None
 
 
-def _class_names(rows: Any, num_classes: int, private: Private) -> list[str]:
+def _class_names(known: dict[int, Any], num_classes: int, private: Private) -> list[str]:
     """Names of all classes, where each has its own and none is private."""
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    known = {row['class']: row.get('name') for row in rows if isinstance(row.get('class'), int)}
     names = [name for name in map(known.get, range(num_classes)) if isinstance(name, str) and name]
-    named = len(set(names)) == len(rows) == num_classes and names != list(map(str, range(num_classes)))
+    named = len(set(names)) == len(known) == num_classes and names != list(map(str, range(num_classes)))
     return names if named and not any(map(private.find, names)) else []
 
 

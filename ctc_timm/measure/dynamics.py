@@ -119,7 +119,8 @@ class KeptRun(Run):
         data = replace(settings.data, **flags)
         model = load_model(kept[last], setting='runs').model
         with accelerator.main_process_first():
-            source = open_test(fit_channels(data, model), {})
+            names = {} if data.class_map else self.class_names()
+            source = open_test(fit_channels(data, model), names)
         self.config = data_config(settings.data, model)
         self.source = SplitImages(source, loader, self.config, accelerator)
 
@@ -182,7 +183,7 @@ class Checkpoint:
         parts: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {'accuracy': ({}, accuracy)}
         if target is not None and train is not None:
             probing = partial(self._probe, target, train, features)
-            values = {'train': train.identity, 'seed': seed}
+            values: dict[str, Any] = {'train': train.identity, 'seed': seed}
             parts = {method: (values, partial(probing, method)) for method in measures.probes}
         parts['geometry'] = {}, lambda: measure_geometry(features().features_ND, features().labels_N)
         if measures.information != 'none':
@@ -192,7 +193,8 @@ class Checkpoint:
         common['precision'] = self._accelerator.mixed_precision
         row: dict[str, Any] = {}
         for part, (values, measure) in parts.items():
-            row |= store.get({**common, 'part': part, **values}, measure)
+            keyed = test.identity is not None and values.get('train', True) is not None
+            row |= store.get({**common, 'part': part, **values}, measure) if keyed else measure()
         return row
 
     def _probe(

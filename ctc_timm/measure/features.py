@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -27,9 +26,9 @@ from ..data.settings import LoaderSettings
 from ..data.subsets import draw, part_of
 from ..models.backbones import check_input, features_and_logits
 from ..models.loading import LoadedModel
-from ..runs import HASH, tensors_hash
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
+from ..utils.weights_files import HASH, read_weights, save_weights, tensors_hash
 
 KEPT_BYTES = 2 * 2**30  # decoded images of a split that stay in memory for the next model
 
@@ -65,8 +64,8 @@ class SplitImages:
     """A split's images as a model sees them, decoded once and kept in memory where they fit.
 
     `most` images are drawn, with the classes in proportion; all when None. `identity` says which images they are and
-    how they are transformed, in plain values that a cache is keyed by. A stream on several processes, or to be drawn
-    from, is a UserError.
+    how they are transformed, in plain values that a cache is keyed by, or is None where nothing does. A stream on
+    several processes, or to be drawn from, is a UserError.
     """
 
     def __init__(
@@ -83,7 +82,9 @@ class SplitImages:
         if source.labels_N is not None and most and most < len(source.labels_N):
             source = part_of(source, draw(source.labels_N, most, seed=0))
         self.source, self.config, self.accelerator = source, config, accelerator
-        self.identity = {'data': source.name, 'identity': _identity(source), 'most': most, 'transform': config}
+        content = _identity(source)
+        values = {'data': source.name, 'identity': content, 'most': most, 'transform': config}
+        self.identity: dict[str, Any] | None = None if content is None else values
         self._count = None if source.labels_N is None else len(source.labels_N)
         keep = self._count is not None and self._count * math.prod(config['input_size']) <= KEPT_BYTES
         self._loader = create_eval_loader(source.dataset, loader, config, accelerator.device, several, keep=keep)
@@ -122,8 +123,9 @@ def features_of(
 
     A UserError: a model without a classification head, or one that cannot take images of this size.
     """
+    cache = None if images.identity is None else cache
     values = {
-        **images.identity,
+        **(images.identity or {}),
         'weights': tensors_hash(loaded.model.state_dict()),
         'precision': accelerator.mixed_precision,
     }
@@ -139,9 +141,9 @@ def features_of(
     features = compute_features(loaded.model.to(accelerator.device), images, accelerator, logits)
     if file and accelerator.is_main_process:
         tensors = {'features': features.features_ND, 'labels': features.labels_N, 'logits': features.logits_NC}
-        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}
+        kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(kept, file.with_suffix('.tmp'), metadata={HASH: tensors_hash(kept)})
+        save_weights(file.with_suffix('.tmp'), kept, {})
         os.replace(file.with_suffix('.tmp'), file)
     return features
 
@@ -160,19 +162,32 @@ def compute_features(
     return LabeledFeatures(*(images.gather(list(part)) for part in zip(*rows)))
 
 
-def _identity(source: DatasetSplit) -> str:
-    """Hash what shows whether the images of a split are still the same, without reading them."""
-    digest = hashlib.sha256(b'' if source.labels_N is None else source.labels_N.numpy().tobytes())
-    reader = getattr(source.dataset, 'reader', source.dataset)
+def _identity(source: DatasetSplit) -> str | None:
+    """Hash what shows whether the images of a split are still the same; None where nothing does.
+
+    Those are the files, by name, size and time of change, `datasets`' fingerprint, or the images where memory holds
+    them. A name alone would give one set the features of another that took its place.
+    """
+    reader: Any = getattr(source.dataset, 'reader', source.dataset)
     reader = getattr(reader, 'source', reader)
-    digest.update(getattr(reader, 'images', b''))  # the digits hold theirs in memory
-    digest.update(str(getattr(getattr(reader, 'dataset', None), '_fingerprint', '')).encode())
-    for sample in getattr(reader, 'samples', ()):
-        path = str(sample[0])
-        if os.path.isfile(path):
+    held = next((part for name in ('images', 'data') if (part := getattr(reader, name, None)) is not None), None)
+    fingerprint = getattr(getattr(reader, 'dataset', None), '_fingerprint', None)
+    samples, root = getattr(reader, 'samples', None), str(getattr(reader, 'root', None) or '')
+    files = {str(sample[0]) for sample in samples} if samples is not None else set()
+    digest = hashlib.sha256(b'' if source.labels_N is None else source.labels_N.numpy().tobytes())
+    if os.path.isfile(root):  # a tar file
+        files = {root}
+    if fingerprint is not None:
+        digest.update(str(fingerprint).encode())
+    elif isinstance(held, (bytes, np.ndarray, torch.Tensor)):
+        digest.update(np.ascontiguousarray(held).tobytes())
+    elif files and all(map(os.path.isfile, files)):
+        for path in sorted(files):
             status = os.stat(path)
-            path = f'{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}'
-        digest.update(path.encode(errors='surrogateescape'))
+            facts = f'{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n'
+            digest.update(facts.encode(errors='surrogateescape'))
+    else:
+        return None
     return digest.hexdigest()
 
 
@@ -181,10 +196,8 @@ def _read(file: Path | None, logits: bool) -> LabeledFeatures | None:
     if file is None or not file.is_file():
         return None
     try:
-        with safe_open(file, framework='pt') as stored:
-            held = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
-            if (stored.metadata() or {}).get(HASH) != tensors_hash(held):
-                return None
-        return LabeledFeatures(held['features'], held['labels'], held['logits'] if logits else None)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
+        held, metadata = read_weights(file)
+        hashed = HASH in metadata
+        return LabeledFeatures(held['features'], held['labels'], held['logits'] if logits else None) if hashed else None
+    except (UserError, KeyError):
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 from .features import LabeledFeatures
-from .probes import cross_folds, predict, shuffled_places
+from .probes import cross_folds, predict, shuffled_places, unpredicted
 from .scores import mean_scores, point_scores
 from .transfer_sets import check_sets
 
@@ -42,13 +42,13 @@ def few_shot(
             raise UserError(
                 f'`shots` {count} is more than every class has: class {fewest} has {images} training images'
             )
-        found: dict[str, list[dict[str, float]]] = {}
+        found: dict[str, list[dict[str, float | None]]] = {}
         for seed in seeds:
             drawn = train.select(sample_shots(train.labels_N, count, seed).to(train.labels_N.device))
             fold_N = cross_folds(drawn.labels_N, min(count, 5), seed)
             for prediction in predict(method, drawn, test, num_classes, fold_N, seed, device):
-                labels_M = test.labels_N.to(prediction.logits_MC.device)
-                found.setdefault(prediction.method, []).append(point_scores(prediction.logits_MC, labels_M))
+                scores = point_scores(prediction.logits_MC, test.labels_N.to(prediction.logits_MC.device))
+                found.setdefault(prediction.method, []).append({**scores, **unpredicted(prediction)})
         for name, draws in found.items():
             yield {'method': name, 'shots': count, 'seeds': len(draws), **mean_scores(draws)}
 

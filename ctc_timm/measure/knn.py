@@ -1,13 +1,15 @@
 """k-nearest-neighbor classification by cosine similarity with weighted votes.
 
 Each of a test image's k most similar training images votes for its class with weight exp(similarity / temperature),
-as in Wu et al. 2018 (arXiv 1805.01978, section 3.4), whose temperature of 0.07 is used. Classes without a vote tie,
-and ties go by class number: with one neighbor, top-5 is top-1 and four arbitrary classes.
+as in Wu et al. 2018 (arXiv 1805.01978, section 3.4), whose temperature of 0.07 is used. A class without a vote is
+predicted in no place, so with fewer than five neighbors there is no top-5 accuracy.
 
 Letters: N training images, M test images, B of them in a block, D feature size, C classes, K neighbors.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ def neighbor_votes(train: LabeledFeatures, features_MD: Tensor, num_classes: int
     has similarity zero to everything.
 
     Returns:
-        For each k of `NEIGHBORS`, [M, C], float64: the sums of exp((similarity - 1) / temperature).
+        For each k of `NEIGHBORS`, [M, C], float64: the sums of exp((similarity - 1) / temperature), and -infinity for a
+        class without a vote.
     """
     bank_ND = unit_rows(train.features_ND)
     votes: list[list[Tensor]] = [[] for _ in NEIGHBORS]
@@ -37,7 +40,8 @@ def neighbor_votes(train: LabeledFeatures, features_MD: Tensor, num_classes: int
         class_BK = train.labels_N[nearest_BK]
         for k, blocks in zip(NEIGHBORS, votes):
             vote_BC = weight_BK.new_zeros(len(block_BD), num_classes)
-            blocks.append(vote_BC.scatter_add_(1, class_BK[:, :k], weight_BK[:, :k]))
+            vote_BC.scatter_add_(1, class_BK[:, :k], weight_BK[:, :k])
+            blocks.append(vote_BC.masked_fill_(vote_BC == 0, -math.inf))
     return [torch.cat(blocks) for blocks in votes]
 
 

@@ -15,6 +15,7 @@ from ..models.backbones import architecture
 from ..models.loading import LoadedModel, load_model, named_source
 from ..utils.distributed import create_accelerator
 from ..utils.progress import outer_bar
+from ..utils.weights_files import HASH, tensors_hash
 from .features import features_of
 from .few_shot import few_shot
 from .plots.accuracy import plot_probes
@@ -63,6 +64,7 @@ def _probe_target(
     results: dict[str, Any] = {
         'model': architecture(loaded.model),
         'weights': loaded.weights,
+        HASH: tensors_hash(loaded.model.state_dict()),
         'parameters': sum(p.numel() for p in loaded.model.parameters()),
         'feature_dim': train.features_ND.shape[1],
         'target': target.name,

@@ -56,8 +56,14 @@ def probe(
     rows = []
     for p in predict(method, train, test, num_classes, hold_out(train.labels_N, seed), seed, device):
         scores = bootstrap_scores(p.logits_MC, test.labels_N.to(p.logits_MC.device), seed)
-        rows.append({'method': p.method, **scores, **p.settings})
+        rows.append({'method': p.method, **scores, **unpredicted(p), **p.settings})
     return rows
+
+
+def unpredicted(prediction: Prediction) -> dict[str, None]:
+    """The columns that a prediction has no numbers for: top-5 of a vote of fewer than five neighbors."""
+    few = (prediction.settings.get('neighbors') or 5) < 5
+    return dict.fromkeys(('top5', 'top5_low', 'top5_high')) if few else {}
 
 
 def ridge_scores(train: LabeledFeatures, test: LabeledFeatures, num_classes: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ Letters: N test images, C classes, R resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
@@ -20,13 +20,14 @@ METRICS = ('top1', 'top5', 'mean_per_class')
 def ranks(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     """Count the classes that come before the true one, [N]: 0 is a top-1 hit, below 5 a top-5 hit.
 
-    Equal scores are ordered by class number, the lower first. A true class with a NaN score is no hit of either
-    kind, so that a diverged probe scores nothing.
+    Equal scores are ordered by class number, the lower first. A true class with a score of NaN or -infinity is no hit
+    of either kind: a diverged probe scores nothing, nor does a class that the probe does not predict.
     """
     true_N1 = logits_NC.gather(1, labels_N[:, None])
     lower_NC = torch.arange(logits_NC.shape[1], device=logits_NC.device) < labels_N[:, None]
     before_N = ((logits_NC > true_N1) | ((logits_NC == true_N1) & lower_NC)).sum(dim=1)
-    return torch.where(true_N1[:, 0].isnan(), max(logits_NC.shape[1], 5), before_N)
+    never_N = true_N1[:, 0].isnan() | true_N1[:, 0].isneginf()
+    return torch.where(never_N, max(logits_NC.shape[1], 5), before_N)
 
 
 def point_scores(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float]:
@@ -57,15 +58,15 @@ def bootstrap_scores(logits_NC: Tensor, labels_N: Tensor, seed: int = 0, resampl
     return columns
 
 
-def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
+def mean_scores(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """Average the scores of several runs or draws, in the columns of `bootstrap_scores`.
 
     The interval is Student's 95% interval of the mean; of a single row None.
     """
     columns: dict[str, float | None] = {}
     for name in METRICS:
-        values = [row[name] for row in rows]
-        columns |= {name: fmean(values), f'{name}_low': None, f'{name}_high': None}
+        values = [value for row in rows if (value := row[name]) is not None]
+        columns |= {name: fmean(values) if values else None, f'{name}_low': None, f'{name}_high': None}
         if len(values) > 1:
             half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
             columns |= {f'{name}_low': fmean(values) - half, f'{name}_high': fmean(values) + half}

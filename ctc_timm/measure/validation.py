@@ -12,15 +12,17 @@ from timm.data.loader import PrefetchLoader
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
 from torch import Tensor, nn
 
-from ..data.datasets import check_labels, open_split
+from ..data.datasets import check_labels, match_classes, open_split
 from ..data.loaders import create_eval_loader
 from ..data.transforms import data_config, fit_channels
 from ..models.backbones import architecture, check_input
 from ..models.loading import load_model, named_source
+from ..runs import Run
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
 from ..utils.text import sanitize
+from ..utils.weights_files import HASH, tensors_hash
 from .results import write_csv, write_json
 from .settings import ValidateSettings
 
@@ -42,6 +44,8 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
         raise UserError("`val_split` '': names no split; name one with `split`")
     with accelerator.main_process_first():
         source = open_split(fit_channels(data, loaded.model), split)
+        if loaded.run is not None and not data.class_map:
+            source = match_classes(source, Run(loaded.run).class_names(), f'the run {loaded.run}')
     check_labels(source, loaded.model.num_classes, split)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
@@ -54,6 +58,7 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     results = {
         'model': architecture(model),
         'weights': loaded.weights,
+        HASH: tensors_hash(model.state_dict()),
         'parameters': sum(p.numel() for p in model.parameters()),
         'dataset': source.name,
         'split': split,

@@ -6,11 +6,13 @@ Tokens, endpoints, caches, offline mode and timeouts are those of huggingface_hu
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -20,10 +22,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils.sha import git_hash
-from timm.models._hub import download_from_hf
+from timm.models._hub import download_from_hf, hf_split
 
 from ..utils.errors import UserError, one_line
-from ..utils.files import sha256
 from .catalog import Entry
 from .pretrained_cfg import base_of, read_config
 
@@ -73,8 +74,8 @@ def _describe(error: BaseException) -> str:
     return f'{words} (HTTP {status})' + (f'; {hint}' if hint else '')
 
 
-def fetch(entry: Entry, cache_dir: CacheDir = None) -> Path:
-    """Get an entry's weights file, and check that it is the one that was meant.
+def fetch(entry: Entry, cache_dir: CacheDir = None) -> bytes:
+    """Read an entry's weights file, and check that these bytes are the ones that were meant.
 
     A cached file that is not what it should be is taken out of the cache, so that no later load finds it.
 
@@ -82,16 +83,17 @@ def fetch(entry: Entry, cache_dir: CacheDir = None) -> Path:
         HubError: It can't be had, or is another file.
     """
     if entry.hub_id:
-        return _download(f'{entry.hub_id}@{entry.revision}', entry.filename, cache_dir, entry.sha256)
+        return _download(f'{entry.hub_id}@{entry.revision}', entry.filename, cache_dir, entry.sha256)[1]
     file = Path(entry.path)
     if not file.is_file():
         raise HubError(f'{entry.name}: {file} is not there; restore it, or catalog other weights')
-    if sha256(file) != entry.sha256:
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise HubError(
             f'{entry.name}: {file} is not the file that was cataloged (its sha256 differs); '
             'restore it, or catalog it anew with `ctc-timm zoo add --replace`'
         )
-    return file
+    return content
 
 
 def find(repo_id: str, name: str = '', revision: str = '', cache_dir: CacheDir = None) -> Entry:
@@ -101,7 +103,7 @@ def find(repo_id: str, name: str = '', revision: str = '', cache_dir: CacheDir =
         UserError: NotPublished for no such repo; or it can't be read, or holds no weights of that architecture.
     """
     wanted = f'{repo_id}@{revision}' if revision else repo_id
-    file = _download(wanted, 'config.json', cache_dir)
+    file, _ = _download(wanted, 'config.json', cache_dir)
     commit = file.parent.name  # as the client's cache is laid out
     if not re.fullmatch(r'[0-9a-f]{40}', commit):
         raise HubError(f'{wanted}: the cache does not say which commit it holds; clear it and retry')
@@ -111,15 +113,19 @@ def find(repo_id: str, name: str = '', revision: str = '', cache_dir: CacheDir =
     return Entry(name or base, config, model_args=model_args, hub_id=repo_id, revision=commit)
 
 
-def _download(where: str, filename: str, cache_dir: CacheDir, wanted: str = '') -> Path:
+def _download(where: str, filename: str, cache_dir: CacheDir, wanted: str = '') -> tuple[Path, bytes]:
     """Download a file of USER/NAME[@REVISION]; check its sha256, or at least the hash that the Hub announced."""
     with translate_errors(where):
         file = Path(download_from_hf(where, filename, cache_dir=cache_dir))
         # A snapshot's file points at one that is called by the hash that the Hub announced: a sha256, or git's for
         # small files. What that one may point at in turn is called by Xet's own hash.
         announced = Path(os.readlink(file)).name if file.is_symlink() else ''
+        if not wanted and not announced and not constants.HF_HUB_OFFLINE:  # a cache without links does not keep it
+            repo_id, revision = hf_split(where)
+            announced = get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision)).etag or ''
         wanted = wanted or (announced if re.fullmatch(r'[0-9a-f]{40}|[0-9a-f]{64}', announced) else '')
-        found = git_hash(file.read_bytes()) if len(wanted) == 40 else sha256(file)
+        content = file.read_bytes()
+        found = git_hash(content) if len(wanted) == 40 else hashlib.sha256(content).hexdigest()
         if wanted and found != wanted:
             while file.is_symlink():
                 target = file.parent / os.readlink(file)
@@ -130,4 +136,4 @@ def _download(where: str, filename: str, cache_dir: CacheDir, wanted: str = '') 
                 f'{where}: {filename} is not the file that was published (its hash differs) and was removed from the '
                 'cache; retry, and if it stays so, do not trust that repo'
             )
-    return file
+    return file, content

@@ -11,9 +11,10 @@ from typing import Any
 import timm
 from timm.models import get_arch_name
 
-from ..runs import Run, check_hash, weights_metadata
+from ..runs import Run
 from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
+from ..utils.weights_files import read_weights, weights_metadata
 from .backbones import architecture as architecture_of
 from .pretrained_cfg import read_config
 from .settings import SourceSettings
@@ -87,7 +88,7 @@ def load_weights(model: Any, file: Path, where: str) -> None:
         raise UserError(f'{where}: no such file')
     try:
         if file.suffix == '.safetensors':
-            check_hash(file)
+            read_weights(file)
         timm.models.load_checkpoint(model, str(file), weights_only=True)
     except Exception as error:  # of any format
         raise UserError(f'{where}: not weights of {architecture_of(model)}: {one_line(error)}') from None

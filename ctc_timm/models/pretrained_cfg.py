@@ -65,6 +65,12 @@ def check_pretrained_cfg(config: Any, where: str) -> dict[str, Any]:
     return found
 
 
+def own_config(model: Any) -> None:
+    """Leave out of a model's config whose weights it had: tag, papers, license, class names. It is to be trained."""
+    cfg = {key: model.pretrained_cfg[key] for key in ('architecture', *FIELDS) if key in model.pretrained_cfg}
+    model.pretrained_cfg = model.default_cfg = cfg
+
+
 def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
     """Check arguments for an architecture; a UserError is raised for those that change where weights come from."""
     if not isinstance(model_args, dict):

@@ -117,8 +117,11 @@ def _create(
     if lent:
         base_cfg = get_pretrained_cfg(arch)
         cfg = dataclasses.replace(cfg, tag=base_cfg.tag if base_cfg else None)
-    create = partial(model_entrypoint(arch), pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
-    model = create() if entry is None or not pretrained else _with_weights(create, entry, kwargs.get('cache_dir'))
+    create = partial(model_entrypoint(arch), pretrained=pretrained, **kwargs)
+    if entry is None or not pretrained:
+        model = create(pretrained_cfg=cfg)
+    else:
+        model = _with_weights(create, cfg, entry, kwargs.get('cache_dir'))
     if entry is not None:
         # timm's factory records the arguments it was given; an export needs those that were filled in, too.
         filled = {k: v for k, v in kwargs.items() if k in entry.model_args}
@@ -176,15 +179,20 @@ def _find_in_namespace(name: str, tag: str, cache_dir: Any) -> Entry:
         raise _not_published(name, tag, f'; {error}') from None
 
 
-def _with_weights(create: Callable[[], nn.Module], entry: Entry, cache_dir: Any) -> nn.Module:
-    """Build and load, once the weights lie here and are those that were published."""
+def _with_weights(create: Callable[..., nn.Module], cfg: PretrainedCfg, entry: Entry, cache_dir: Any) -> nn.Module:
+    """Build the model, and load the very bytes that were found to be the published ones."""
     from safetensors import SafetensorError
+    from safetensors.torch import load
 
     from .download import HubError, fetch
 
-    fetch(entry, cache_dir)
+    content = fetch(entry, cache_dir)
     try:
-        return create()
+        model = create(pretrained_cfg=dataclasses.replace(cfg, state_dict=load(content)))
+        for module in model.modules():
+            for alias in ('pretrained_cfg', 'default_cfg'):
+                getattr(module, alias, {}).pop('state_dict', None)
+        return model
     except (SafetensorError, RuntimeError, KeyError) as error:
         where = entry.path or f'{entry.hub_id}@{entry.revision}'
         raise HubError(f'{entry.name}: {where} does not fit {entry.architecture}: {one_line(error)}') from error

@@ -24,6 +24,7 @@ from ..data.transforms import data_config, fit_channels
 from ..measure.validation import evaluate
 from ..models.backbones import architecture, check_input
 from ..models.creation import check_compiler, create_model, prepare_model
+from ..models.pretrained_cfg import own_config
 from ..runs import Run
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, nearest
@@ -104,6 +105,7 @@ def build_trainer(
     check_input(model, config['input_size'], training=loading.batch_size == 1)
     if loading.cache_dataset:
         training = cache_split(training, quiet=rank > 0)
+    own_config(model)
     model = prepare_model(model, execution, settings.batch_norm, device, world_size)
     labels_N, classes = training.labels_N, model.num_classes
     count = 0 if labels_N is None else len(labels_N)
@@ -136,7 +138,7 @@ def build_trainer(
         accelerator,
         run,
         point,
-        lambda: run.write_config(model, config),
+        lambda: run.write_config(model, config, training.class_names),
         stages if two_stages else None,
         facts={**facts, 'mode': settings.ctc.mode},
         mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),

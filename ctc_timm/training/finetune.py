@@ -30,11 +30,12 @@ from ..measure.transfer_sets import check_sets, slug
 from ..models.backbones import architecture, has_classification_head
 from ..models.creation import model_options
 from ..models.loading import load_model, named_source
-from ..runs import Run, tensors_hash
+from ..runs import Run
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, one_line
 from ..utils.progress import clock
 from ..utils.settings import flatten, replace
+from ..utils.weights_files import tensors_hash
 from .build import build_trainer
 from .finetune_results import RESULTS, SETTINGS, check_folder, conclude, plain, write_results
 from .freezing import freeze

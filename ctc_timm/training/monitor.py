@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from accelerate import Accelerator
+from timm.utils import unwrap_model
 from torch import nn
 
 from ..data.settings import DataSettings
@@ -57,7 +58,7 @@ class Monitor:
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure the model's features of the target, which must be finite. It is left in evaluation mode."""
-        started = time.monotonic()
+        started, model = time.monotonic(), unwrap_model(model)  # of its moving average
         train, test = (compute_features(model, images, self._accelerator) for images in self._splits)
         self.target.check(train, test)
         top1 = ridge_scores(train, test, self.target.num_classes)['top1']

@@ -1,5 +1,7 @@
 """Stopping a run from outside: SIGTERM or SIGINT lets the step end and the state be saved; a second one does not wait.
 
+Accelerate's and PyTorch's launchers do not hand on a SIGTERM: a process whose launcher is gone stops, too.
+
 Loader processes inherit the handler by fork. A signal to the whole group, as a terminal or a scheduler sends it, must
 not take them from the step that is to end, so there it only sets them a limit.
 """
@@ -12,7 +14,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from ..runs import Run
 from ..utils.errors import RunError, Stopped, one_line
@@ -26,12 +31,19 @@ class Interrupted(BaseException):
 
 
 class StopSignal:
-    """Records a signal that asks this process to stop, by name in `received`."""
+    """Records a signal that asks this process to stop."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self._received: str | None = None
         self._at_once = False
         self._process = os.getpid()
+        self._launcher = os.getppid() if _is_launcher(os.getppid()) else None
+
+    @property
+    def received(self) -> str | None:
+        """What asks this process to stop, for people: a signal's name, or that the launcher is gone."""
+        gone = self._launcher is not None and os.getppid() != self._launcher
+        return self._received or ('the end of its launcher' if gone else None)
 
     @contextmanager
     def heeded(self, run: Run, state: TrainState, save: Callable[[], object]) -> Iterator[None]:
@@ -77,12 +89,23 @@ class StopSignal:
             if hasattr(signal, 'alarm'):
                 signal.alarm(_GRACE)
             return
-        if self.received:  # the second one
+        if self._received:  # the second one
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.received = signal.Signals(number).name
+        self._received = signal.Signals(number).name
         if self._at_once:
             raise Interrupted
+
+
+def _is_launcher(process: int) -> bool:
+    """Whether a process is `accelerate launch`, `torchrun` or one of their modules."""
+    try:
+        interpreter, *words = psutil.Process(process).cmdline()[:3]
+    except (psutil.Error, ValueError):
+        return False
+    module = words[1] if words[:1] == ['-m'] and len(words) > 1 else ''
+    name = Path(words[0] if words else interpreter).name
+    return name in ('accelerate', 'accelerate-launch', 'torchrun') or module.startswith(('accelerate.', 'torch.distr'))
 
 
 def newest_state(run: Run) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from timm.utils import random_seed, unwrap_model
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -69,16 +71,18 @@ class Trainer:
         self.steps = Steps(accelerator, task, self.optimizer, settings, mixup)
         task.start_training()
         self.stop, self.state = StopSignal(), TrainState()
+        self._lock: IO[str] | None = None
         self._skipped_before = self._named = 0
 
     def open_run(self, point: ResumePoint, write_config: Callable[[], object] = tuple) -> None:
         """Continue from a state, or create the run's folder with args.yaml and config.json.
 
         Raises:
-            UserError: The state does not fit; nothing has been written.
+            UserError: The state does not fit, or another process trains there; nothing has been written.
             RunError: The folder can't be written to.
         """
         values = values_of(self.all_settings)
+        self._take_lock(fresh=point.state is None and self.all_settings.folder.resume != 'auto')
         if point.state:
             self._resume(point)
         with raise_on_all_ranks(self.accelerator, f'{self.run} cannot be written to'):
@@ -91,6 +95,17 @@ class Trainer:
             self.accelerator.project_configuration.logging_dir = str(self.run)
             plain = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
             self.accelerator.init_trackers('ctc-timm', plain)
+
+    def _take_lock(self, fresh: bool) -> None:
+        """Keep other processes out of the run's folder, which is empty when `fresh`, until `fit` ends."""
+        taken = [True]
+        with raise_on_all_ranks(self.accelerator, f'{self.run} cannot be written to'):
+            if self.accelerator.is_main_process:
+                self._lock = self.run.lock()
+                taken = [self._lock is not None and not (fresh and self.run.args_file.exists())]
+        if not broadcast_object_list(taken)[0]:
+            fault = f'{self.run} is in use by another training process'
+            raise UserError(f'`experiment` {self.run.path.name}: {fault}; wait for its end, or choose another name')
 
     def _resume(self, point: ResumePoint) -> None:
         assert point.state is not None
@@ -121,7 +136,7 @@ class Trainer:
         """
         started, first, epochs = time.monotonic(), self.state.epoch, self.schedule.num_epochs
         metrics: dict[str, float] = {}
-        with self.stop.heeded(self.run, self.state, self._save_state):
+        with self._lock or nullcontext(), self.stop.heeded(self.run, self.state, self._save_state):
             while self.state.epoch < epochs:
                 metrics, line = self._run_epoch(self.state.epoch)
                 spent = time.monotonic() - started
@@ -270,8 +285,11 @@ class Trainer:
     def _finish_epoch(self, epoch: int, train: dict[str, float], metrics: Mapping[str, float]) -> None:
         """Write the epoch's numbers, weights and state."""
         state, value = self.state, metrics.get(self.evaluator.best_metric)
-        if value is not None and (state.best is None or value > state.best[0]):
-            state.best = (value, epoch)
+        if value is not None:
+            # An epoch of the instance stage has not seen the temporal term: it is best only until one has.
+            outdated = state.best is not None and state.best[1] < self.schedule.temporal_start <= epoch
+            if state.best is None or outdated or value > state.best[0]:
+                state.best = (value, epoch)
         evaluation = {f'eval/{key}': value for key, value in metrics.items()}
         self.accelerator.log({'epoch': epoch, **evaluation}, step=state.updates)
         with raise_on_all_ranks(self.accelerator, f'{self.run} cannot be written to'):
@@ -292,7 +310,8 @@ class Trainer:
         kept = epoch % every == every - 1 or epoch in (self.schedule.temporal_start - 1, epochs - 1) if every else False
         best = self.state.best is not None and self.state.best[1] == epoch
         model = unwrap_model(self.eval_model())  # of processes, compilation or averaging
-        metadata = {**self.facts, 'epoch': epoch, **{f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}}
+        metadata = {**self.facts, 'epoch': epoch, 'stage': self._stage(epoch)}
+        metadata |= {f'eval_{k}': f'{v:.6g}' for k, v in metrics.items()}
         for name, wanted in (('last', True), ('best', best), (f'weights/epoch-{epoch:04d}', kept)):
             if wanted:
                 self.run.save_weights(name, model, metadata)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ctc_timm.data.datasets import open_split
 from ctc_timm.data.decoding import UnreadableError
 from ctc_timm.data.indexed import EpochBatches, IndexedDataset
-from ctc_timm.data.loaders import RefreshLoader, TrainLoader, erase
+from ctc_timm.data.loaders import RefreshLoader, TrainLoader, create_eval_loader, erase
 from ctc_timm.data.settings import AugmentationSettings, DataSettings, LoaderSettings
 from ctc_timm.data.transforms import data_config
 from ctc_timm.utils.errors import UserError
@@ -50,6 +50,17 @@ def batches(epoch: int, *args: int) -> list[list[tuple[int, int]]]:
     sampler = EpochBatches(*args)
     sampler.epoch = epoch
     return list(sampler)
+
+
+def test_an_evaluation_draws_nothing() -> None:
+    """The random state that dropout draws from is the same after a pass, the first, a later and a kept one."""
+    source = open_split(DIGITS, 'validation[:20]')
+    for keep in (False, True):
+        loader = create_eval_loader(source.dataset, LoaderSettings(batch_size=8, workers=0), CONFIG, CPU, keep=keep)
+        before = torch.get_rng_state()
+        passes = [torch.cat([images for images, _ in loader]) for _ in range(3)]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(torch.equal(images, passes[0]) for images in passes)
 
 
 @pytest.mark.parametrize('n, batch, world', [(24, 4, 1), (24, 4, 2), (24, 2, 3), (53, 4, 2), (31, 5, 3), (8, 8, 1)])

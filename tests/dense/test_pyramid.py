@@ -80,7 +80,7 @@ def test_weights_from_a_run_a_file_and_a_folder(tmp_path: Path) -> None:
     run = Run(tmp_path / 'run')
     run.path.mkdir()
     plain = stirred(timm.create_model('test_resnet', num_classes=7)).eval()
-    run.write_config(plain, {})
+    run.write_config(plain, {}, {})
     run.save_weights('best', plain, {'architecture': 'test_resnet', 'num_classes': 7})
     images = torch.randn(1, 3, 64, 64)
     features = timm.create_model('test_resnet', features_only=True, out_indices=(1, 2, 3, 4)).eval()

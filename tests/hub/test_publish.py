@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
 import ctc_timm
+from ctc_timm.api import recipe_settings
 from ctc_timm.hub.publish import push
 from hub_client import ALICE, BOB, COMMAND, IMAGES, IN_THREADS, PUBLISHED, logits_of
 
+SETTINGS = recipe_settings()
 REPO = 'alice/test_resnet_ctc'
 EMPTY = {'.gitattributes'}
 
@@ -56,7 +58,7 @@ model.eval = lambda: model
 
 
 def test_the_recipe_makes_the_run_again(client, run, tmp_path):
-    push(run, REPO, dry_run=True)
+    push(run, REPO, SETTINGS, dry_run=True)
     where = ['--output', str(tmp_path), '--experiment', 'again', '-j', '0']
     done = client.command('train', '-c', str(run / 'publish' / 'recipe.yaml'), *where)
     assert done.code == 0, done.err
@@ -145,7 +147,7 @@ def test_a_dry_run_sends_nothing(client, hub, run):
 def test_what_is_no_run_is_refused(run, tmp_path):
     def refused(match: str, folder: Path = run) -> None:
         with pytest.raises(ctc_timm.UserError, match=match) as caught:
-            push(folder, REPO, dry_run=True)
+            push(folder, REPO, SETTINGS, dry_run=True)
         assert '\n' not in str(caught.value)
 
     refused('no run; name a folder', tmp_path / 'nothing')

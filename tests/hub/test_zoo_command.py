@@ -12,11 +12,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from ctc_timm.api import recipe_settings
 from ctc_timm.hub.collect import add
 from ctc_timm.models import catalog
 from ctc_timm.utils.errors import UserError
 from hub_server import Blob
 
+SETTINGS = recipe_settings()
 REPO = 'alice/test_resnet_ctc.digits'
 
 
@@ -62,13 +64,13 @@ save_config_for_hf(model, 'config.json')
 def test_names_and_replacing(client, trained, tmp_path):
     run = Path(shutil.copytree(trained, tmp_path / 'runs' / 'Müller & co'))
     file = tmp_path / 'zoo.json'
-    assert add(run, file).name == 'test_resnet_ctc.M_ller_co'
-    add(run, file)  # the same weights again
-    add(run, file, name='test_resnet_ctc')
+    assert add(run, file, SETTINGS).name == 'test_resnet_ctc.M_ller_co'
+    add(run, file, SETTINGS)  # the same weights again
+    add(run, file, SETTINGS, name='test_resnet_ctc')
     assert set(models(file)) == {'test_resnet_ctc', 'test_resnet_ctc.M_ller_co'}
     for name in ('test_vit_ctc.a', 'test_resnet', 'test_resnet_ctc.a/b'):
         with pytest.raises(UserError, match=r'must be test_resnet_ctc or test_resnet_ctc\.TAG'):
-            add(run, file, name=name)
+            add(run, file, SETTINGS, name=name)
 
     model = timm.create_model(f'local-dir:{run}', pretrained=True)
     with torch.no_grad():
@@ -76,7 +78,7 @@ def test_names_and_replacing(client, trained, tmp_path):
     save_file(model.state_dict(), run / 'best.safetensors')
     before = file.read_bytes()
     with pytest.raises(UserError, match='is other weights already; give `replace=True`'):
-        add(run, file)
+        add(run, file, SETTINGS)
     assert file.read_bytes() == before
     code = 'import timm, ctc_timm; timm.create_model("test_resnet_ctc", pretrained=True)'
     done = client(code, CTC_TIMM_ZOO=str(file))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
 from torchvision.transforms import functional
 
-from ctc_timm.data.datasets import open_split
+from ctc_timm.data.datasets import DatasetSplit, open_split
 from ctc_timm.data.digits import DigitsReader
 from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.measure.features import SplitImages, compute_features, features_of
@@ -92,6 +94,55 @@ def test_folder_changes_are_seen(image_folder: Path) -> None:
     picture = next(image_folder.rglob('validation/*/*.png'))
     picture.write_bytes(picture.read_bytes() + b' ')
     assert identity() != before
+
+
+def write_tar(file: Path, folder: Path) -> Path:
+    with tarfile.open(file, 'w') as tar:
+        tar.add(folder, arcname='.')
+    return file
+
+
+class Colors(torch.utils.data.Dataset):
+    """As torchvision has them: images in memory."""
+
+    def __init__(self, value: int) -> None:
+        self.data, self.targets = np.full((4, 16, 16, 3), value, dtype=np.uint8), [0, 1, 0, 1]
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.data[index], self.targets[index]
+
+
+def test_what_is_cached_is_known_by_its_content(image_folder: Path, tmp_path: Path) -> None:
+    """Of a tar file and of torchvision's sets: another one in its place is not taken for it."""
+    labels = torch.tensor([0, 1, 0, 1])
+
+    def identity(source: DatasetSplit) -> Any:
+        return SplitImages(source, LOADER, CONFIG, Accelerator()).identity
+
+    def of_torch(value: int) -> Any:
+        return identity(DatasetSplit(Colors(value), labels, 2, 'torch/colors', {}))
+
+    assert of_torch(3) == of_torch(3) != of_torch(4)
+    unknown: Any = torch.utils.data.TensorDataset(torch.zeros(4, 3, 16, 16), labels)
+    assert identity(DatasetSplit(unknown, labels, 2, 'torch/unknown', {})) is None
+
+    tar = DataSettings(data_dir=str(write_tar(tmp_path / 'images.tar', image_folder / 'validation')))
+    before = identity(open_split(tar, ''))
+    assert before is not None and identity(open_split(tar, '')) == before
+    for file in image_folder.rglob('validation/*/*.png'):
+        file.write_bytes(file.read_bytes() + b' ')
+    write_tar(tmp_path / 'images.tar', image_folder / 'validation')
+    assert identity(open_split(tar, '')) != before
+
+
+def test_what_nothing_tells_apart_is_not_cached(tmp_path: Path) -> None:
+    images, accelerator = images_of(Accelerator()), Accelerator()
+    images.identity = None
+    features_of(model(), images, accelerator, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def _gathered(rank: int, world: int) -> tuple[torch.Tensor, ...]:

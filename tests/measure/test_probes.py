@@ -110,7 +110,7 @@ def brute_force_votes(train, queries, classes, k):
     votes = np.zeros((len(queries), classes))
     weights = np.exp(np.take_along_axis(cosine, nearest, axis=1) / 0.07)
     np.add.at(votes, (np.arange(len(queries))[:, None], train.labels_N.numpy()[nearest]), weights)
-    return votes
+    return np.where(votes == 0, -np.inf, votes)
 
 
 @pytest.mark.parametrize('block', [1, 300, 1 << 23])
@@ -126,6 +126,19 @@ def test_knn_against_a_loop(block, tied, monkeypatch):
     for k, votes in zip((1, 5, 20), neighbor_votes(train, queries, 7), strict=True):
         expected = brute_force_votes(train, queries, 7, k)
         np.testing.assert_allclose(votes * math.exp(1 / 0.07), expected, rtol=1e-9)
+
+
+def test_a_class_without_a_vote_is_never_predicted():
+    """Not in the first five either, however few have votes; an image of it is a miss. Below k = 5 top-5 is blank."""
+    near, far = [[1.0, 0.01 * i] for i in range(5)], [[0.0, 1.0 + i] for i in range(4)]
+    train = LabeledFeatures(torch.tensor([*near, *far]), torch.tensor([6, 6, 6, 3, 3, 0, 1, 0, 1]))
+    test = LabeledFeatures(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([6, 3, 0, 1]))
+    one, five, twenty = probe('knn', train, test, 7)
+    assert one['top1'] == 25.0 and one['top5'] is one['top5_low'] is one['top5_high'] is None
+    assert five['neighbors'] == 5 and (five['top1'], five['top5']) == (25.0, 50.0)
+    assert twenty['neighbors'] == 9 and twenty['top5'] == 100.0
+    few = LabeledFeatures(train.features_ND[3:6], torch.tensor([6, 3, 0]))
+    assert probe('knn', few, test.select(test.labels_N != 1), 7)[2]['top5'] is None  # there are only three images
 
 
 def test_sgd_against_a_plain_loop():
@@ -176,7 +189,8 @@ def test_rows_are_plain_and_nothing_is_chosen_on_the_test_set(method):
             assert one.settings == two.settings and torch.equal(one.logits_MC, two.logits_MC)
         # The intervals are over these logits, with the probe's seed.
         scores = bootstrap_scores(one.logits_MC, test.labels_N, seed=0)
-        assert row == {'method': one.method, **scores, **one.settings} == json.loads(json.dumps(row))
+        blank = dict.fromkeys(('top5', 'top5_low', 'top5_high')) if one.method == 'knn-1' else {}
+        assert row == {'method': one.method, **scores, **blank, **one.settings} == json.loads(json.dumps(row))
         assert list(scores) == [name + end for name in METRICS for end in ('', '_low', '_high')]
         assert row['top1_low'] <= row['top1'] <= row['top1_high']
         assert scores != bootstrap_scores(two.logits_MC, other.labels_N)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from timm.data import create_transform
 from ctc_timm.data.digits import DigitsReader
 from ctc_timm.measure.settings import ValidateSettings
 from ctc_timm.measure.validation import PerClassEvaluator, validate
+from ctc_timm.runs import Run
+from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build
 from runs import CONFIG
 
@@ -53,6 +56,29 @@ def test_accuracy_by_class_against_a_loop(tmp_path: Path) -> None:
         ]
     with (tmp_path / 'out' / 'results.csv').open(newline='') as stream:
         assert [row['top1'] for row in csv.DictReader(stream)] == [str(results['top1'])]
+
+
+def test_classes_of_a_run_go_by_name(image_folder: Path, tmp_path: Path) -> None:
+    """A folder that lacks the first class moves no other one; a class that the run does not know is refused."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3, global_pool='avg')
+    run = Run(tmp_path / 'run')
+    run.create({'data_dir': str(image_folder), 'mode': 'vanilla'})
+    config = {**CONFIG, 'input_size': (3, 32, 32)}
+    run.write_config(model, config, {i: f'class{i}' for i in range(3)})
+    run.save_weights('best', model, {})
+    values = {'source': str(run), 'data_dir': str(image_folder), 'output': str(tmp_path / 'out'), 'workers': 0}
+
+    def accuracies() -> dict[str, float]:
+        return {row['name']: row['top1'] for row in validate(build(ValidateSettings, values))['per_class']}
+
+    whole = accuracies()
+    assert list(whole) == ['class0', 'class1', 'class2'] and len(set(whole.values())) > 1
+    shutil.rmtree(image_folder / 'validation' / 'class0')
+    assert accuracies() == {name: whole[name] for name in ('class1', 'class2')}
+    (image_folder / 'validation' / 'class2').rename(image_folder / 'validation' / 'clas2')
+    with pytest.raises(UserError, match="class 'clas2' is missing in the run .*; nearest: class2,"):
+        accuracies()
 
 
 def test_padding_and_absent_classes() -> None:

@@ -71,7 +71,7 @@ def test_execution():
 def test_a_model_from_wherever_its_weights_are(tmp_path):
     run, model = Run(tmp_path / 'mine'), create(data={'in_chans': 1})
     run.create({})
-    run.write_config(model, {'input_size': (1, 16, 16)})
+    run.write_config(model, {'input_size': (1, 16, 16)}, {})
     for name in ('best', 'weights/epoch-0003'):
         run.save_weights(name, model, {'architecture': 'test_resnet', 'num_classes': 10})
     save_file(model.state_dict(), tmp_path / 'plain.safetensors')

@@ -5,22 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load, save, save_file
 from timm.models._hub import save_config_for_hf
 
 import ctc_timm
+from ctc_timm.api import recipe_settings
 from ctc_timm.hub.collect import add
-from ctc_timm.models.download import HubError, translate_errors
+from ctc_timm.models.catalog import Entry
+from ctc_timm.models.download import HubError, fetch, translate_errors
+from ctc_timm.models.registry import _with_weights
+from ctc_timm.utils.files import sha256
 from hub_client import BOB, IMAGES, IN_THREADS, Client, logits_of
 from hub_server import Blob, Repo
 
+SETTINGS = recipe_settings()
 NAME = 'test_resnet_ctc.digits'
 REPO = f'alice/{NAME}'
 
@@ -132,8 +139,8 @@ def test_a_wrong_hash_is_refused_and_leaves_nothing(place, client, shelve, train
     if place == 'run':
         right = hashlib.sha256(file.read_bytes()).hexdigest()
         changes = {'path': str(file), 'hub_id': None, 'revision': None, 'filename': None}
-    for sha256, code in (('0' * 64, 1), (right, 0)):
-        zoo = catalog(tmp_path / 'zoo.json', NAME, repo, sha256=sha256, **changes)
+    for digest, code in (('0' * 64, 1), (right, 0)):
+        zoo = catalog(tmp_path / 'zoo.json', NAME, repo, sha256=digest, **changes)
         done = client(LOAD, NAME, CTC_TIMM_ZOO=str(zoo))
         assert done.code == code, done.err
         if code:
@@ -193,6 +200,42 @@ def test_every_failure_is_one_line_and_a_later_load_works(client, hub, shelve, e
     hub.faults.clear()
     again = json.loads(client(TRY, *(names[case] for case in faults), **where).out)
     assert set(again.values()) == {''}
+
+
+@pytest.mark.parametrize('file', ['model', 'config'])
+def test_a_cache_without_links_is_checked_too(client, hub, shelve, trained, file):
+    """There the names of the cached files do not tell what the Hub announced."""
+    shelve(REPO)
+    where = {'CTC_TIMM_NAMESPACE': 'alice', 'HF_HUB_DISABLE_SYMLINKS': '1', 'HF_HUB_DISABLE_SYMLINKS_WARNING': '1'}
+    hub.fail('GET /get/.*/model' if file == 'model' else '/resolve/.*config', 'corrupt')
+    done = client(LOAD, NAME, **where)
+    assert done.code == 1 and 'file that was published (its hash differs) and was removed' in done.err, done.err
+    assert not cached(client) or file == 'config'
+    hub.faults.clear()
+    for offline in ({}, {'HF_HUB_OFFLINE': '1'}):
+        done = client(LOAD, NAME, **where, **offline)
+        assert done.code == 0 and same_logits(client, trained), done.err
+    assert not any(path.is_symlink() for path in cached(client))
+
+
+def test_the_bytes_that_were_checked_are_loaded(trained, tmp_path, monkeypatch):
+    """A file that is exchanged between the check and the load is loaded as it was checked."""
+    file = tmp_path / 'w.safetensors'
+    file.write_bytes((trained / 'best.safetensors').read_bytes())
+    expected = load(file.read_bytes())
+    config = json.loads((trained / 'config.json').read_text())
+    entry = Entry('test_resnet_ctc.a', config['pretrained_cfg'], sha256(file), path=str(file))
+
+    def exchanged(*args: Any) -> bytes:
+        content = fetch(*args)
+        file.write_bytes(save({name: tensor * 0 for name, tensor in expected.items()}))
+        return content
+
+    monkeypatch.setattr('ctc_timm.models.download.fetch', exchanged)
+    create = partial(timm.create_model, 'test_resnet', pretrained=True, num_classes=12)
+    model = _with_weights(create, entry.to_timm(), entry, None)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert 'state_dict' not in model.pretrained_cfg
 
 
 def test_errors_keep_the_words_of_their_cause():
@@ -273,7 +316,7 @@ def test_arguments_mean_what_they_mean_in_timm(client, tmp_path):
         run.mkdir()
         save_file(model.state_dict(), run / 'best.safetensors')
         save_config_for_hf(model, run / 'config.json')
-        add(run, tmp_path / 'zoo.json', tag='mine')
+        add(run, tmp_path / 'zoo.json', SETTINGS, tag='mine')
     code = """
 import json, sys, timm, torch, ctc_timm
 from timm.models._hub import save_config_for_hf

@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ctc_timm.api import recipe_settings
 from ctc_timm.hub.publish import check_target, push
 from ctc_timm.measure.transfer_sets import slug
 from ctc_timm.models import catalog
@@ -23,7 +24,9 @@ from ctc_timm.models.loading import load_model
 from ctc_timm.runs import run_name
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.text import file_name
+from ctc_timm.utils.weights_files import HASH, save_weights, tensors_hash
 
+SETTINGS = recipe_settings()
 REPO = 'alice/test_resnet_ctc'
 EVIL = [
     # HTML, Markdown and the card's front matter
@@ -55,7 +58,7 @@ def benign(untrained, tmp_path_factory):
     """The structure of a card whose names are harmless."""
     run = Path(shutil.copytree(untrained, tmp_path_factory.mktemp('benign') / 'run'))
     dress(run, 'flowers')
-    push(run, REPO, dry_run=True)
+    push(run, REPO, SETTINGS, dry_run=True)
     found = structure(run)
     assert found['to'] == {'', 'https://arxiv.org/abs/2203.03871'} and 'hr' not in found['blocks']
     assert found['html'] == ['<details><summary>recipe.yaml, all settings</summary>', '</details>']
@@ -69,20 +72,22 @@ def dress(run: Path, name: str, architecture: str = 'test_resnet') -> None:
     args = {**dict.fromkeys(places, name), 'model_kwargs': {name: name, 'list': [name, 1]}, name: name}
     (run / 'args.yaml').write_text(yaml.safe_dump({**known, **args}))
     weights = run / 'best.safetensors'
+    tensors = load_file(weights)
+    measured = {'weights': str(weights), HASH: tensors_hash(tensors), 'model': name}
     row = {'target': name, 'split': name, 'method': name, 'top1': 50.0, 'top1_low': name, 'num_test': 32, 'shots': name}
     hub_row = {**row, 'target': f'hfds/{name}', 'method': 'ridge', 'shots': None}
     classes = [{'class': i, 'name': f'{name}{i}', 'top1': 1.0} for i in range(10)]
     validation = {'dataset': name, 'split': name, 'top1': 50.0, 'top5': name, 'num_images': 32, 'per_class': classes}
     for folder, content in (
-        ('validation', {**validation, 'weights': str(weights), 'model': name}),
-        ('linear_probe/some', {'weights': str(weights), 'model': name, 'rows': [row, hub_row, 3, None]}),
+        ('validation', {**validation, **measured}),
+        ('linear_probe/some', {**measured, 'rows': [row, hub_row, 3, None]}),
         ('dynamics', {'targets': [name]}),
     ):
         (run / folder).mkdir(parents=True, exist_ok=True)
         (run / folder / 'results.json').write_text(json.dumps(content))
-    change_config(run, architecture=architecture)
+    change_config(run, architecture=architecture, label_names=[f'{name}{i}' for i in range(10)])
     keys = ('architecture', 'num_classes', 'eval_top1', 'eval_num_images', 'epoch')
-    save_file(load_file(weights), weights, metadata=dict.fromkeys(keys, name.encode(errors='replace').decode()))
+    save_weights(weights, tensors, dict.fromkeys(keys, name.encode(errors='replace').decode()))
 
 
 def change_config(run: Path, **changes: Any) -> None:
@@ -131,9 +136,12 @@ def test_a_card_has_the_same_structure_whatever_the_names(make_run, benign, tmp_
     dress(run, name)
     before = files_under(tmp_path)
     if name == '..\\..\\x':  # what is written is searched once more, and this looks like a path of Windows
-        refused(lambda: push(run, REPO, dry_run=True), r'README\.md would publish a path; nothing was uploaded')
+        refused(
+            lambda: push(run, REPO, SETTINGS, dry_run=True),
+            r'README\.md would publish a path; nothing was uploaded',
+        )
         return
-    push(run, REPO, dry_run=True)
+    push(run, REPO, SETTINGS, dry_run=True)
     inside = {'', '/README.md', '/config.json', '/model.safetensors', '/recipe.yaml'}
     assert files_under(tmp_path) - before == {f'runs/evil/publish{file}' for file in inside}
     assert structure(run) == benign
@@ -151,7 +159,7 @@ def test_what_a_config_or_a_weights_file_says(make_run, benign, tmp_path, name):
         dress(run, 'flowers')
         change_config(run, **changes)
         try:
-            push(run, REPO, dry_run=True)
+            push(run, REPO, SETTINGS, dry_run=True)
         except UserError as error:  # which is right where it looks like a path of this machine
             assert str(error).isprintable()
         else:
@@ -167,7 +175,7 @@ def test_what_a_config_or_a_weights_file_says(make_run, benign, tmp_path, name):
     for change in (*changes, {'num_classes': name, 'model_args': {'num_classes': name}}):
         (run / 'config.json').write_text(sound)
         change_config(run, **change)
-        refused(lambda: push(run, REPO, dry_run=True))
+        refused(lambda: push(run, REPO, SETTINGS, dry_run=True))
         refused(lambda: load_model(run))
 
     # Weights that speak for themselves, of one channel.
@@ -204,10 +212,16 @@ def test_names_as_files_differ_and_last():
 def test_repos_tags_and_licenses(make_run, name):
     run = make_run()
     for repo in (name, f'alice/{name}', f'{name}/x', f'alice/x/{name}', f'alice/x@{name}'):
-        for read in (lambda repo=repo: push(run, repo, dry_run=True), lambda repo=repo: check_target(repo)):
+        for read in (
+            lambda repo=repo: push(run, repo, SETTINGS, dry_run=True),
+            lambda repo=repo: check_target(repo),
+        ):
             refused(read, '`repo_id`')
     for options in ({'license': name}, {'revision': f'{name}/..'}, {'tags': [f'{name}\n']}):
-        refused(lambda options=options: push(run, REPO, dry_run=True, **options), r'`(license|revision|tags)`')
+        refused(
+            lambda options=options: push(run, REPO, SETTINGS, dry_run=True, **options),
+            r'`(license|revision|tags)`',
+        )
     assert not (run / 'publish').exists()
 
 

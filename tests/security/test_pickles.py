@@ -21,6 +21,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from ctc_timm.api import recipe_settings
 from ctc_timm.data.datasets import open_split
 from ctc_timm.data.settings import DataSettings, LoaderSettings
 from ctc_timm.hub.publish import push
@@ -32,6 +33,7 @@ from ctc_timm.utils.yaml_files import read_mapping, read_recipe, read_values
 from hub_server import Blob
 from runs import CONFIG
 
+SETTINGS = recipe_settings()
 SUFFIXES = ('.pth', '.pt', '.bin', '.ckpt', '.pth.tar', '.safetensors', '.npz', '.npy', '.PTH', '')
 DATA = ('--dataset', 'digits', '--val-split', 'validation[:32]', '-j', '0', '-b', '32')
 SUPERVISED = (*DATA, '--mode', 'vanilla', '--epochs', '1')
@@ -259,7 +261,7 @@ def test_yaml_runs_nothing(mark, make_run, script):
         file.write_bytes(text.encode(errors='surrogateescape'))
         refused(lambda: read_mapping(file), mark, str(file))
         refused(lambda: read_recipe(file), mark, '`config`')
-        refused(lambda: push(run, REPO, dry_run=True), mark, 'args.yaml')
+        refused(lambda: push(run, REPO, SETTINGS, dry_run=True), mark, 'args.yaml')
     plain = 'a: 1\nb: [x, 2.5, true, null]\nc: {d: "\\u0000"}\ne: |\n  lines\n'
     assert read_values(plain) == yaml.safe_load(plain)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from timm.utils import update_summary
 
 from ctc_timm.models.loading import load_model
-from ctc_timm.runs import Run, weights_metadata
+from ctc_timm.runs import Run
 from ctc_timm.training.build import build_trainer, train
 from ctc_timm.training.checkpoints import PROGRESS, find_resume, values_of
 from ctc_timm.training.trainer import Trainer
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.files import write_manifest
+from ctc_timm.utils.weights_files import weights_metadata
 
 Flags = Callable[..., Any]
 WORDS = '--epochs 4 --temporal-start-epoch 2 --drop 0.2 --reprob 0.3 --model-ema --model-ema-decay 0.9 --keep-every 1'
@@ -65,6 +66,35 @@ def test_weights_load_in_plain_timm(whole: Trainer) -> None:
     assert model.pretrained_cfg['mean'] == pytest.approx((0.3,) * 3)
     assert tuple(model.pretrained_cfg['input_size']) == (3, 16, 16)
     assert torch.equal(load_model(whole.run).model(images()), best(images()))
+
+
+def test_best_is_of_the_temporal_stage_once_there_is_one(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    """Whatever the instance stage reached; before, its own best one. The weights say which stage they are of."""
+    words = ['--epochs 4 --temporal-start-epoch 2 --keep-every 1', f'--output {tmp_path} --experiment run']
+    trainer = build_trainer(flags(*tiny, *words))
+    stages, save = list[str](), trainer.run.save_weights
+
+    def note(name: str, model: Any, metadata: Any) -> None:
+        stages.extend([f'{metadata["stage"]} {metadata["epoch"]}'] if name == 'best' else [])
+        save(name, model, metadata)
+
+    trainer.run.save_weights = note  # type: ignore[method-assign]
+    trainer.evaluator = Scripted(trainer.evaluator, iter([50.0, 40.0, 10.0, 8.0]))
+    trainer.fit()
+    assert stages == ['instance 0', 'temporal 2'] and trainer.state.best == (10.0, 2)
+    assert weights_metadata(trainer.run.best_weights)['stage'] == 'temporal'
+    assert weights_metadata(trainer.run.kept_weights()[1])['stage'] == 'instance'
+
+
+class Scripted:
+    """An evaluator whose accuracies are given."""
+
+    def __init__(self, inside: Any, top1s: Iterator[float]) -> None:
+        self.inside, self.top1s = inside, top1s
+        self.columns, self.best_metric = inside.columns, inside.best_metric
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        return {**self.inside(model), 'top1': next(self.top1s)}
 
 
 def test_what_a_run_leaves(whole: Trainer) -> None:

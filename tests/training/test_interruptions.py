@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,45 @@ def test_several_processes_asked_to_stop(tmp_path: Path, more: str, rows: int, s
     assert KILLS.differences(tmp_path / 'whole', tmp_path / 'stopped') == []
 
 
+def test_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    """Accelerate's launcher does not hand on a SIGTERM; the process that it leaves saves its state and ends."""
+    words = command({'output': tmp_path, 'experiment': 'run', 'epochs': 10_000, 'log_interval': 1})
+    words = ['-m', 'accelerate.commands.launch', '--num_processes', '1', str(ROOT / 'train.py'), *words]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    run, errors = Run(tmp_path / 'run'), tmp_path / 'errors'
+    with errors.open('w') as stream:
+        launcher = subprocess.Popen([sys.executable, *words], env=environment, stderr=stream, stdout=stream)
+    wait_until(lambda: bool(run.log_rows()))
+    launcher.terminate()
+    launcher.wait()
+    wait_until(lambda: 'stopped by the end of its launcher' in errors.read_text())
+    assert verify(run.states()[-1]) is None
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end, 'it takes too long'
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize('resume', ['', 'auto'])
+def test_two_at_once_in_one_folder(whole: Path, tmp_path: Path, resume: str, capfd: pytest.CaptureFixture) -> None:
+    """The second leaves with one line, and the first is not disturbed."""
+    run = Run(tmp_path / 'run')
+    if resume:
+        shutil.copytree(whole, run)
+    values = {'output': tmp_path, 'experiment': 'run', 'resume': resume, 'epochs': 6}
+    lock = run.lock()
+    before = sorted(run.path.rglob('*'))
+    assert lock is not None and apart(main, 'train', command(values)) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert f'--experiment run: {run} is in use by another training process' in error
+    assert sorted(run.path.rglob('*')) == before
+    lock.close()
+    assert apart(main, 'train', command(values)) == 0
+
+
 def damaged(state: Path, how: str) -> None:
     file = state / 'model.safetensors'
     if how == 'flipped':
@@ -224,7 +264,8 @@ def test_no_room_for_a_state(whole: Path, tmp_path: Path, capfd: pytest.CaptureF
     capfd.readouterr()
     assert apart(on_a_small_disk, values, max(sizes) - 1) == 1
     error = capfd.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and 'could not be saved: ' in error[0] and '--resume auto' in error[0]
+    assert 'could not be saved: ' in error[-1] and '--resume auto' in error[-1]
+    assert 'Traceback' not in ' '.join(error)
     assert {file: file.read_bytes() for state in run.states() for file in state.iterdir()} == kept
     assert run.unfinished() == []
     train(**values)
