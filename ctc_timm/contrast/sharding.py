@@ -11,6 +11,7 @@ of one rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,9 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not is_distributed():
         return rows.detach()
     gathered = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
+    # PyTorch 2.14 deprecates the older name.
+    gather: Any = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+    gather(gathered, rows.detach().contiguous())
     return gathered
 
 

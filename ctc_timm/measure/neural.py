@@ -118,7 +118,7 @@ class Mine:
         sizes, rng = [x_NX.shape[1], t_ND.shape[1]], np.random.default_rng(self.seed)
         train, halves = self._split(len(x_NX), rng)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would also seed all accelerators
             critic = nn.Sequential(*MLP(sum(sizes), [self.hidden] * (self.layers - 1) + [1])).to(self.device)
         first: Any = critic[0]
         optimizer = torch.optim.Adam(critic.parameters(), lr=self.learning_rate)

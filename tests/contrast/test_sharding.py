@@ -1,6 +1,7 @@
 """Split banks: the rows of one bank, each with one process, and the losses of a whole bank."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -10,11 +11,23 @@ from equations import weights_of
 from ctc_timm import CTCTask, InstanceDiscriminationLoss, NegativeSampler, TemporalContrastLoss
 from ctc_timm.contrast import banks, negatives
 from ctc_timm.contrast.banks import new_bank
-from ctc_timm.contrast.sharding import BankShard
+from ctc_timm.contrast.sharding import BankShard, gather_rows
 from processes import run_processes
 
 N, B, D, E, K = 61, 8, 10, 6, 18
 LABELS = torch.arange(N) % 5
+
+
+def _gathered(rank, world):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        return gather_rows(torch.arange(6).reshape(3, 2) + 10 * rank)
+
+
+def test_rows_are_gathered_without_a_warning(tmp_path):
+    """In the order of the ranks, by a function that PyTorch does not deprecate."""
+    expected = torch.cat([torch.arange(6).reshape(3, 2) + 10 * rank for rank in range(2)])
+    assert all(torch.equal(rows, expected) for rows in run_processes(_gathered, 2, tmp_path))
 
 
 @pytest.mark.parametrize('world', [1, 3, 4])

@@ -72,6 +72,14 @@ def with_value(value):
     return t
 
 
+@pytest.mark.parametrize('name', ['mine', 'mine-published'])
+def test_no_accelerator_is_seeded(name, monkeypatch):
+    """Of a machine with several, they are others' as well."""
+    monkeypatch.setattr('torch.cuda.manual_seed_all', lambda seed: pytest.fail('all GPUs are seeded'))
+    x, t = gaussian_pair(1, 60)
+    create_estimator(name, **{**SHORT, 'steps': 40, 'window': 20}, seed=3).estimate(x, t)
+
+
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize(
     'x, t, words',
