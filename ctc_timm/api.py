@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .utils.settings import build, check_values, settings_of
+from .utils.timm_args import from_timm
 from .utils.yaml_files import read_recipe
 
 if TYPE_CHECKING:
@@ -226,7 +227,8 @@ def _given(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _over_recipe(cls: type, settings: Mapping[str, Any], otherwise: str = '') -> dict[str, Any]:
     """What a caller gave, checked, over the recipe that `config` names or else over a shipped one."""
     recipe = settings.get('config') or otherwise
-    preset = check_values(cls, read_recipe(recipe), f'`config` {recipe}') if recipe else {}
+    values = from_timm(read_recipe(recipe), settings_of(cls)) if recipe else {}
+    preset = check_values(cls, values, f'`config` {recipe}')
     return {**preset, **_given(cls, settings)}
 
 

@@ -37,6 +37,10 @@ class ValidationSettings:
     num_classes: int | None = setting(None, "outputs; the weights' own when not given", low=1, metavar='N')
     split: str = setting('', 'same as the validation split', metavar='NAME')
     output: str = setting('', "where results go; the run's validation/ or results/NAME", metavar='DIR')
+    results_file: str = setting('', 'write the results there too: .csv or .json', metavar='FILE')
+    real_labels: str = setting('', 'ImageNet-ReaL labels, which top-1 and top-5 are of', metavar='FILE')
+    valid_labels: str = setting('', 'file of the outputs that count, a number a line, class by class', metavar='FILE')
+    test_pool: bool = setting(False, "pool the features of images larger than the model's, as timm does")
 
 
 @dataclass(frozen=True)

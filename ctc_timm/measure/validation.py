@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from timm.data.loader import PrefetchLoader
 from timm.task.evaluator import ClassificationEvaluator, evaluation_sample_limit
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.datasets import check_labels, match_classes, open_split
 from ..data.loaders import create_eval_loader
@@ -25,6 +26,7 @@ from ..utils.text import sanitize
 from ..utils.weights_files import HASH, tensors_hash
 from .results import write_csv, write_json
 from .settings import ValidateSettings
+from .timm_options import as_timm, pool_at_test_time, real_labels, valid_labels
 
 logger = get_logger(__name__)
 
@@ -37,31 +39,55 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     """
     data, chosen, named = settings.data, settings.validation, named_source(settings.source)
     accelerator = create_accelerator(settings.precision)
-    split = chosen.split or data.val_split
+    split, columns = chosen.split or data.val_split, valid_labels(chosen.valid_labels)
+    if chosen.results_file and Path(chosen.results_file).suffix not in ('.csv', '.json'):
+        raise UserError(f'`results_file` {chosen.results_file}: must end in .csv or .json')
     options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
     loaded = load_model(*named, **options)
+    classes = loaded.model.num_classes if columns is None else len(columns)
+    if columns is not None and int(columns.max()) >= loaded.model.num_classes:
+        fault = f'output {int(columns.max())} of a model with {loaded.model.num_classes}'
+        raise UserError(f'`valid_labels` {chosen.valid_labels}: {fault}; outputs are counted from 0')
     if not split:
         raise UserError("`val_split` '': names no split; name one with `split`")
     with accelerator.main_process_first():
         source = open_split(fit_channels(data, loaded.model), split)
-        if loaded.run is not None and not data.class_map:
+        if loaded.run is not None and not data.class_map and columns is None:
             source = match_classes(source, Run(loaded.run).class_names(), f'the run {loaded.run}')
-    check_labels(source, loaded.model.num_classes, split)
+    check_labels(source, classes, split)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
-    model, device = loaded.model.to(accelerator.device), accelerator.device
+    facts = {
+        'model': architecture(loaded.model),
+        'weights': loaded.weights,
+        HASH: tensors_hash(loaded.model.state_dict()),
+        'parameters': sum(p.numel() for p in loaded.model.parameters()),
+        'dataset': source.name,
+        'split': split,
+    }
+    model = loaded.model
+    if chosen.test_pool:
+        model, config = pool_at_test_time(model, config)
+    model, device = model.to(accelerator.device), accelerator.device
     loader = create_eval_loader(source.dataset, settings.loader, config, device, accelerator.num_processes > 1)
-    metrics = evaluate(model, loader, accelerator, model.num_classes, settings.built.channels_last)
+    real = real_labels(chosen.real_labels, source, accelerator) if chosen.real_labels else None
+
+    def outputs_of(images: Tensor) -> Tensor:
+        output = model(images) if columns is None else model(images)[:, columns]
+        if real is not None:
+            real.add_result(output)
+        return output
+
+    model.eval()
+    metrics = evaluate(outputs_of, loader, accelerator, classes, settings.built.channels_last)
+    if real is not None:
+        metrics |= {f'top{k}': value for k, value in real.get_accuracy().items()}
+        facts['real_labels'] = chosen.real_labels
     accuracies = {index: top1 for index, top1 in enumerate(metrics['per_class']) if top1 is not None}
     names = source.class_names
     per_class = [{'class': i, 'name': names.get(i, str(i)), 'top1': top1} for i, top1 in accuracies.items()]
     results = {
-        'model': architecture(model),
-        'weights': loaded.weights,
-        HASH: tensors_hash(model.state_dict()),
-        'parameters': sum(p.numel() for p in model.parameters()),
-        'dataset': source.name,
-        'split': split,
+        **facts,
         'num_images': metrics['num_images'],
         'input_size': list(config['input_size']),
         **{name: config[name] for name in ('interpolation', 'crop_pct')},
@@ -74,6 +100,9 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
         write_json(folder / 'results.json', results)
         write_csv(folder / 'results.csv', [{k: v for k, v in results.items() if not isinstance(v, list)}])
         write_csv(folder / 'per_class.csv', per_class)
+        if chosen.results_file:
+            file, row = Path(chosen.results_file), as_timm(results)
+            write_json(file, row) if file.suffix == '.json' else write_csv(file, [row])
         logger.info(f'{table_of(results)}\n  written to {folder / "results.json"}, results.csv, per_class.csv')
     accelerator.wait_for_everyone()
     return results
@@ -95,10 +124,13 @@ def table_of(results: dict[str, Any]) -> str:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: PrefetchLoader, accelerator: Accelerator, num_classes: int, channels_last: bool = False
+    model: Callable[[Tensor], Tensor],
+    loader: PrefetchLoader,
+    accelerator: Accelerator,
+    num_classes: int,
+    channels_last: bool = False,
 ) -> dict[str, Any]:
-    """Pass a split through a model, which is left in evaluation mode; see `PerClassEvaluator.compute`."""
-    model.eval()
+    """Pass a split through a model in evaluation mode, or what gives its logits; see `PerClassEvaluator.compute`."""
     evaluator = PerClassEvaluator(num_classes, accelerator.device, evaluation_sample_limit(loader))
     for images, targets in progress_bar(loader, 'validate', accelerator):
         if channels_last:

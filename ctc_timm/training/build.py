@@ -25,7 +25,7 @@ from ..measure.validation import evaluate
 from ..models.backbones import architecture, check_input
 from ..models.creation import check_compiler, create_model, prepare_model
 from ..models.pretrained_cfg import own_config
-from ..runs import Run
+from ..runs import Run, format_metrics
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, nearest
 from ..utils.progress import clock
@@ -53,7 +53,8 @@ def train(settings: TrainSettings) -> Run:
     )
     trainer.fit()
     best = trainer.state.best
-    reached = f'best top-1 {best[0]:.2f}% at epoch {best[1]}' if best else 'not evaluated'
+    metric = trainer.evaluator.best_metric
+    reached = f'best {format_metrics({metric: best[0]})} at epoch {best[1]}' if best else 'not evaluated'
     logger.info(f'done in {clock(time.monotonic() - began)}: {reached}')
     return trainer.run
 
@@ -122,7 +123,8 @@ def build_trainer(
     evaluator: Evaluator = NoEvaluator()
     if validation is not None:
         eval_loader = create_eval_loader(validation.dataset, loading, config, device, spread, keep=keep)
-        evaluator = SplitEvaluator(eval_loader, accelerator, classes, execution.channels_last)
+        metric = settings.loss.eval_metric
+        evaluator = SplitEvaluator(eval_loader, accelerator, classes, execution.channels_last, best_metric=metric)
     if execution.torchcompile:
         check_compiler(execution.torchcompile)
         task.compile(backend=execution.torchcompile, mode=execution.torchcompile_mode)
@@ -208,5 +210,5 @@ class SplitEvaluator:
     best_metric: str = 'top1'
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        metrics = evaluate(model, self.loader, self.accelerator, self.num_classes, self.channels_last)
+        metrics = evaluate(model.eval(), self.loader, self.accelerator, self.num_classes, self.channels_last)
         return {name: metrics[name] for name in self.columns}

@@ -222,7 +222,8 @@ class FineTuning:
             **bootstrap_scores(logits_NC, labels_N),
         }
         if trainer.state.best is not None:
-            row |= {'best_epoch_top1': trainer.state.best[0], 'best_epoch': trainer.state.best[1]}
+            value, epoch = trainer.state.best
+            row |= {f'best_epoch_{trainer.evaluator.best_metric}': value, 'best_epoch': epoch}
         trainer.accelerator.free_memory()
         return row
 

@@ -45,12 +45,13 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The classification loss, by timm's names."""
+    """The classification loss and the metric of the best epoch, by timm's names."""
 
     smoothing: float = setting(0.1, 'label smoothing', low=0, below=1, metavar='F')
     bce_loss: bool = setting(False, 'binary cross-entropy')
     bce_sum: bool = setting(False, 'sum it over classes')
     bce_target_thresh: float | None = setting(None, 'binarize mixed targets above this', low=0, high=1, metavar='F')
+    eval_metric: Literal['top1', 'top5', 'loss'] = setting('top1', 'of the validation split; its best epoch is kept')
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,10 @@ class Trainer:
                 f'`temporal_start_epoch` {self.schedule.temporal_start}: {point.state} is in its {progress["stage"]} '
                 f'stage after {state.epoch} epochs; leave the setting out to go on as before'
             )
+        if (metric := progress.get('best_metric', self.evaluator.best_metric)) != self.evaluator.best_metric:
+            raise UserError(
+                f'`eval_metric` {self.evaluator.best_metric}: {point.state} chose its best epoch by {metric}'
+            )
         for damage in point.damaged:
             logger.info(f'{damage}; going on from the state before')
         within = f', batch {state.batch}' if state.batch else ''
@@ -288,7 +292,8 @@ class Trainer:
         if value is not None:
             # An epoch of the instance stage has not seen the temporal term: it is best only until one has.
             outdated = state.best is not None and state.best[1] < self.schedule.temporal_start <= epoch
-            if state.best is None or outdated or value > state.best[0]:
+            sign = -1 if self.evaluator.best_metric == 'loss' else 1
+            if state.best is None or outdated or sign * value > sign * state.best[0]:
                 state.best = (value, epoch)
         evaluation = {f'eval/{key}': value for key, value in metrics.items()}
         self.accelerator.log({'epoch': epoch, **evaluation}, step=state.updates)
@@ -322,4 +327,5 @@ class Trainer:
             self._count_skipped()
         step_size, keep = [self.global_batch, self.accumulation_steps], self.settings.checkpoint_hist
         checked = {**self.facts, 'step_size': step_size, 'stage': self.task.stage}
+        checked['best_metric'] = self.evaluator.best_metric
         save_state(self.accelerator, self.task, self.run, self.state, checked, keep)

@@ -136,10 +136,12 @@ def check_values(cls: type, values: Mapping[str, Any], source: str = '') -> dict
     """Values by name as their settings hold them, see `build`."""
     known, found = settings_of(cls), {}
     where = f'{source}: ' if source else ''
+    if unknown := [key for key in values if str(key).replace('-', '_') not in known]:
+        shown = [f'{shorten(key)} is not a setting{nearest(str(key).replace("-", "_"), known)}' for key in unknown]
+        names = ', '.join(shorten(key) for key in unknown[:40])
+        raise UserError(where + (shown[0] if len(shown) == 1 else f'{len(shown)} names are no settings: {names}'))
     for key, value in values.items():
         name = str(key).replace('-', '_')
-        if name not in known:
-            raise UserError(f'{where}{shorten(key)} is not a setting{nearest(name, known)}')
         if name in found:
             raise UserError(f'{where}{shorten(key)} stands twice, with a dash and with an underscore')
         try:

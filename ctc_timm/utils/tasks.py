@@ -30,7 +30,7 @@ class Evaluator(Protocol):
     """Measures a model on the validation split."""
 
     columns: tuple[str, ...]  # the numbers that go into summary.csv
-    best_metric: str  # decides which epoch is the best; larger is better
+    best_metric: str  # decides which epoch is the best; larger is better, but of 'loss'
 
     def __call__(self, model: nn.Module) -> dict[str, float]: ...
 

@@ -86,15 +86,30 @@ def test_best_is_of_the_temporal_stage_once_there_is_one(flags: Flags, tiny: lis
     assert weights_metadata(trainer.run.kept_weights()[1])['stage'] == 'instance'
 
 
-class Scripted:
-    """An evaluator whose accuracies are given."""
+@pytest.mark.parametrize('metric, best', [('top1', 1), ('loss', 2), ('top5', 0)])
+def test_the_metric_of_the_best_epoch(flags: Flags, tiny: list[str], tmp_path: Path, metric: str, best: int) -> None:
+    """Of a loss the smallest is the best; a resume by another metric is refused."""
+    words = ['--epochs 3 --mode vanilla', f'--output {tmp_path} --experiment run --eval-metric {metric}']
+    trainer = build_trainer(flags(*tiny, *words))
+    losses, top5s = iter([0.9, 0.7, 0.2]), iter([99.0, 98.0, 97.0])
+    trainer.evaluator = Scripted(trainer.evaluator, iter([50.0, 60.0, 55.0]), losses, top5s)
+    trainer.fit()
+    assert trainer.state.best is not None and trainer.state.best[1] == best
+    assert weights_metadata(trainer.run.best_weights)['epoch'] == str(best)
+    other = 'loss' if metric == 'top1' else 'top1'
+    with pytest.raises(UserError, match=f'`eval_metric` {other}: .* chose its best epoch by {metric}'):
+        build_trainer(flags(*tiny, '--epochs 4 --mode vanilla', f'--resume {tmp_path}/run --eval-metric {other}'))
 
-    def __init__(self, inside: Any, top1s: Iterator[float]) -> None:
-        self.inside, self.top1s = inside, top1s
+
+class Scripted:
+    """An evaluator whose metrics are given."""
+
+    def __init__(self, inside: Any, top1s: Iterator[float], *others: Iterator[float]) -> None:
+        self.inside, self.numbers = inside, dict(zip(('top1', 'loss', 'top5'), (top1s, *others)))
         self.columns, self.best_metric = inside.columns, inside.best_metric
 
     def __call__(self, model: Any) -> dict[str, float]:
-        return {**self.inside(model), 'top1': next(self.top1s)}
+        return {**self.inside(model), **{name: next(numbers) for name, numbers in self.numbers.items()}}
 
 
 def test_what_a_run_leaves(whole: Trainer) -> None:
