@@ -37,7 +37,7 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     accelerator = create_accelerator(settings.precision)
     split = chosen.split or data.val_split
     options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
-    loaded = load_model(*named, **options)
+    loaded = load_model(**named, **options)
     if not split:
         raise UserError("`val_split` '': names no split; name one with `split`")
     with accelerator.main_process_first():

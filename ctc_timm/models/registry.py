@@ -185,7 +185,7 @@ def _with_weights(create: Callable[[], nn.Module], entry: Entry, cache_dir: Any)
     fetch(entry, cache_dir)
     try:
         return create()
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, AssertionError, TypeError, ValueError) as error:
         where = entry.path or f'{entry.hub_id}@{entry.revision}'
         raise HubError(f'{entry.name}: {where} does not fit {entry.architecture}: {one_line(error)}') from error
 
