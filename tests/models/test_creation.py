@@ -176,7 +176,7 @@ def test_names_of_other_libraries_are_changed_as_timm_does(tmp_path):
         weights = timm.create_model(name, num_classes=4, **options).state_dict()
         kept = {old(key): value for key, value in weights.items() if 'num_batches' not in key}
         torch.save(kept, tmp_path / 'a.pth')
-        overlay = {'file': str(tmp_path / 'a.pth'), 'num_classes': 4, 'input_size': (3, 96, 96)}
+        overlay = {'file': str(tmp_path / 'a.pth'), 'num_classes': 4}
         plain = timm.create_model(name, pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay)
         assert same(load_model(tmp_path / 'a.pth', name).model, plain)
 
