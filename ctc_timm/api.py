@@ -233,7 +233,15 @@ def _over_recipe(cls: type, settings: Mapping[str, Any], otherwise: str = '') ->
 
 
 def _with_source(settings: dict[str, Any], source: PathLike | None) -> dict[str, Any]:
-    return settings if source is None else {**settings, 'source': os.fspath(source)}
+    """The settings with what they are to be done to; beside a named model a folder that holds none is the data's."""
+    if source is None:
+        return settings
+    if (settings.get('model') or settings.get('checkpoint')) and not settings.get('data_dir') and Path(source).is_dir():
+        from .models.loading import is_model_folder
+
+        if not is_model_folder(source):
+            return {**settings, 'data_dir': os.fspath(source)}
+    return {**settings, 'source': os.fspath(source)}
 
 
 def _names_data(settings: Mapping[str, Any]) -> bool:

@@ -144,7 +144,9 @@ class Run:
     def check_links(self) -> None:
         """Raise a UserError for a link that leads out of the folder: a run may be of other people."""
         home = os.path.realpath(self.path)
-        for path in self.path.rglob('*'):
+        parts = self.weights_folder, self.state_folder, self.plots, self.validation, self.linear_probe, self.features
+        ours = [path for part in (*parts, self.dynamics) for path in part.rglob('*')]
+        for path in [*self.path.iterdir(), *ours]:
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
                 raise UserError(f'{path}: is a link that leads out of the run; put a copy of the file in its place')
 

@@ -174,9 +174,10 @@ def open_pyramid(
 
     See `Pyramid` for `extra`; `options` are for `timm.create_model`.
     """
-    name, model, setting = named_source(source)
+    named = named_source(source)
+    name = named['source']
     if not backbone.from_scratch:
-        loaded = load_model(name, model, setting, **options)
+        loaded = load_model(**named, head=False, **options)
     elif name != source.model or not timm.is_model(name):
         raise UserError(
             f'`from_scratch`: needs `model` with a timm name, got {name}{nearest(name, timm.list_models())}'

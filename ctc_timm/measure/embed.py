@@ -59,7 +59,7 @@ def embed(settings: EmbedSettings) -> Path:
     open_writer = _writer_of(output)
     accelerator = create_accelerator(settings.precision)
     in_folder = not data.dataset or ('/' not in data.dataset and data.data_dir is not None)
-    loaded = load_model(*named, in_chans=data.in_chans, **settings.built.model_kwargs)
+    loaded = load_model(**named, head=settings.embedding.logits, in_chans=data.in_chans, **settings.built.model_kwargs)
     split = settings.embedding.split or ('' if in_folder else data.val_split)
     with accelerator.main_process_first():
         source = open_split(fit_channels(data, loaded.model), split, labeled=False)

@@ -34,7 +34,9 @@ def linear_probe(settings: LinearProbeSettings) -> list[dict[str, Any]]:
     A UserError: a model or a target that can't be opened or measured. Finished rows stay.
     """
     accelerator, data = create_accelerator(settings.precision), settings.data
-    loaded = load_model(*named_source(settings.source), in_chans=data.in_chans, **settings.built.model_kwargs)
+    loaded = load_model(
+        **named_source(settings.source), head=False, in_chans=data.in_chans, **settings.built.model_kwargs
+    )
     config = data_config(data, loaded.model)
     channels, most = config['input_size'][0], (settings.target.max_train, settings.target.max_test)
     names = target_names(settings.target, data)

@@ -43,7 +43,7 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     if chosen.results_file and Path(chosen.results_file).suffix not in ('.csv', '.json'):
         raise UserError(f'`results_file` {chosen.results_file}: must end in .csv or .json')
     options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
-    loaded = load_model(*named, **options)
+    loaded = load_model(**named, **options)
     classes = loaded.model.num_classes if columns is None else len(columns)
     if columns is not None and int(columns.max()) >= loaded.model.num_classes:
         fault = f'output {int(columns.max())} of a model with {loaded.model.num_classes}'

@@ -12,7 +12,9 @@ from timm.models import get_arch_name, resolve_model_input_args
 
 from ..utils.errors import UserError, nearest, one_line
 from .backbones import architecture, has_classification_head
+from .checkpoint import heads_of
 from .loading import load_weights
+from .pretrained_cfg import check_source
 from .settings import ArchitectureSettings, BatchNormSettings, ExecutionSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -29,14 +31,20 @@ def create_model(model: ModelSettings, built: ArchitectureSettings, data: DataSe
     if ':' not in name and not timm.is_model(name):
         raise UserError(f'`model` {name}: unknown to timm{nearest(get_arch_name(name), timm.list_models())}')
     try:
+        check_source(name)
         options = {'num_classes': num_classes, **model_options(built, data)}
         resolved = resolve_model_input_args(name, vars(data), **options)
-        created = timm.create_model(pretrained=model.pretrained, **{k: v for k, v in resolved.items() if v is not None})
+        options = {'pretrained': model.pretrained and not model.pretrained_path, **resolved}
+        created = timm.create_model(**{key: value for key, value in options.items() if value is not None})
     except Exception as error:  # of timm, torch and huggingface_hub, about weights and configs of other people
         raise UserError(f'`model` {name}: {one_line(error)}') from None
-    if model.initial_checkpoint:
-        file = Path(model.initial_checkpoint)
-        load_weights(created, file, f'`initial_checkpoint` {file}')
+    if file := model.pretrained_path:
+        # As in timm the classifier is a new one, whatever classes the file is of.
+        head = {k: v.clone() for k, v in created.state_dict().items() if k.startswith(heads_of(created))}
+        load_weights(created, Path(file), f'`pretrained_path` {file}', new_head=True, use_ema=model.use_ema)
+        created.load_state_dict(head, strict=False)
+    if file := model.initial_checkpoint:
+        load_weights(created, Path(file), f'`initial_checkpoint` {file}', use_ema=model.use_ema)
     if not has_classification_head(created):
         raise UserError(f'`model` {name}: has no classification head to train; choose a model with one')
     return created

@@ -10,13 +10,14 @@ from typing import Any
 
 import timm
 from timm.models import get_arch_name
+from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES
 
 from ..runs import Run
 from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
-from ..utils.weights_files import read_weights, weights_metadata
-from .backbones import architecture as architecture_of
-from .pretrained_cfg import read_config
+from ..utils.weights_files import weights_metadata
+from .checkpoint import fit_weights, read_weights, stated_sizes
+from .pretrained_cfg import base_of, check_source, read_config
 from .settings import SourceSettings
 
 _KEYS = ('class_map', 'input_key', 'target_key', 'input_img_mode', 'workers')
@@ -34,28 +35,42 @@ class LoadedModel:
     run: Path | None = None  # folder of the run that trained it, if it is one of ours
 
 
-def named_source(settings: SourceSettings) -> tuple[str, str, str]:
-    """Read which model is meant: the source, the architecture of a weights file, and the setting that names it.
+def named_source(settings: SourceSettings) -> dict[str, Any]:
+    """Read which model is meant, as the first arguments of `load_model`: source, architecture, setting and use_ema.
 
-    These are the first arguments of `load_model`. A UserError is raised where none is named.
+    Raises:
+        UserError: None is named, or two are. `model` is no second one where it says what a file or a run is of.
     """
-    source = settings.source or settings.checkpoint or settings.model
-    if not source:
+    given = {name: str(getattr(settings, name) or '') for name in ('source', 'checkpoint', 'model')}
+    setting, *others = [name for name, value in given.items() if value] or ['']
+    if not setting:
         raise UserError('name a model: a run folder, a weights file, a timm name, hf-hub:REPO or local-dir:FOLDER')
-    setting = next(name for name in ('model', 'checkpoint', 'source') if getattr(settings, name) == source)
-    return source, settings.model if source != settings.model else '', setting
+    source = given[setting]
+    if others and (others != ['model'] or ':' in source + given['model'] or timm.is_model(source)):
+        two = f'`{setting}` {source} and `{others[0]}` {given[others[0]]}'
+        raise UserError(f'{two}: two models are named; name one, or by `model` the architecture of a weights file')
+    architecture = given['model'] if others else ''
+    return {'source': source, 'architecture': architecture, 'setting': setting, 'use_ema': settings.use_ema}
 
 
 def load_model(
-    source: str | os.PathLike, architecture: str = '', setting: str = 'source', **options: Any
+    source: str | os.PathLike,
+    architecture: str = '',
+    setting: str = 'source',
+    use_ema: bool = False,
+    head: bool = True,
+    **options: Any,
 ) -> LoadedModel:
     """Load a model.
 
     Args:
         source: A run's folder (its best.safetensors), a weights file, any timm name (its pretrained weights),
-            `hf-hub:REPO` or `local-dir:FOLDER`.
+            `hf-hub:REPO` or `local-dir:FOLDER`; a folder that timm loads as the latter.
         architecture: For a weights file that does not say what it is, and lies in no run.
         setting: That names the source, for messages.
+        use_ema: Take a checkpoint's moving average where it holds one.
+        head: Whether the classifier is used. If not, a file without it, or with modules beside the backbone, is taken
+            too; a classifier that is not in the file is zero.
         **options: For `timm.create_model`: num_classes, in_chans, ... None leaves the weights' own.
 
     Raises:
@@ -66,32 +81,34 @@ def load_model(
     where, path = f'`{setting}` {source}', Path(source)
     if path.is_dir():
         path = Run(path).best_weights
+        if not path.is_file() and Run(source).config_file.is_file():
+            return load_model(f'local-dir:{source}', architecture, setting, use_ema, head, **options)
         if not path.is_file():
-            raise UserError(f'{where}: a folder without best.safetensors or last.safetensors is no run')
+            what = 'a folder without best.safetensors or last.safetensors is no run'
+            raise UserError(f'{where}: {what}, and without config.json no model of timm')
     if path.is_file():
-        return _load_file(path, where, architecture, options)
+        return _load_file(path, where, architecture, use_ema, head, options)
+    if source.startswith('local-dir:'):
+        folder = Path(source.partition(':')[2])
+        return _load_file(_weights_in(folder, where), where, '', use_ema, head, options, folder, file_name(source))
     if path.suffix in ('.safetensors', '.pth', '.pt', '.bin', '.tar'):
         raise UserError(f'{where}: no such file')
     if ':' not in source and not timm.is_model(source):
         near = nearest(get_arch_name(source), timm.list_models())
         raise UserError(f'{where}: no run folder, weights file or timm model of that name{near}')
     try:
+        check_source(source)
+        headless = not head and not getattr(timm.get_pretrained_cfg(source), 'num_classes', 1)
+        options = {'num_classes': 1, **options} if headless else options
         model = timm.create_model(source, pretrained=True, **options)
     except Exception as error:  # of timm, torch and huggingface_hub, about weights and configs of other people
         raise UserError(f'{where}: {one_line(error)}') from None
     return LoadedModel(model.eval(), file_name(source), source)
 
 
-def load_weights(model: Any, file: Path, where: str) -> None:
-    """Load all of a weights file, safetensors or what loads with `weights_only=True`, or raise a UserError."""
-    if not file.is_file():
-        raise UserError(f'{where}: no such file')
-    try:
-        if file.suffix == '.safetensors':
-            read_weights(file)
-        timm.models.load_checkpoint(model, str(file), weights_only=True)
-    except Exception as error:  # of any format
-        raise UserError(f'{where}: not weights of {architecture_of(model)}: {one_line(error)}') from None
+def load_weights(model: Any, file: Path, where: str, new_head: bool = False, use_ema: bool = True) -> None:
+    """Load all of a weights file, or raise a UserError; see `read_weights` and `fit_weights`."""
+    fit_weights(model, read_weights(file, where, use_ema), file, where, new_head, new_channels=new_head)
 
 
 def run_of(source: str | os.PathLike) -> Path | None:
@@ -121,24 +138,66 @@ def data_settings(run: str | os.PathLike | None) -> dict[str, Any]:
     return found
 
 
-def _load_file(weights: Path, where: str, architecture: str, options: dict[str, Any]) -> LoadedModel:
-    """Load a weights file: of the architecture that is named, that its run's config.json names, or that it states."""
-    run, arguments = run_of(weights), {}
-    if run is not None and not architecture:
-        architecture, config, model_args = read_config(run)
+def is_model_folder(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a model: a run, or what timm loads as `local-dir:`."""
+    run = Run(path)
+    return run.best_weights.is_file() or run.config_file.is_file() or run.args_file.is_file()
+
+
+def _weights_in(folder: Path, where: str) -> Path:
+    """The weights file of a folder that timm would load by its config.json."""
+    if not (folder / 'config.json').is_file():
+        raise UserError(f'{where}: Config file not found: {folder / "config.json"}')
+    named = [folder / name for name in _PREFERRED_FILES]
+    for file in (*named, *(file for suffix in _EXT_PRIORITY for file in sorted(folder.glob(f'*{suffix}')))):
+        if file.is_file():
+            return file
+    raise UserError(f'{where}: no weights beside config.json; timm looks for {_PREFERRED_FILES[0]} and such')
+
+
+def _load_file(
+    file: Path,
+    where: str,
+    architecture: str,
+    use_ema: bool,
+    head: bool,
+    options: dict[str, Any],
+    folder: Path | None = None,
+    name: str = '',
+) -> LoadedModel:
+    """Load a weights file: of the architecture that its run's or folder's config.json names, that it states, or given.
+
+    `folder` and `name` are those of a `local-dir:`.
+    """
+    run, arguments, stated = None if folder else run_of(file), dict[str, Any](), ''
+    if run is not None and file.name != _PREFERRED_FILES[0]:  # in the Hub's cache, which is made of links
+        Run(run).check_links()  # measurements are read from and written to it
+    if home := folder or run:
+        stated, config, model_args = read_config(home)
         arguments = {'num_classes': config.pop('num_classes'), 'pretrained_cfg_overlay': config, **model_args}
-    elif not architecture and weights.suffix == '.safetensors':
-        stated = weights_metadata(weights)
-        architecture, classes = stated.get('architecture', ''), stated.get('num_classes', '')
+    elif file.suffix == '.safetensors':
+        metadata = weights_metadata(file)
+        stated, classes = base_of(metadata.get('architecture', '')), metadata.get('num_classes', '')
         arguments = {'num_classes': int(classes)} if classes.isdecimal() else {}
+    if stated and architecture and base_of(architecture) != stated:
+        raise UserError(f'{where}: is for {stated}, not for `model` {architecture}; leave the latter out')
+    architecture = stated or architecture
     if not architecture:
         raise UserError(f'{where}: the file does not say which architecture it is for; name it with `model`')
     if not timm.is_model(architecture):
         raise UserError(f'{where}: is for {architecture!r}, which timm does not know')
+    weights = read_weights(file, where, use_ema)
     try:
-        model = timm.create_model(architecture, **{**arguments, **options})
+        model = timm.create_model(architecture, **(arguments | options))
+        # What the file is of, where nobody said; a head of one zero where there is none lets features pass.
+        sizes = stated_sizes(weights, model) if 'num_classes' not in arguments else {}
+        if not head and not model.num_classes:
+            sizes['num_classes'] = 1
+        if sizes.keys() - options:
+            model = timm.create_model(architecture, **(arguments | sizes | options))
     except Exception as error:  # of any architecture
         raise UserError(f'{where}: not weights of {architecture}: {one_line(error)}') from None
-    load_weights(model, weights, where)
-    name = file_name(f'{run.name}-{weights.stem}' if run is not None else weights.stem)
-    return LoadedModel(model.eval(), name, str(weights), run)
+    for tensor in fit_weights(model, weights, file, where, not head, new_channels=not head or folder is not None):
+        model.state_dict()[tensor].zero_()
+    name = name or file_name(f'{run.name}-{file.stem}' if run is not None else file.stem)
+    return LoadedModel(model.eval(), name, where.partition(' ')[2] if folder else str(file), run)

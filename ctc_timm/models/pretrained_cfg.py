@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models import is_model
-from timm.models._hub import load_model_config_from_path
+from timm.models import is_model, parse_model_name
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from ..utils.errors import UserError, one_line
 
@@ -79,6 +79,14 @@ def check_model_args(model_args: Any, where: str) -> dict[str, Any]:
         if key in _RESERVED or str(key).startswith('pretrained') or not str(key).isidentifier():
             raise UserError(f'{where}: model_args may not set {key!r}')
     return dict(model_args)
+
+
+def check_source(name: str) -> None:
+    """Check the config.json of an `hf-hub:` or `local-dir:` name; a UserError is raised for what is not sound in it."""
+    if ':' in name:
+        source, place = parse_model_name(name)
+        read = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
+        check_pretrained_cfg(read(place)[0], 'config.json')
 
 
 def base_of(architecture: str) -> str:

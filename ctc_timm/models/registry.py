@@ -193,7 +193,7 @@ def _with_weights(create: Callable[..., nn.Module], cfg: PretrainedCfg, entry: E
             for alias in ('pretrained_cfg', 'default_cfg'):
                 getattr(module, alias, {}).pop('state_dict', None)
         return model
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError, AssertionError, TypeError, ValueError) as error:
         where = entry.path or f'{entry.hub_id}@{entry.revision}'
         raise HubError(f'{entry.name}: {where} does not fit {entry.architecture}: {one_line(error)}') from error
 

@@ -18,6 +18,7 @@ class SourceSettings:
     model: str = setting('', 'timm name, hf-hub: or local-dir:; architecture of a weights file', metavar='NAME')
     checkpoint: str = setting('', 'weights file or run folder', metavar='FILE')
     pretrained: bool = setting(False, 'always meant for a name; taken for timm users')
+    use_ema: bool = setting(False, "take a checkpoint's moving average")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class ModelSettings:
 
     model: str = setting('resnet50', 'any timm name, hf-hub:REPO or local-dir:FOLDER', metavar='NAME')
     pretrained: bool = setting(False, "start from the name's pretrained weights")
+    pretrained_path: str = setting('', 'start from it as from pretrained weights', metavar='FILE')
     initial_checkpoint: str = setting('', 'start from these weights', metavar='FILE')
+    use_ema: bool = setting(True, "take a checkpoint's moving average")
     num_classes: int | None = setting(
         None, "outputs; the data set's classes when not given", low=1, high=10**6, metavar='N'
     )

@@ -82,9 +82,9 @@ class FineTuning:
 
     def __init__(self, settings: FinetuneSettings) -> None:
         self.accelerator = create_accelerator(settings.precision)
-        source, wanted, name = named_source(settings.source)
-        self.loaded = load_model(source, wanted, name, **model_options(settings.architecture, settings.data))
-        self.settings = settings = _fit_model(settings, self.loaded.model, source)
+        named, built = named_source(settings.source), model_options(settings.architecture, settings.data)
+        self.loaded = load_model(**named, head=False, **built)
+        self.settings = settings = _fit_model(settings, self.loaded.model, named['source'])
         data, plan = settings.data, settings.plan
         self.target = data.dataset or str(data.data_dir)
         if is_streaming(data.dataset):

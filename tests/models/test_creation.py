@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 
 from ctc_timm.data.settings import DataSettings
 from ctc_timm.models.creation import check_compiler, create_model, prepare_model
@@ -97,8 +98,114 @@ def test_a_model_from_wherever_its_weights_are(tmp_path):
 
 
 def test_the_setting_that_names_a_source():
-    assert named_source(SourceSettings(source='a', model='b')) == ('a', 'b', 'source')
-    assert named_source(SourceSettings(checkpoint='a', model='b')) == ('a', 'b', 'checkpoint')
-    assert named_source(SourceSettings(model='b')) == ('b', '', 'model')
+    def named(**given):
+        found = named_source(SourceSettings(**given))
+        return found['source'], found['architecture'], found['setting'], found['use_ema']
+
+    assert named(source='a', model='b') == ('a', 'b', 'source', False)
+    assert named(checkpoint='a', model='b', use_ema=True) == ('a', 'b', 'checkpoint', True)
+    assert named(model='b') == ('b', '', 'model', False)
+    for two in (
+        {'source': 'runs/a', 'checkpoint': 'b.pth'},
+        {'source': 'a', 'checkpoint': 'b', 'model': 'c'},
+        {'source': 'test_vit', 'model': 'test_resnet'},
+        {'source': 'hf-hub:a/b', 'model': 'test_resnet'},
+        {'checkpoint': 'a.pth', 'model': 'local-dir:b'},
+    ):
+        with pytest.raises(UserError, match='two models are named'):
+            named(**two)
     with pytest.raises(UserError, match='name a model'):
         named_source(SourceSettings())
+
+
+def checkpoints(folder, **options):
+    """A model's weights in the shapes in which they come; the model."""
+    torch.manual_seed(1)
+    model, average = (timm.create_model('test_resnet', **options) for _ in range(2))
+    weights = model.state_dict()
+    backbone = {name: value for name, value in weights.items() if not name.startswith('fc.')}
+    torch.save({'state_dict': weights, 'state_dict_ema': average.state_dict()}, folder / 'both.pth.tar')
+    torch.save({'model': weights, 'model_ema': average.state_dict()}, folder / 'other names.pth')
+    torch.save({'state_dict': {f'module.{k}': v for k, v in backbone.items()}}, folder / 'no head.pth')
+    torch.save({**backbone, 'decoder.weight': torch.ones(2), 'fc.mlp.weight': torch.ones(2)}, folder / 'more.bin')
+    torch.save({k: v for k, v in weights.items() if not k.startswith('layer3.')}, folder / 'less.pth')
+    torch.save({**weights, 'layer3.9.conv1.weight': torch.ones(2)}, folder / 'deeper.pth')
+    torch.save({'net': weights, 'epoch': 3}, folder / 'unknown.pth')
+    return model, average
+
+
+@pytest.mark.parametrize('file', ['both.pth.tar', 'other names.pth'])
+def test_a_moving_average_is_taken_when_asked_for(tmp_path, caplog, file):
+    models = checkpoints(tmp_path, num_classes=10)
+    for use_ema, model in zip((False, True), models):
+        with caplog.at_level('INFO'):
+            loaded = load_model(tmp_path / file, 'test_resnet', use_ema=use_ema)  # classes are the file's
+        assert same(loaded.model, model) and f'with use_ema {use_ema} loads' in caplog.messages[-1]
+        assert same(create(initial_checkpoint=str(tmp_path / file), use_ema=use_ema), model)
+    plain = timm.create_model('test_resnet', num_classes=10, checkpoint_path=tmp_path / file)
+    assert same(create(initial_checkpoint=str(tmp_path / file)), plain)  # timm's own default
+
+
+def test_a_classifier_that_is_not_used_is_not_compared(tmp_path):
+    model, _ = checkpoints(tmp_path, num_classes=7, in_chans=2)
+    images = torch.randn(2, 2, 32, 32)
+    for file in ('both.pth.tar', 'no head.pth', 'more.bin'):
+        found = load_model(tmp_path / file, 'test_resnet', head=False).model  # channels are the file's
+        assert torch.equal(found.forward_features(images), model.eval().forward_features(images)), file
+        assert file.startswith('both') or not found.fc.weight.any()
+    for file, head, message in (
+        ('no head.pth', True, 'not weights of test_resnet: missing: fc.bias, fc.weight; the rest fits'),
+        ('more.bin', True, 'missing: fc.bias, fc.weight; unexpected: decoder.weight, fc.mlp.weight'),
+        ('less.pth', False, r'missing: layer3.0.bn1.bias, .* and \d+ more'),
+        ('deeper.pth', False, 'unexpected: layer3.9.conv1.weight'),
+        ('unknown.pth', False, 'holds no weights under the names that timm gives them'),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / file, 'test_resnet', head=head)
+    narrow = load_model(tmp_path / 'both.pth.tar', 'test_resnet', head=False, in_chans=1).model
+    assert torch.equal(narrow.conv1[0].weight, model.conv1[0].weight.sum(1, keepdim=True))
+
+
+def test_names_of_other_libraries_are_changed_as_timm_does(tmp_path):
+    """Torchvision's DenseNet once, and a vision transformer of another image size."""
+    for name, options, old in (
+        ('densenet121', {}, lambda key: key.replace('.norm1.', '.norm.1.')),
+        ('test_vit', {'img_size': 96}, lambda key: key),
+    ):
+        torch.manual_seed(0)
+        weights = timm.create_model(name, num_classes=4, **options).state_dict()
+        kept = {old(key): value for key, value in weights.items() if 'num_batches' not in key}
+        torch.save(kept, tmp_path / 'a.pth')
+        overlay = {'file': str(tmp_path / 'a.pth'), 'num_classes': 4}
+        plain = timm.create_model(name, pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay)
+        assert same(load_model(tmp_path / 'a.pth', name).model, plain)
+
+
+@pytest.mark.parametrize('in_chans', [1, 3, 5])
+@pytest.mark.parametrize('num_classes', [4, 7])
+def test_a_file_in_place_of_pretrained_weights(tmp_path, in_chans, num_classes):
+    checkpoints(tmp_path, num_classes=7)
+    file = str(tmp_path / 'both.pth.tar')
+    ours = create(num_classes=num_classes, data={'in_chans': in_chans}, pretrained_path=file)
+    torch.manual_seed(0)
+    overlay = {'file': file, 'num_classes': -1}  # as timm's train script says it
+    options = dict(num_classes=num_classes, in_chans=in_chans)
+    assert same(ours, timm.create_model('test_resnet', pretrained=True, pretrained_cfg_overlay=overlay, **options))
+    with pytest.raises(UserError, match='`pretrained_path` .*less.pth: not weights of test_resnet: missing: layer3'):
+        create(pretrained_path=str(tmp_path / 'less.pth'))
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'pytorch_model.bin', 'mine.pth'])
+def test_a_folder_that_timm_would_load(tmp_path, name):
+    model, folder = timm.create_model('test_resnet', num_classes=6), tmp_path / 'a folder'
+    folder.mkdir()
+    save_config_for_hf(model, folder / 'config.json')
+    with pytest.raises(UserError, match='no weights beside config.json'):
+        load_model(folder)
+    (save_file if name.endswith('safetensors') else torch.save)(model.state_dict(), folder / name)
+    for source in (folder, f'local-dir:{folder}'):
+        loaded = load_model(source)
+        assert same(loaded.model, model) and loaded.run is None and loaded.weights == f'local-dir:{folder}'
+    assert same(load_model(folder / name, 'test_resnet').model, model)  # by the config.json beside it
+    with pytest.raises(UserError, match='is for test_resnet, not for `model` test_vit'):
+        load_model(folder / name, 'test_vit')
