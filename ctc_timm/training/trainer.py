@@ -18,7 +18,7 @@ from ..runs import Run, format_metrics
 from ..utils.errors import RunError, UserError
 from ..utils.progress import clock, progress_bar
 from ..utils.tasks import Batch, Evaluator, Loader, TrainerTask, Watcher
-from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state, values_of
+from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state, settled_facts, values_of
 from .optimization import TwoStageSchedule
 from .settings import CommandSettings
 from .signals import Interrupted, StopSignal, newest_state
@@ -36,6 +36,7 @@ class Trainer:
         run: The run's folder, the same on all ranks.
         facts: What a state must agree on with the run that continues it; metadata of all weights too.
         mixup: mixup(batch, epoch) gives the batch that the task takes; None leaves the loader's.
+        images: What tells the training set from others, see `data.fingerprint`; '' for nothing.
         monitor: Measures transfer now and then.
         training_images: Gives one pass over the training set without augmentation, for tasks that ask for it.
     """
@@ -52,6 +53,7 @@ class Trainer:
         accelerator: Accelerator,
         *,
         facts: Mapping[str, Any],
+        images: str = '',
         mixup: Callable[[Batch, int], Batch] | None = None,
         monitor: Watcher | None = None,
         training_images: Callable[[], Iterable[Any]] = tuple,
@@ -63,6 +65,7 @@ class Trainer:
         self.accumulation_steps = settings.optimizer.grad_accum_steps
         task.trainable_module = accelerator.prepare_model(task.get_trainable_module())
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
+        self.settled = settled_facts(settings, task, optimizer, accelerator, images)
         # Up to here ranks are alike, as the moving average copies the model; and what was drawn so far depends on
         # what had been imported before.
         random_seed(self.settings.seed, 1 + accelerator.process_index)
@@ -94,7 +97,7 @@ class Trainer:
 
     def _resume(self, point: ResumePoint) -> None:
         assert point.state is not None
-        progress, self.state = load_state(self.accelerator, self.task, point.state, self.facts)
+        progress, self.state = load_state(self.accelerator, self.task, point.state, self.facts, self.settled)
         state = self.state
         images, accumulation_steps = progress['step_size']
         if (images, accumulation_steps) != (self.global_batch, self.accumulation_steps):
@@ -302,5 +305,5 @@ class Trainer:
         if self.state.batch:
             self._count_skipped()
         step_size, keep = [self.global_batch, self.accumulation_steps], self.settings.checkpoint_hist
-        checked = {**self.facts, 'step_size': step_size, 'stage': self.task.stage}
+        checked = {**self.settled, **self.facts, 'step_size': step_size, 'stage': self.task.stage}
         save_state(self.accelerator, self.task, self.run, self.state, checked, keep)
