@@ -170,7 +170,7 @@ def _load_file(
     """
     run, arguments, stated = None if folder else run_of(file), dict[str, Any](), ''
     if home := folder or run:
-        stated, config, model_args = read_config(home)
+        stated, config, model_args = read_config(home, headless=True)
         arguments = {'num_classes': config.pop('num_classes'), 'pretrained_cfg_overlay': config, **model_args}
     elif file.suffix == '.safetensors':
         metadata = weights_metadata(file)
