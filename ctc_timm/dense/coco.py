@@ -26,6 +26,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.tv_tensors import BoundingBoxes, Mask
 
 from ..utils.errors import UserError, one_line
+from ..utils.files import sha256
 from .loading import open_image
 
 METRICS = ('ap', 'ap50', 'ap75', 'ap_small', 'ap_medium', 'ap_large')  # as the first of COCOeval's stats
@@ -71,6 +72,11 @@ class CocoSplit(CocoDetection):
     def __str__(self) -> str:
         counted = [f'{count:,} {what}' for what, count in self.counts.items() if count]
         return ', '.join([f'{len(self.coco.anns):,} objects in {len(self):,} images', *counted])
+
+    @property
+    def identity(self) -> str:
+        """What tells the split from others."""
+        return sha256(self.file)
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Any]]:
         number, classes = self.ids[index], list(self.names)

@@ -130,7 +130,9 @@ def train_dense(
     transform = train_transform(settings.canvas, evaluator.transform.mean, boxes=task.boxes)
     loader = TrainLoader(train, transform, settings.loader, settings.run.seed, accelerator)
     same = {'mode': settings.mode, 'body': pyramid.name, 'img_size': settings.canvas.img_size, **facts}
-    trainer = assemble_trainer(settings, task, loader, evaluator, accelerator, run, point, facts=same)
+    trainer = assemble_trainer(
+        settings, task, loader, evaluator, accelerator, run, point, facts=same, images=train.identity
+    )
     size = sum(p.numel() for p in model.parameters()) / 1e6
     logger.info(
         f'training: {train}\nvalidation: {val}\n{settings.mode}: {pyramid.name} with heads ({pyramid.weights}; '

@@ -36,6 +36,8 @@ def read_weights(file: Path, where: str, use_ema: bool) -> Weights | None:
         if file.suffix == '.safetensors':
             return clean_state_dict(weights_files.read_weights(file)[0])
         content = _torch_load(str(file), weights_only=True)
+    except UserError as error:
+        raise UserError(f'{where}: {str(error).removeprefix(f"{file}: ")}') from None
     except Exception as error:  # of any format
         raise UserError(f'{where}: not weights: {one_line(error)}') from None
     held = [key for key in (*_AVERAGED, *_PLAIN) if isinstance(content, dict) and content.get(key) is not None]

@@ -173,7 +173,7 @@ def _load_file(
     if run is not None and file.name != _PREFERRED_FILES[0]:  # in the Hub's cache, which is made of links
         Run(run).check_links()  # measurements are read from and written to it
     if home := folder or run:
-        stated, config, model_args = read_config(home)
+        stated, config, model_args = read_config(home, headless=True)
         arguments = {'num_classes': config.pop('num_classes'), 'pretrained_cfg_overlay': config, **model_args}
     elif file.suffix == '.safetensors':
         metadata = weights_metadata(file)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.models import is_model, parse_model_name
+from timm.models import PretrainedCfg, is_model, parse_model_name
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from ..utils.errors import UserError, one_line
+from ..utils.settings import shorten
 
 SUFFIX = '_ctc'
 _COUNT = r'[1-9]\d*'
@@ -41,27 +42,54 @@ _FORMS = {
     'crop_mode': _WORD,
     'pool_size': rf'null|\[{_COUNT}, {_COUNT}\]',
     'test_pool_size': rf'null|\[{_COUNT}, {_COUNT}\]',
-    'first_conv': rf'null|{_MODULE}|\[{_MODULE}(, {_MODULE})*\]',
+    'first_conv': rf'null|\[\]|{_MODULE}|\[{_MODULE}(, {_MODULE})*\]',
     'classifier': rf'null|{_MODULE}|\[{_MODULE}(, {_MODULE})*\]',
 }
 FIELDS = tuple(_FORMS)
+# What timm's transforms know, and ranges that images of a usable size come from.
+_WORDS = {
+    'interpolation': ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'),
+    'crop_mode': ('center', 'border', 'squash'),
+}
+_COUNTS = {'num_classes': 'a whole number', **dict.fromkeys(('crop_pct', 'test_crop_pct'), 'a number')}
+_COUNTS |= dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), 'three whole numbers')
+_RANGES = {
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), (0.05, 2)),
+    **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'test_pool_size'), (1, 16384)),
+    **{'num_classes': (1, 10**6), 'mean': (-1e6, 1e6), 'std': (1e-6, 1e6)},
+}
 # Arguments of timm's factory that would change where weights come from or how strictly they are loaded, beside those
 # that begin with `pretrained`.
 _RESERVED = {'checkpoint_path', 'cache_dir', 'scriptable', 'exportable', 'no_jit', 'features_only', 'device', 'dtype'}
 
 
-def check_pretrained_cfg(config: Any, where: str) -> dict[str, Any]:
-    """Take `FIELDS` out of a pretrained_cfg of the file `where`; a UserError is raised for any of another form."""
+def check_pretrained_cfg(config: Any, where: str, headless: bool = False) -> dict[str, Any]:
+    """Take `FIELDS` out of a pretrained_cfg of the file `where`; `headless` models with 0 classes are as good then.
+
+    Raises:
+        UserError: A value of another form, or one that timm does not know or that no image can have.
+    """
     if not isinstance(config, Mapping):
         raise UserError(f'{where}: pretrained_cfg must be a mapping')
     found = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if key in FIELDS}
     if missing := sorted(set(_REQUIRED) - set(found)):
         raise UserError(f'{where}: pretrained_cfg has no {missing[0]}')
     for key, value in found.items():
-        if not re.fullmatch(_FORMS[key], json.dumps(value, default=str), re.ASCII):
-            raise UserError(f'{where}: {key} cannot be {value!r}')
+        known, (low, high) = _WORDS.get(key), _RANGES.get(key, (None, None))
+        formed = re.fullmatch(_FORMS[key], json.dumps(value, default=str), re.ASCII)
+        numbers = value if isinstance(value, list) else [value]
+        inside = low is None or value is None or formed and all(low <= number <= high for number in numbers)
+        if headless and key == 'num_classes' and value == 0 and type(value) is int:
+            continue
+        if not formed or not inside or (known and value not in known):
+            allowed = f'; use one of {", ".join(known)}' if known else ''
+            allowed = f'; use {_COUNTS.get(key, "numbers")} from {low:g} to {high:g}' if low is not None else allowed
+            raise UserError(f'{where}: {key} cannot be {shorten(value)}{allowed}')
     if len(found['mean']) != len(found['std']):
         raise UserError(f'{where}: mean and std must be of the same length')
+    if len(found['mean']) not in (1, 3, found['input_size'][0]):  # three are adapted to other channels, as in timm
+        channels, given = found['input_size'][0], shorten(found['mean'])
+        raise UserError(f'{where}: mean cannot be {given} for {channels} channel(s); use 1 or {channels} numbers')
     return found
 
 
@@ -86,7 +114,8 @@ def check_source(name: str) -> None:
     if ':' in name:
         source, place = parse_model_name(name)
         read = load_model_config_from_path if source == 'local-dir' else load_model_config_from_hf
-        check_pretrained_cfg(read(place)[0], 'config.json')
+        stated = {key: value for key, value in read(place)[0].items() if value is not None}
+        check_pretrained_cfg({**PretrainedCfg().to_dict(), **stated}, 'config.json', headless=True)
 
 
 def base_of(architecture: str) -> str:
@@ -94,8 +123,10 @@ def base_of(architecture: str) -> str:
     return architecture.partition('.')[0].removesuffix(SUFFIX)
 
 
-def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dict[str, Any]]:
+def read_config(folder: Path, where: str = '', headless: bool = False) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Read a folder's config.json, or raise a UserError for what is not sound in it; `where` is what it is of.
+
+    `headless` models are taken too, see `check_pretrained_cfg`.
 
     Returns:
         The base architecture, its checked pretrained_cfg, and the arguments that it is built with.
@@ -106,7 +137,8 @@ def read_config(folder: Path, where: str = '') -> tuple[str, dict[str, Any], dic
         base = base_of(architecture)
         if not is_model(base):
             raise UserError(f'{where}: {base!r} is unknown to timm')
-        return base, check_pretrained_cfg(pretrained_cfg, where), check_model_args(model_args, where)
+        cfg = check_pretrained_cfg(pretrained_cfg, where, headless)
+        return base, cfg, check_model_args(model_args, where)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

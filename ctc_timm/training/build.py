@@ -18,6 +18,7 @@ from torch import nn
 
 from ..data.cached import cache_split
 from ..data.datasets import DatasetSplit, check_labels, image_mode, is_streaming, open_split, open_validation
+from ..data.fingerprint import fingerprint
 from ..data.loaders import RefreshLoader, StreamLoader, TrainLoader, create_eval_loader
 from ..data.mixup import create_mixup
 from ..data.transforms import data_config, fit_channels
@@ -104,6 +105,7 @@ def build_trainer(
             source.dataset.input_img_mode = image_mode(data)
     config = data_config(data, model)
     check_input(model, config['input_size'], training=loading.batch_size == 1)
+    images = fingerprint(training) if rank == 0 or point.state else ''
     if loading.cache_dataset:
         training = cache_split(training, quiet=rank > 0)
     own_config(model)
@@ -143,6 +145,7 @@ def build_trainer(
         lambda: run.write_config(model, config, training.class_names),
         stages if two_stages else None,
         facts={**facts, 'mode': settings.ctc.mode},
+        images=images,
         mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
         monitor=monitor,
         training_images=lambda: RefreshLoader(open_split(data, data.train_split), loading, config, device, spread),

@@ -33,9 +33,11 @@ from ..utils.settings import flatten
 from ..utils.tasks import StateReader, TrainerTask
 from .settings import CommandSettings
 
-PROGRESS, _RANK_FILE = 'progress.json', 'process_{:05d}'
+PROGRESS, IMAGES, _RANK_FILE = 'progress.json', 'training_images', 'process_{:05d}'
 _SAME = ('model', 'source', 'checkpoint', 'dataset', 'data_dir', 'mode')  # of runs that one may continue by 'auto'
 _FIRST = ('loss', 'task_loss', 'ctc_loss')  # columns of summary.csv; others follow by name
+# Settings of the optimizer whose effect lies in its state, where another value would count for nothing.
+_OPTIMIZER = ('opt', 'momentum', 'opt_eps', 'opt_betas', 'opt_kwargs', 'filter_bias_and_bn', 'layer_decay')
 _PLACE = ('epoch', 'batch', 'updates', 'bad_in_a_row')
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
 
@@ -162,17 +164,24 @@ def raise_on_all_ranks(accelerator: Accelerator, what: str, leftover: Path | Non
 
 
 def load_state(
-    accelerator: Accelerator, task: TrainerTask, state: Path, expected: Mapping[str, Any]
+    accelerator: Accelerator, task: TrainerTask, state: Path, expected: Mapping[str, Any], settled: Mapping[str, Any]
 ) -> tuple[dict[str, Any], TrainState]:
     """Continue from a state that agrees with what is expected: architecture, num_instances, ...; return progress.json.
 
+    It must also agree with what is `settled`, see `settled_facts`, where it says that; older ones do not.
+
     Raises:
-        UserError: A state of another model, data set or mode, or one that can't be read.
+        UserError: A state of another model, data set, optimizer or mode, or one that can't be read.
     """
     progress = json.loads((state / PROGRESS).read_text(encoding='utf-8'))
-    for key, value in expected.items():
+    progress.setdefault('model_ema', (state / 'ema.safetensors').is_file())  # as older states show it
+    for key, value in {**expected, **{key: value for key, value in settled.items() if key in progress}}.items():
+        if progress.get(key) != value and key == IMAGES:
+            fault = 'was trained on other images: their labels, file names or contents differ'
+            raise UserError(f"`resume` {state}: {fault}; give the run's own, or start another run")
         if progress.get(key) != value:
-            was = f'{key.replace("_", " ")} {progress.get(key)!r}'
+            name = f'`{key}`' if key in (*_OPTIMIZER, 'model_ema', 'eval_metric') else key.replace('_', ' ')
+            was = f'{name} {progress.get(key)!r}'
             raise UserError(f'`resume` {state}: was saved with {was}, this run has {value!r}')
     files, name = StateReader(state), _RANK_FILE.format(accelerator.process_index)
     try:
@@ -190,6 +199,17 @@ def load_state(
     except _UNREADABLE as error:
         raise UserError(f'`resume` {state}: {one_line(error)}') from None
     return progress, TrainState.restore(progress, rank_state, accelerator.device)
+
+
+def settled_facts(
+    settings: CommandSettings, task: TrainerTask, optimizer: Any, accelerator: Accelerator, images: str
+) -> dict[str, Any]:
+    """Collect what a run cannot change on its way, as JSON holds it; `images` tells training sets apart."""
+    values = {name: getattr(settings.optimizer, name) for name in _OPTIMIZER}
+    values |= {'opt': settings.optimizer.opt.lower(), IMAGES: images}
+    values['parameter_groups'] = [len(group['params']) for group in optimizer.param_groups]
+    values |= {'model_ema': task.has_ema(), 'loss_scaling': accelerator.scaler is not None}
+    return json.loads(json.dumps(values, default=str))
 
 
 class ResumePoint(NamedTuple):

@@ -58,8 +58,8 @@ class Monitor:
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """Measure the model's features of the target, which must be finite. It is left in evaluation mode."""
-        started, model = time.monotonic(), unwrap_model(model)  # of its moving average
-        train, test = (compute_features(model, images, self._accelerator) for images in self._splits)
+        started, plain = time.monotonic(), unwrap_model(model)  # of a moving average, too
+        train, test = (compute_features(plain, images, self._accelerator) for images in self._splits)
         self.target.check(train, test)
         top1 = ridge_scores(train, test, self.target.num_classes)['top1']
         values = top1, effective_rank(test.features_ND), class_spread(test.features_ND, test.labels_N).spread

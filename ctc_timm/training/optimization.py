@@ -37,7 +37,7 @@ def create_optimizer(optimizer: OptimizerSettings, module: Any) -> Optimizer:
         UserError: An unknown optimizer, or settings that it refuses.
     """
     known = [str(name) for name in list_optimizers()]
-    if optimizer.opt.lower() not in known:
+    if optimizer.opt.lower().removeprefix('lookahead_') not in known:
         raise UserError(f'`opt` {optimizer.opt}: unknown to timm{nearest(optimizer.opt, known)}')
     values = SimpleNamespace(**dataclasses.asdict(optimizer), opt_args=optimizer.opt_kwargs or None)
     options: dict[str, Any] = optimizer_kwargs(values)

@@ -40,6 +40,7 @@ class Steps:
         checks = settings.run.max_bad_steps > 0
         self._statistics = _Statistics(unwrap_model(task.get_trainable_module())) if checks else None
         self._losses: dict[str, Tensor] = {}
+        self._second_order = getattr(optimizer.optimizer, 'is_second_order', False)  # Accelerate's wrapper hides it
 
     def forward_backward(self, batch: Batch, epoch: int, accumulation_steps: int, last: bool) -> None:
         """Add the gradients of a batch of the loader, which is one of `accumulation_steps` of a step."""
@@ -51,7 +52,7 @@ class Steps:
         with contextlib.nullcontext() if last else accelerator.no_sync(self.task.get_trainable_module()):
             with accelerator.autocast():
                 result = self.task.run_batch(batch)
-            accelerator.backward(result['loss'] / accumulation_steps)
+            accelerator.backward(result['loss'] / accumulation_steps, create_graph=self._second_order)
         for name, value in result.items():
             if value.ndim == 0:
                 self._losses[name] = self._losses.get(name, 0) + value.detach()

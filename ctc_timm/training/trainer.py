@@ -20,7 +20,7 @@ from ..runs import Run, format_metrics
 from ..utils.errors import RunError, UserError
 from ..utils.progress import clock, progress_bar
 from ..utils.tasks import Batch, Evaluator, Loader, TrainerTask, Watcher
-from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state, values_of
+from .checkpoints import ResumePoint, TrainState, load_state, raise_on_all_ranks, save_state, settled_facts, values_of
 from .optimization import TwoStageSchedule
 from .settings import CommandSettings
 from .signals import Interrupted, StopSignal, newest_state
@@ -38,6 +38,7 @@ class Trainer:
         run: The run's folder, the same on all ranks.
         facts: What a state must agree on with the run that continues it; metadata of all weights too.
         mixup: mixup(batch, epoch) gives the batch that the task takes; None leaves the loader's.
+        images: What tells the training set from others, see `data.fingerprint`; '' for nothing.
         monitor: Measures transfer now and then.
         training_images: Gives one pass over the training set without augmentation, for tasks that ask for it.
     """
@@ -54,6 +55,7 @@ class Trainer:
         accelerator: Accelerator,
         *,
         facts: Mapping[str, Any],
+        images: str = '',
         mixup: Callable[[Batch, int], Batch] | None = None,
         monitor: Watcher | None = None,
         training_images: Callable[[], Iterable[Any]] = tuple,
@@ -65,6 +67,8 @@ class Trainer:
         self.accumulation_steps = settings.optimizer.grad_accum_steps
         task.trainable_module = accelerator.prepare_model(task.get_trainable_module())
         self.optimizer: Any = accelerator.prepare_optimizer(optimizer)
+        self.settled = settled_facts(settings, task, optimizer, accelerator, images)
+        self.settled['eval_metric'] = evaluator.best_metric
         # Up to here ranks are alike, as the moving average copies the model; and what was drawn so far depends on
         # what had been imported before.
         random_seed(self.settings.seed, 1 + accelerator.process_index)
@@ -109,7 +113,7 @@ class Trainer:
 
     def _resume(self, point: ResumePoint) -> None:
         assert point.state is not None
-        progress, self.state = load_state(self.accelerator, self.task, point.state, self.facts)
+        progress, self.state = load_state(self.accelerator, self.task, point.state, self.facts, self.settled)
         state = self.state
         images, accumulation_steps = progress['step_size']
         if (images, accumulation_steps) != (self.global_batch, self.accumulation_steps):
@@ -121,10 +125,6 @@ class Trainer:
             raise UserError(
                 f'`temporal_start_epoch` {self.schedule.temporal_start}: {point.state} is in its {progress["stage"]} '
                 f'stage after {state.epoch} epochs; leave the setting out to go on as before'
-            )
-        if (metric := progress.get('best_metric', self.evaluator.best_metric)) != self.evaluator.best_metric:
-            raise UserError(
-                f'`eval_metric` {self.evaluator.best_metric}: {point.state} chose its best epoch by {metric}'
             )
         for damage in point.damaged:
             logger.info(f'{damage}; going on from the state before')
@@ -326,6 +326,5 @@ class Trainer:
         if self.state.batch:
             self._count_skipped()
         step_size, keep = [self.global_batch, self.accumulation_steps], self.settings.checkpoint_hist
-        checked = {**self.facts, 'step_size': step_size, 'stage': self.task.stage}
-        checked['best_metric'] = self.evaluator.best_metric
+        checked = {**self.settled, **self.facts, 'step_size': step_size, 'stage': self.task.stage}
         save_state(self.accelerator, self.task, self.run, self.state, checked, keep)

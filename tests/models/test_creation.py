@@ -1,5 +1,7 @@
 """Models from settings and from wherever their weights are, against plain timm."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,7 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from ctc_timm.data.settings import DataSettings
+from ctc_timm.models.backbones import features_and_logits
 from ctc_timm.models.creation import check_compiler, create_model, prepare_model
 from ctc_timm.models.loading import load_model, named_source
 from ctc_timm.models.settings import (
@@ -209,3 +212,46 @@ def test_a_folder_that_timm_would_load(tmp_path, name):
     assert same(load_model(folder / name, 'test_resnet').model, model)  # by the config.json beside it
     with pytest.raises(UserError, match='is for test_resnet, not for `model` test_vit'):
         load_model(folder / name, 'test_vit')
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('interpolation', 'spline', "interpolation cannot be 'spline'; use one of nearest, bilinear, bicubic, box"),
+        ('interpolation', 3, 'interpolation cannot be 3; use one of'),
+        ('crop_mode', 'middle', "crop_mode cannot be 'middle'; use one of center, border, squash"),
+        ('crop_pct', 0, 'crop_pct cannot be 0; use a number from 0.05 to 2'),
+        ('crop_pct', 1e-9, 'crop_pct cannot be 1e-09; use a number from 0.05 to 2'),
+        ('input_size', [3, 224], r'input_size cannot be \[3, 224\]; use three whole numbers from 1 to 16384'),
+        ('input_size', [3, 224, 10**9], 'input_size cannot be .*; use three whole numbers'),
+        ('mean', [0.5, 0.5], 'mean and std must be of the same length'),
+        ('std', [0.2, 0.0, 0.2], 'std cannot be .*; use numbers from 1e-06 to 1e'),
+        ('num_classes', 10**9, 'num_classes cannot be 1000000000; use a whole number'),
+    ],
+)
+def test_a_config_of_a_stranger(tmp_path, key, value, message):
+    model = timm.create_model('test_resnet', num_classes=6)
+    save_config_for_hf(model, tmp_path / 'config.json')
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['pretrained_cfg'][key] = value
+    config |= {'num_classes': value} if key == 'num_classes' else {}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    for load in (
+        lambda: load_model(tmp_path),
+        lambda: load_model(f'local-dir:{tmp_path}', head=False),
+        lambda: create(f'local-dir:{tmp_path}', pretrained=True),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            load()
+        assert 'config.json' in str(caught.value)
+
+
+def test_a_folder_without_a_classifier_gives_features(tmp_path):
+    model = timm.create_model('test_vit', num_classes=0).eval()
+    save_config_for_hf(model, tmp_path / 'config.json')
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    images = torch.randn(1, 3, 160, 160)
+    found = load_model(tmp_path, head=False).model
+    assert torch.equal(features_and_logits(found, images)[0], model(images))
+    assert load_model(tmp_path).model.num_classes == 0

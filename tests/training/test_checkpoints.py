@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
 from timm.utils import update_summary
 
+from ctc_timm.data.datasets import open_split
+from ctc_timm.data.fingerprint import fingerprint
+from ctc_timm.data.settings import DataSettings
 from ctc_timm.models.loading import load_model
 from ctc_timm.runs import Run
 from ctc_timm.training.build import build_trainer, train
@@ -97,7 +102,7 @@ def test_the_metric_of_the_best_epoch(flags: Flags, tiny: list[str], tmp_path: P
     assert trainer.state.best is not None and trainer.state.best[1] == best
     assert weights_metadata(trainer.run.best_weights)['epoch'] == str(best)
     other = 'loss' if metric == 'top1' else 'top1'
-    with pytest.raises(UserError, match=f'`eval_metric` {other}: .* chose its best epoch by {metric}'):
+    with pytest.raises(UserError, match=f"was saved with `eval_metric` '{metric}', this run has '{other}'"):
         build_trainer(flags(*tiny, '--epochs 4 --mode vanilla', f'--resume {tmp_path}/run --eval-metric {other}'))
 
 
@@ -207,6 +212,14 @@ def test_the_newest_run_that_fits(flags: Flags, tmp_path: Path) -> None:
         ('--mode vanilla', "saved with mode 'ctc', this run has 'vanilla'"),
         ('--num-classes 11', 'saved with num classes 10, this run has 11'),
         ('--embed-dim 64', 'size mismatch'),
+        ('--opt adamw', "saved with `opt` 'sgd', this run has 'adamw'"),
+        ('--opt lookahead_sgd', "saved with `opt` 'sgd', this run has 'lookahead_sgd'"),
+        ('--momentum 0.5', 'saved with `momentum` 0.9, this run has 0.5'),
+        ('--opt-kwargs maximize=true', "saved with `opt_kwargs` {}, this run has {'maximize': True}"),
+        ('--layer-decay 0.7', 'saved with `layer_decay` None, this run has 0.7'),
+        ('--no-filter-bias-and-bn', 'saved with `filter_bias_and_bn` True, this run has False'),
+        ('--no-model-ema', 'saved with `model_ema` True, this run has False'),
+        ('--train-split train[8:136]', 'was trained on other images: their labels, file names or contents differ'),
         ('--temporal-start-epoch 3', 'is in its temporal stage after 3 epochs'),
     ],
 )
@@ -237,3 +250,68 @@ def test_a_run_stopped_before_its_first_state_starts_afresh(flags: Flags, tiny: 
     train(settings)
     assert [row['epoch'] for row in run.rows()] == ['0'] and run.kept_weights() == {}
     assert [row.get('batch') for row in run.log_rows()] == [4, None]  # the first row is the epoch's last batch
+
+
+def test_a_state_that_says_less_is_taken(flags: Flags, tiny: list[str], cut: Callable) -> None:
+    """One of before, which knew neither the optimizer nor the images; its average shows in its files."""
+    run = cut(3)
+    state = Run(run).states()[-1]
+    progress = json.loads((state / PROGRESS).read_text())
+    kept = {'architecture', 'num_classes', 'num_instances', 'mode', 'step_size', 'stage', 'epoch', 'batch', 'updates'}
+    kept |= {'bad_in_a_row', 'best_top1', 'best_epoch'}
+    (state / PROGRESS).write_text(json.dumps({key: value for key, value in progress.items() if key in kept}))
+    write_manifest(state)
+    assert build_trainer(flags(*tiny, WORDS, '--resume', str(run), '--momentum 0.8')).state.epoch == 3
+    with pytest.raises(UserError, match='saved with `model_ema` True, this run has False'):
+        build_trainer(flags(*tiny, WORDS, '--resume', str(run), '--no-model-ema'))
+
+
+@pytest.mark.parametrize('opt', ['lookahead_adam', 'Lookahead_Momentum', 'adahessian'])
+def test_optimizers_of_timms_factory_resume(flags: Flags, tiny: list[str], tmp_path: Path, opt: str) -> None:
+    """Those with slow weights too: the same bits, but of AdaHessian, which draws from a state of its own."""
+    words = f'--mode vanilla --epochs 2 --keep-every 1 --opt {opt} --output {tmp_path} --checkpoint-hist 9'
+    trainer = build_trainer(flags(*tiny, words, '--experiment whole'))
+    plain = create_optimizer_v2(trainer.task.get_trainable_module(), opt=opt, lr=0.01)
+    assert type(trainer.optimizer.optimizer) is type(plain)
+    trainer.fit()
+    shutil.copytree(trainer.run.path, tmp_path / 'cut')
+    shutil.rmtree(tmp_path / 'cut' / 'state' / 'epoch-0001')
+    train(flags(*tiny, words, '--resume', str(tmp_path / 'cut')))
+    mine, theirs = (load_file(tmp_path / name / 'last.safetensors') for name in ('cut', 'whole'))
+    assert opt == 'adahessian' or all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_a_misspelled_lookahead(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    for opt in ('lokahead_adam', 'lookahead_adm', 'lookahead_'):
+        with pytest.raises(UserError, match=f'`opt` {opt}: unknown to timm'):
+            build_trainer(flags(*tiny, f'--output {tmp_path} --opt {opt}'))
+
+
+def test_a_monitor_sees_the_moving_average(flags: Flags, tiny: list[str], tmp_path: Path) -> None:
+    words = f'--epochs 2 --model-ema --monitor-target digits --monitor-images 60 --monitor-every 1 --output {tmp_path}'
+    run = train(flags(*tiny, words))
+    assert all(0 <= float(row['eval_monitor_ridge_top1']) <= 100 for row in run.rows()) and len(run.rows()) == 2
+
+
+def test_training_sets_are_told_apart(image_folder: Path, tmp_path: Path) -> None:
+    """By the names, the classes and the contents of their files, not by where they lie."""
+
+    def read(folder: Path) -> str:
+        return fingerprint(open_split(DataSettings(data_dir=str(folder)), 'train'))
+
+    first = image_folder / 'train' / 'class0'
+    known = read(image_folder)
+    copied = shutil.copytree(image_folder, tmp_path / 'copy')
+    assert read(copied) == known == read(image_folder)
+    changes: list[Callable[[], object]] = [
+        lambda: (first / '003.png').rename(first / '0033.png'),
+        lambda: (first / '0033.png').rename(image_folder / 'train' / 'class1' / '0033.png'),
+        lambda: shutil.copy(first / '005.png', first / '006.png'),
+    ]
+    seen = {known}
+    for change in changes:
+        change()
+        seen.add(read(image_folder))
+    assert len(seen) == 4
+    digits = [fingerprint(open_split(DataSettings(dataset='digits'), split)) for split in ('train[:9]', 'train[1:10]')]
+    assert digits[0] != digits[1]
