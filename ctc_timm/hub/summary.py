@@ -230,7 +230,7 @@ def _count(value: Any) -> int | None:
 def _class_names(known: dict[int, Any], num_classes: int, private: Private) -> list[str]:
     """Names of all classes, where each has its own and none is private."""
     names = [name for name in map(known.get, range(num_classes)) if isinstance(name, str) and name]
-    named = len(set(names)) == len(known) == num_classes and names != list(map(str, range(num_classes)))
+    named = len(set(names)) == len(known) == num_classes
     return names if named and not any(map(private.find, names)) else []
 
 
