@@ -15,6 +15,7 @@ from timm.models._hub import _EXT_PRIORITY, _PREFERRED_FILES
 from ..runs import Run, weights_metadata
 from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
+from .backbones import architecture as architecture_of
 from .checkpoint import fit_weights, read_weights, stated_sizes
 from .pretrained_cfg import base_of, check_source, read_config
 from .settings import SourceSettings
@@ -107,7 +108,8 @@ def load_model(
 
 def load_weights(model: Any, file: Path, where: str, new_head: bool = False, use_ema: bool = True) -> None:
     """Load all of a weights file, or raise a UserError; see `read_weights` and `fit_weights`."""
-    fit_weights(model, read_weights(file, where, use_ema), file, where, new_head, new_channels=new_head)
+    weights = read_weights(file, where, architecture_of(model), use_ema)
+    fit_weights(model, weights, file, where, new_head, new_channels=new_head)
 
 
 def run_of(source: str | os.PathLike) -> Path | None:
@@ -168,12 +170,15 @@ def _load_file(
 
     `folder` and `name` are those of a `local-dir:`.
     """
-    run, arguments, stated = None if folder else run_of(file), dict[str, Any](), ''
-    if home := folder or run:
+    home, arguments, stated = folder or run_of(file), dict[str, Any](), ''
+    if home:
         stated, config, model_args = read_config(home, headless=True)
         arguments = {'num_classes': config.pop('num_classes'), 'pretrained_cfg_overlay': config, **model_args}
     elif file.suffix == '.safetensors':
-        metadata = weights_metadata(file)
+        try:
+            metadata = weights_metadata(file)
+        except UserError as error:
+            raise UserError(f'{where}: not weights of {architecture or "a model"}: {one_line(error)}') from None
         stated, classes = base_of(metadata.get('architecture', '')), metadata.get('num_classes', '')
         arguments = {'num_classes': int(classes)} if classes.isdecimal() else {}
     if stated and architecture and base_of(architecture) != stated:
@@ -183,7 +188,7 @@ def _load_file(
         raise UserError(f'{where}: the file does not say which architecture it is for; name it with `model`')
     if not timm.is_model(architecture):
         raise UserError(f'{where}: is for {architecture!r}, which timm does not know')
-    weights = read_weights(file, where, use_ema)
+    weights = read_weights(file, where, architecture, use_ema)
     try:
         model = timm.create_model(architecture, **(arguments | options))
         # What the file is of, where nobody said; a head of one zero where there is none lets features pass.
@@ -196,5 +201,6 @@ def _load_file(
         raise UserError(f'{where}: not weights of {architecture}: {one_line(error)}') from None
     for tensor in fit_weights(model, weights, file, where, not head, new_channels=not head or folder is not None):
         model.state_dict()[tensor].zero_()
-    name = name or file_name(f'{run.name}-{file.stem}' if run is not None else file.stem)
+    run = home if home and not folder and Run(home).args_file.is_file() else None  # not a folder of other people
+    name = name or file_name(f'{home.name}-{file.stem}' if home else file.stem)
     return LoadedModel(model.eval(), name, where.partition(' ')[2] if folder else str(file), run)
