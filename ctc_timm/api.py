@@ -76,8 +76,9 @@ def finetune(source: PathLike | None = None, **settings: Any) -> Run:
     """
     from .training.settings import FinetuneSettings
 
+    settings = _with_source(settings, source)
     digits = not settings.get('data_dir') and settings.get('dataset', 'digits') in ('', 'digits')
-    values = _over_recipe(FinetuneSettings, _with_source(settings, source), 'finetune_digits' if digits else '')
+    values = _over_recipe(FinetuneSettings, settings, 'finetune_digits' if digits else '')
     return _call('training.finetune:finetune', build(FinetuneSettings, values))
 
 

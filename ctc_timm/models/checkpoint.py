@@ -23,7 +23,7 @@ _FILTERS = ('checkpoint_filter_fn', '_filter_fn', '_filter_torchvision_pretraine
 _logger = logging.getLogger(__name__)
 
 
-def read_weights(file: Path, where: str, use_ema: bool) -> Weights | None:
+def read_weights(file: Path, where: str, architecture: str, use_ema: bool) -> Weights | None:
     """Read a file: safetensors, or what loads with `weights_only=True`. None for NumPy's, which only a model reads.
 
     With `use_ema` a checkpoint's moving average is taken where it holds one.
@@ -36,10 +36,9 @@ def read_weights(file: Path, where: str, use_ema: bool) -> Weights | None:
         if file.suffix == '.safetensors':
             return clean_state_dict(weights_files.read_weights(file)[0])
         content = _torch_load(str(file), weights_only=True)
-    except UserError as error:
-        raise UserError(f'{where}: {str(error).removeprefix(f"{file}: ")}') from None
     except Exception as error:  # of any format
-        raise UserError(f'{where}: not weights: {one_line(error)}') from None
+        fault = one_line(error).removeprefix(f'{file}: ')
+        raise UserError(f'{where}: not weights of {architecture}: {fault}') from None
     held = [key for key in (*_AVERAGED, *_PLAIN) if isinstance(content, dict) and content.get(key) is not None]
     key = next((key for key in held if use_ema or key in _PLAIN), held[0] if held else '')
     weights = content[key] if key else content

@@ -16,6 +16,7 @@ from ..runs import Run
 from ..utils.errors import UserError, nearest, one_line
 from ..utils.text import file_name
 from ..utils.weights_files import weights_metadata
+from .backbones import architecture as architecture_of
 from .checkpoint import fit_weights, read_weights, stated_sizes
 from .pretrained_cfg import base_of, check_source, read_config
 from .settings import SourceSettings
@@ -108,7 +109,8 @@ def load_model(
 
 def load_weights(model: Any, file: Path, where: str, new_head: bool = False, use_ema: bool = True) -> None:
     """Load all of a weights file, or raise a UserError; see `read_weights` and `fit_weights`."""
-    fit_weights(model, read_weights(file, where, use_ema), file, where, new_head, new_channels=new_head)
+    weights = read_weights(file, where, architecture_of(model), use_ema)
+    fit_weights(model, weights, file, where, new_head, new_channels=new_head)
 
 
 def run_of(source: str | os.PathLike) -> Path | None:
@@ -169,14 +171,18 @@ def _load_file(
 
     `folder` and `name` are those of a `local-dir:`.
     """
-    run, arguments, stated = None if folder else run_of(file), dict[str, Any](), ''
-    if run is not None and file.name != _PREFERRED_FILES[0]:  # in the Hub's cache, which is made of links
-        Run(run).check_links()  # measurements are read from and written to it
-    if home := folder or run:
+    home, arguments, stated = folder or run_of(file), dict[str, Any](), ''
+    if home and not folder and file.name != _PREFERRED_FILES[0]:  # in the Hub's cache, which is made of links
+        Run(home).check_links()  # measurements are read from and written to it
+    if home:
         stated, config, model_args = read_config(home, headless=True)
         arguments = {'num_classes': config.pop('num_classes'), 'pretrained_cfg_overlay': config, **model_args}
     elif file.suffix == '.safetensors':
-        metadata = weights_metadata(file)
+        try:
+            metadata = weights_metadata(file)
+        except UserError as error:
+            fault = one_line(error).removeprefix(f'{file}: ')
+            raise UserError(f'{where}: not weights of {architecture or "a model"}: {fault}') from None
         stated, classes = base_of(metadata.get('architecture', '')), metadata.get('num_classes', '')
         arguments = {'num_classes': int(classes)} if classes.isdecimal() else {}
     if stated and architecture and base_of(architecture) != stated:
@@ -186,7 +192,7 @@ def _load_file(
         raise UserError(f'{where}: the file does not say which architecture it is for; name it with `model`')
     if not timm.is_model(architecture):
         raise UserError(f'{where}: is for {architecture!r}, which timm does not know')
-    weights = read_weights(file, where, use_ema)
+    weights = read_weights(file, where, architecture, use_ema)
     try:
         model = timm.create_model(architecture, **(arguments | options))
         # What the file is of, where nobody said; a head of one zero where there is none lets features pass.
@@ -199,5 +205,6 @@ def _load_file(
         raise UserError(f'{where}: not weights of {architecture}: {one_line(error)}') from None
     for tensor in fit_weights(model, weights, file, where, not head, new_channels=not head or folder is not None):
         model.state_dict()[tensor].zero_()
-    name = name or file_name(f'{run.name}-{file.stem}' if run is not None else file.stem)
+    run = home if home and not folder and Run(home).args_file.is_file() else None  # not a folder of other people
+    name = name or file_name(f'{home.name}-{file.stem}' if home else file.stem)
     return LoadedModel(model.eval(), name, where.partition(' ')[2] if folder else str(file), run)

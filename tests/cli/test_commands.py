@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -202,17 +203,33 @@ REFUSED = [
     ('train.py --torchcompile foo', '--torchcompile foo: no such backend'),
     ('train.py --resume {}/nowhere', '--resume {}/nowhere: no run with a saved state there'),
     ('train.py --initial-checkpoint {}/nowhere.pth', '--initial-checkpoint {}/nowhere.pth: no such file'),
-    ('train.py --initial-checkpoint {}/garbage.safetensors', 'not a sound safetensors file'),
+    ('train.py --initial-checkpoint {}/garbage.safetensors', 'not weights of cifar_resnet20'),
     ('train.py --initial-checkpoint {run}/best.safetensors', 'not weights of cifar_resnet20'),
     ('train.py --resume {run} --mode vanilla', "was saved with mode 'ctc', this run has 'vanilla'"),
     ('train.py --experiment ../up', '--experiment ../up: must be a name inside --output'),
     ('validate.py', 'name a model'),
     ('validate.py resnt18 --dataset digits', 'MODEL resnt18: no run folder, weights file or timm model of that name'),
     ('validate.py {}/nowhere.safetensors --dataset digits', 'MODEL {}/nowhere.safetensors: no such file'),
-    ('validate.py {}/garbage.safetensors --dataset digits --model resnet18', 'not a sound safetensors file'),
+    ('validate.py {}/garbage.safetensors --dataset digits --model resnet18', 'not weights of resnet18'),
     ('validate.py {}/images --dataset digits', 'is no run'),
     ('validate.py {run} --num-classes 3', 'not weights of test_resnet'),
+    ('validate.py {run} --checkpoint {run}/last.safetensors', 'two models are named'),
+    ('validate.py {}/images --model test_vit --checkpoint {run}', 'is for test_resnet, not for --model test_vit'),
+    ('train.py --pretrained-path {}/garbage.safetensors', '--pretrained-path {}/garbage.safetensors: not weights of'),
 ]
+
+
+def test_the_data_folder_stands_beside_a_model_as_in_timm(script: Script, image_folder: Path, tmp_path: Path) -> None:
+    file, more = tmp_path / 'three.pth', ['-j', '0', '--model', 'test_resnet']
+    torch.save({'state_dict': timm.create_model('test_resnet', num_classes=3).state_dict()}, file)
+    more += ['--checkpoint', str(file), '--output', str(tmp_path / 'out')]
+    ended = script('validate.py', str(image_folder), *more)
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert ended.code == 0 and (results['num_images'], results['dataset']) == (15, str(image_folder)), ended.err
+    more += ['--epochs', '1', '--seeds', '1', '--min-updates', '0', '--img-size', '32']
+    ended = script('transfer/finetune.py', str(image_folder), *more)
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert ended.code == 0 and results['target'] == str(image_folder), ended.err
 
 
 @pytest.fixture
