@@ -25,6 +25,7 @@ from .sharding import BankShard, gather_rows
 EPS = 1e-7
 MIN_TEMPERATURE = 0.012  # of the temporal stage: exp(1 / temperature) overflows float32 below
 NORMALIZERS = ('present_normalizer', 'past_normalizer')
+PROJECTORS = ('separate', 'shared', 'fixed', 'none')
 
 
 def check_range(name: str, value: float, low: float, below: float = math.inf, *, above: bool = False) -> None:
@@ -134,11 +135,14 @@ class TemporalContrastLoss(BankLoss):
         value = loss(present_BD, past_BD, index_B, sampler.draw(index_B))
 
     Arguments are those of `BankLoss`, with K and a temperature of at least 0.012, so that exp(1 / T) fits in float32.
+    The projector of present and past: 'separate', one each, trained, as published; 'shared', one, trained; 'fixed', one
+    with random orthonormal rows, never trained; 'none', the features themselves, E = D. Two that are trained apart can
+    agree on features that drift; one cannot.
     """
 
     projector_names, bank_names = ('present_projector', 'past_projector'), ('present_bank', 'past_bank')
-    present_projector: nn.Linear  # D -> E, both trained
-    past_projector: nn.Linear
+    present_projector: nn.Module  # D -> E
+    past_projector: nn.Module  # where it is another one
     present_bank: Tensor  # [N, E], unit rows
     past_bank: Tensor
     log_present_normalizer: Tensor  # scalars; the first step in training mode sets them to log(N * mean(out))
@@ -155,10 +159,22 @@ class TemporalContrastLoss(BankLoss):
         generator: torch.Generator | None = None,
         bank_dtype: torch.dtype = torch.float32,
         split_banks: bool = False,
+        projector: str = 'separate',
     ) -> None:
+        if projector not in PROJECTORS:
+            raise UserError(f'`temporal_projector` {projector!r}: must be one of {", ".join(PROJECTORS)}')
+        if projector != 'separate':
+            self.projector_names = ('present_projector', 'present_projector')
+        embed_dim = feature_dim if projector == 'none' else embed_dim
         super().__init__(
             feature_dim, num_instances, embed_dim, temperature, momentum, generator, bank_dtype, split_banks
         )
+        if projector == 'fixed':
+            fixed: Any = self.present_projector.requires_grad_(False)
+            nn.init.orthogonal_(fixed.weight, generator=generator)
+            nn.init.zeros_(fixed.bias)
+        elif projector == 'none':
+            self.present_projector = nn.Identity()
         check_range('num_negatives', num_negatives, 1)
         check_range('temperature', temperature, MIN_TEMPERATURE)
         self.num_negatives = num_negatives
@@ -188,11 +204,12 @@ class TemporalContrastLoss(BankLoss):
             ones_B = torch.ones(len(index_B) * self.shard.world, device=index_B.device)
             negatives = Negatives.of_rows(negatives, ones_B, index_B, len(self.past_bank))
         with torch.autocast(present_BD.device.type, enabled=False):
-            present_BE = embed(present_BD, self.present_projector)
+            present, past = (getattr(self, name) for name in self.projector_names)
+            present_BE = embed(present_BD, present)
             if past_BD is None:
                 past_BE = self.shard.fetch(self.past_bank, index_B).to(present_BE.dtype)
             else:
-                past_BE = embed(past_BD, self.past_projector)
+                past_BE = embed(past_BD, past)
             loss = self._contrast(present_BE, self.past_bank, self.log_present_normalizer, negatives, lam_B)
             loss = loss + self._contrast(past_BE, self.present_bank, self.log_past_normalizer, negatives, lam_B)
         if self.training:
@@ -264,9 +281,10 @@ class TemporalContrastLoss(BankLoss):
                 momentum_update(getattr(self, bank), index_B, v_BE, 0.0, self.shard)
 
 
-def embed(features_BD: Tensor, projector: nn.Linear) -> Tensor:
+def embed(features_BD: Tensor, projector: nn.Module) -> Tensor:
     """Project features to unit embeddings, [B, E], in float32 or better: half precision is too coarse."""
-    return unit(projector(features_BD.to(projector.weight.dtype)))
+    weight = next(projector.parameters(), features_BD)  # of none
+    return unit(projector(features_BD.to(weight.dtype)))
 
 
 def _mix(lam_B: Tensor, own_B: Tensor, partner_B: Tensor) -> Tensor:

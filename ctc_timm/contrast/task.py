@@ -69,6 +69,7 @@ class CTCTask(TrainerTask):
         instance_weight, temporal_weight: Of the stages' terms (alpha, beta); zero leaves a term out.
         instance_temperature, temporal_temperature, instance_momentum, temporal_momentum: T and m of each stage.
         train_projector: Train the instance stage's projector; the published code does not.
+        temporal_projector: 'separate', as published, 'shared', 'fixed' or 'none'; see `TemporalContrastLoss`.
         bank_dtype: Of all three banks, float32 or bfloat16.
         split_banks: Each of P ranks holds N / P rows of every bank, see `sharding`. Losses stay the same, with drawn
             negatives in expectation. The process group must be there already.
@@ -98,6 +99,7 @@ class CTCTask(TrainerTask):
         instance_momentum: float = 0.9,
         temporal_momentum: float = 0.9,
         train_projector: bool = False,
+        temporal_projector: str = 'separate',
         bank_dtype: torch.dtype = torch.float32,
         split_banks: bool = False,
         seed: int = 42,
@@ -128,7 +130,8 @@ class CTCTask(TrainerTask):
         sizes, banks = (dim, labels.numel(), embed_dim), (torch.Generator().manual_seed(seed), bank_dtype, split_banks)
         instance = InstanceDiscriminationLoss(*sizes, instance_temperature, instance_momentum, *banks)
         instance.projector.requires_grad_(train_projector)
-        temporal = TemporalContrastLoss(*sizes, num_negatives, temporal_temperature, temporal_momentum, *banks)
+        options = num_negatives, temporal_temperature, temporal_momentum
+        temporal = TemporalContrastLoss(*sizes, *options, *banks, projector=temporal_projector)
         self.trainable_module: nn.Module = CTCModule(model, instance, temporal).to(self.device)
         self.information_bank: Backbone | None = None
         self._compile_kwargs: dict[str, Any] | None = None

@@ -30,6 +30,9 @@ class CTCSettings:
     past_features: Literal['model', 'bank'] = setting('model', 'run the information bank on batches, or use its rows')
     embed_dim: int = setting(128, 'embedding size', low=1, high=65536, metavar='E')
     train_projector: bool = setting(False, "train the instance stage's projector too")
+    temporal_projector: Literal['separate', 'shared', 'fixed', 'none'] = setting(
+        'separate', 'present and past through one trained projector each, one trained, one fixed, or none'
+    )
     bank_dtype: Literal['float32', 'bfloat16'] = setting('float32', "precision of the banks' rows")
     split_banks: bool = setting(False, 'each process holds a share of the banks', aliases=('--shard-banks',))
 

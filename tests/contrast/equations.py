@@ -16,8 +16,8 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def embedding(projector: Any, feature_D: Tensor) -> Tensor:
-    """normalize(W x + b)."""
-    return unit(projector.weight @ feature_D + projector.bias)
+    """normalize(W x + b), or normalize(x) without a projector."""
+    return unit(projector.weight @ feature_D + projector.bias if hasattr(projector, 'weight') else feature_D)
 
 
 def instance_loss(loss: Any, features_BD: Tensor, index_B: Tensor, lam_B: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ def temporal_loss(
     total = torch.zeros((), dtype=torch.float64)
     for features_BD, projector, bank, normalizer in (
         (present_BD, loss.present_projector, loss.past_bank, loss.present_normalizer),
-        (past_BD, loss.past_projector, loss.present_bank, loss.past_normalizer),
+        (past_BD, getattr(loss, 'past_projector', loss.present_projector), loss.present_bank, loss.past_normalizer),
     ):
         for b in range(B):
             done = embedded and features_BD is past_BD
