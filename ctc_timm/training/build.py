@@ -65,6 +65,7 @@ def build_trainer(
     *,
     model: Any = None,
     splits: tuple[DatasetSplit, DatasetSplit | None] | None = None,
+    reopen: Callable[[], DatasetSplit] | None = None,
     frozen: Collection[str] = (),
 ) -> Trainer:
     """Build every part of a training run, and continue it or create its folder.
@@ -72,7 +73,8 @@ def build_trainer(
     Args:
         model: What to train, with its head; made from the settings when None.
         splits: Training and validation split; opened from the settings when None.
-        frozen: Names of modules that stay in evaluation mode, see `freezing.freeze`; for mode 'vanilla'.
+        reopen: Opens that training split anew, for a pass without augmentation.
+        frozen: Names of modules that stay in evaluation mode, see `freezing.freeze`.
 
     Raises:
         UserError: Settings or data that cannot work; nothing has been written then.
@@ -119,6 +121,7 @@ def build_trainer(
     if mixup is not None and loading.batch_size % 2:
         raise UserError(f'`batch_size` {loading.batch_size}: must be even with `mixup` or `cutmix`')
     options = training.dataset, loading, settings.augmentation, config, device
+    opened = reopen or (lambda: open_split(data, data.train_split))
     stream = labels_N is None
     loader = StreamLoader(*options) if stream else TrainLoader(*options, settings.run.seed, rank, world_size)
     spread, keep = world_size > 1, loading.cache_dataset
@@ -148,7 +151,7 @@ def build_trainer(
         images=images,
         mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
         monitor=monitor,
-        training_images=lambda: RefreshLoader(open_split(data, data.train_split), loading, config, device, spread),
+        training_images=lambda: RefreshLoader(opened(), loading, config, device, spread),
     )
 
 

@@ -20,7 +20,7 @@ from timm.utils import random_seed
 from torch import Tensor
 
 from ..data import digits
-from ..data.datasets import is_streaming, open_split, open_test
+from ..data.datasets import DatasetSplit, is_streaming, open_split, open_test
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config, fit_channels
 from ..measure.features import LabeledFeatures, SplitImages
@@ -39,7 +39,7 @@ from ..utils.weights_files import tensors_hash
 from .build import build_trainer
 from .finetune_results import RESULTS, SETTINGS, check_folder, conclude, plain, write_results
 from .freezing import freeze
-from .settings import CTCSettings, FinetuneSettings, FolderSettings, ModelSettings, StageSettings, TrainSettings
+from .settings import FinetuneSettings, FolderSettings, ModelSettings, StageSettings, TrainSettings
 from .trainer import Trainer
 
 # What tells two runs of the same settings apart, or does not change what is measured.
@@ -98,7 +98,8 @@ class FineTuning:
         assert self.train.labels_N is not None and self.test.labels_N is not None
         self.labels = self.train.labels_N, self.test.labels_N
         self.num_classes = self._check_classes()
-        self.method = 'finetune' if plan.freeze == 'none' else f'finetune-{plan.freeze}-frozen'
+        self.method = 'finetune' + '-ctc' * (settings.ctc.mode == 'ctc')
+        self.method += '' if plan.freeze == 'none' else f'-{plan.freeze}-frozen'
         self.folder = Path(plan.output) if plan.output else self._default_folder()
         self.compared = {
             'architecture': architecture(self.loaded.model),
@@ -186,8 +187,7 @@ class FineTuning:
         groups |= {
             'loader': dataclasses.replace(of.loader, batch_size=plan.batch_size),
             'model': ModelSettings(model=architecture(self.loaded.model), num_classes=self.num_classes),
-            'ctc': CTCSettings(mode='vanilla'),
-            'stages': StageSettings(temporal_lr_scale=1.0),
+            'stages': StageSettings(temporal_lr_scale=1.0, temporal_from_start=of.ctc.mode == 'ctc'),
             'folder': FolderSettings(output=str(self.folder), experiment=plan.folder.name, resume='auto'),
             'run': dataclasses.replace(of.run, seed=plan.seed),
         }
@@ -199,8 +199,13 @@ class FineTuning:
         if not has_classification_head(model) or model.num_classes != self.num_classes:
             raise UserError(f'{self.loaded.weights}: {architecture(model)} takes no new classification head')
         frozen = freeze(model, of.plan.freeze)
-        part = part_of(self.train, plan.index_n.repeat(plan.passes))
-        return build_trainer(settings, model=model, splits=(part, self.test), frozen=frozen)
+        index_n = plan.index_n.repeat(plan.passes)
+        part = part_of(self.train, index_n)
+
+        def reopen() -> DatasetSplit:
+            return part_of(open_split(of.data, of.data.train_split), index_n)
+
+        return build_trainer(settings, model=model, splits=(part, self.test), reopen=reopen, frozen=frozen)
 
     def _train(self, plan: Plan) -> dict[str, Any]:
         """Make a run, or what is left of it, and measure its last epoch."""

@@ -1,6 +1,7 @@
 """timm's optimizer, and its learning rate and weight decay over the two stages.
 
-Each stage runs a schedule of timm's own over its length; the temporal stage's is scaled and has no warm-up.
+Each stage runs a schedule of timm's own over its length; the temporal stage's is scaled, and has no warm-up after
+another stage.
 """
 
 from __future__ import annotations
@@ -86,13 +87,14 @@ class TwoStageSchedule:
     ) -> None:
         self.optimizer, self.settings, self.updates_per_epoch = optimizer, settings, updates_per_epoch
         self.two_stages, self.on_updates = stages is not None, settings.sched_on_updates
-        self._lr_scale = stages.temporal_lr_scale if stages else 1.0
+        self._lr_scale = stages.temporal_lr_scale if stages and not stages.temporal_from_start else 1.0
         self._decay_scale = stages.instance_weight_decay_scale if stages else 1.0
         self._base = [(g['lr'] * g.get('lr_scale', 1.0), g['weight_decay']) for g in optimizer.param_groups]
         start = settings.epochs if stages is None else temporal_start(stages, settings.epochs)
         rest = settings.epochs - start
         self._first, self.temporal_start = self._create(start, seed, **{'cooldown_epochs': 0} if rest else {})
-        self._second, length = self._create(rest, seed, warmup_epochs=0)
+        # From the first step on, as with pretrained weights, the temporal stage is the one that warms up.
+        self._second, length = self._create(rest, seed, **{'warmup_epochs': 0} if start else {})
         self.num_epochs = self.temporal_start + length
 
     def _create(self, epochs: int, seed: int, **changes: Any) -> tuple[Scheduler | None, int]:
@@ -150,8 +152,13 @@ def temporal_start(stages: StageSettings, epochs: int) -> int:
     """The epoch at which the temporal stage starts, before any warm-up prefix; `epochs` if it never does.
 
     Raises:
-        UserError: It lies outside the run.
+        UserError: It lies outside the run, or is given with `temporal_from_start`.
     """
+    if stages.temporal_from_start:
+        if stages.temporal_start_epoch:
+            fault = f'`temporal_start_epoch` {stages.temporal_start_epoch}: is 0 with `temporal_from_start`'
+            raise UserError(f'{fault}; leave one of them out')
+        return 0
     start = epochs * 2 // 3 if stages.temporal_start_epoch is None else stages.temporal_start_epoch
     if start > epochs:
         raise UserError(f'`temporal_start_epoch` {start} lies outside the run of `epochs` {epochs}; use 0 to {epochs}')

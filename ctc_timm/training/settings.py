@@ -42,6 +42,7 @@ class StageSettings:
     """Where the temporal stage starts, and how the two stages' schedules differ."""
 
     temporal_start_epoch: int | None = setting(None, 'first of its epochs; at 2/3 when not given', low=0, metavar='N')
+    temporal_from_start: bool = setting(False, 'temporal stage alone, at the full rate: the past is the initial model')
     temporal_lr_scale: float = setting(0.1, "temporal stage's learning rate over the instance's", above=0, metavar='X')
     instance_weight_decay_scale: float = setting(1.0, "instance stage's over weight_decay", low=0, metavar='X')
 
@@ -218,6 +219,14 @@ class FinetuneSettings:
 
     source: SourceSettings = group('Model', SourceSettings)
     architecture: ArchitectureSettings = group('Architecture', ArchitectureSettings)
+    ctc: CTCSettings = group(
+        'Contrast with the start',
+        CTCSettings,
+        mode='vanilla',
+        num_negatives=4096,
+        negatives='all',
+        temporal_projector='fixed',
+    )
     plan: PlanSettings = group('Fine-tuning', PlanSettings)
     data: DataSettings = group('Data', DataSettings)
     loader: LoaderSettings = group('Loading', LoaderSettings, batch_size=64)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.task import ClassificationTask
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..contrast.task import CTCTask
@@ -19,22 +18,7 @@ from .settings import TrainSettings
 
 
 class SupervisedTask(TrainerTask, ClassificationTask):
-    """Classification without CTC, of the whole model or of part of it.
-
-    `frozen` names modules that stay in evaluation mode, so that their batch norms keep their statistics.
-    """
-
-    def __init__(self, model: nn.Module, frozen: Collection[str] = (), **options: Any) -> None:
-        super().__init__(model, **options)
-        self.frozen = tuple(frozen)
-
-    def train(self, mode: bool = True) -> SupervisedTask:
-        """Set training mode; frozen modules stay in evaluation mode."""
-        super().train(mode)
-        model = unwrap_model(self.trainable_module)
-        for name in self.frozen:
-            model.get_submodule(name).eval()
-        return self
+    """Classification without CTC, of the whole model or of part of it."""
 
 
 @dataclasses.dataclass
@@ -64,6 +48,7 @@ def create_task(
 ) -> TrainerTask:
     """Create the task that the settings describe; those of CTC are, beside `mode`, arguments of `CTCTask`.
 
+    `frozen` names modules that stay in evaluation mode, so that their batch norms keep their statistics.
     `labels_N`, the class of each training image, is None for streams, which need mode 'vanilla'.
 
     Raises:
@@ -79,8 +64,12 @@ def create_task(
     }
     common: dict[str, Any] = {'criterion_kwargs': criterion, 'device': accelerator.device, 'verbose': False}
     if settings.ctc.mode == 'vanilla':
-        return SupervisedTask(model, frozen, **common)
+        task: TrainerTask = SupervisedTask(model, **common)
+        task.frozen = tuple(frozen)
+        return task
     assert labels_N is not None
     options = {**dataclasses.asdict(settings.ctc), 'bank_dtype': getattr(torch, settings.ctc.bank_dtype)}
     del options['mode']
-    return CTCTask(model, labels_N, **options, seed=settings.run.seed, rank=accelerator.process_index, **common)
+    task = CTCTask(model, labels_N, **options, seed=settings.run.seed, rank=accelerator.process_index, **common)
+    task.frozen = tuple(frozen)
+    return task

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from safetensors.torch import load_file
 from timm.task import TrainingTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 Batch = tuple[Any, ...]
@@ -61,6 +62,14 @@ class TrainerTask(TrainingTask):
     """A timm task with hooks for the trainer, each with a default."""
 
     stage: str = 'vanilla'  # what it is doing, for logs: 'instance', 'temporal', or the name of a task of one stage
+    frozen: tuple[str, ...] = ()  # modules of the evaluated model whose batch norms keep their statistics
+
+    def train(self, mode: bool = True) -> TrainerTask:
+        """Set training mode; frozen modules stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            unwrap_model(self.get_eval_model()).get_submodule(name).eval()
+        return self
 
     def run_batch(self, batch: Batch) -> dict[str, Tensor]:
         """The forward pass on a batch: 'loss', which is minimized; every other scalar is logged under its name.

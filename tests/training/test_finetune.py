@@ -104,6 +104,59 @@ def test_a_row_is_what_plain_timm_measures(finished: Path) -> None:
         assert (row['target'], row['method'], row['freeze']) == ('digits', 'finetune', 'none')
 
 
+def embedded(model: Any, task: Any, images: torch.Tensor) -> torch.Tensor:
+    """Unit embeddings of images by a model, through the task's projector."""
+    projector = task.temporal.present_projector
+    with torch.no_grad():
+        features = model.eval().forward_head(model.forward_features(images), pre_logits=True)
+        return torch.nn.functional.normalize(features @ projector.weight.T, dim=1)
+
+
+def test_contrast_with_the_start(base: Path, tmp_path: Path) -> None:
+    """The past is what the model was; the banks hold its features of these very images, also where some come twice."""
+    words = (base, *TARGET, '--mode', 'ctc', '--seeds', '1', '--train-fraction', '0.2', '--min-updates', '6')
+    words = (*words, '--embed-dim', '16', '--freeze', 'stem', '--output', tmp_path / 'out')
+    tuning = FineTuning(read(*words))
+    (plan,) = tuning.plans
+    trainer = tuning.trainer(plan)
+    task: Any = trainer.task
+    task.prepare_epoch('temporal', trainer.training_images)
+    assert plan.passes > 1 and task.stage == 'temporal' and trainer.schedule.stage(0) == 'temporal'
+    start = timm.create_model(f'local-dir:{base}', pretrained=True)
+    before, past = start.state_dict(), task.information_bank.model.state_dict()
+    assert all(torch.equal(past[name], tensor) for name, tensor in before.items() if not name.startswith('fc.'))
+
+    digits = load_digits()
+    split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    pixels = np.rint(split[0][:128] * (255 / 16)).astype(np.uint8)[plan.index_n.repeat(plan.passes)]
+    transform = create_transform(**resolve_model_data_config(start))
+    rows = embedded(start, task, torch.stack([transform(Image.fromarray(image)) for image in pixels]))
+    for bank in (task.temporal.past_bank, task.temporal.present_bank):
+        torch.testing.assert_close(bank, rows, atol=1e-4, rtol=0)
+    trainer.fit()
+    now = task.model.state_dict()
+    assert all(torch.equal(now[name], before[name]) == name.startswith(STEM) for name in before if 'weight' in name)
+    assert not torch.equal(task.temporal.present_bank, task.temporal.past_bank)
+    assert not task.temporal.present_projector.weight.requires_grad
+
+
+def test_contrast_with_the_start_goes_on_after_an_interruption(base: Path, tmp_path: Path) -> None:
+    """From the state after its first epoch, to the same bits; its rows are of a method of their own."""
+    words = (base, *TARGET, '--mode', 'ctc', '--seeds', '1', '--checkpoint-hist', '3')
+    FineTuning(read(*words, '--output', tmp_path / 'whole')).run()
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
+    run = tmp_path / 'cut' / 'fraction-1-seed-0'
+    (run / 'results.json').unlink()
+    shutil.rmtree(run / 'state' / 'epoch-0001')
+    FineTuning(read(*words, '--output', tmp_path / 'cut')).run()
+    whole, cut = (
+        folder / 'fraction-1-seed-0' / 'last.safetensors' for folder in (tmp_path / 'whole', tmp_path / 'cut')
+    )
+    assert whole.read_bytes() == cut.read_bytes()
+    assert results(tmp_path / 'cut')['rows'] == results(tmp_path / 'whole')['rows']
+    assert results(tmp_path / 'cut')['rows'][0]['method'] == 'finetune-ctc'
+
+
 def test_means_over_seeds(finished: Path) -> None:
     """With Student's t: two values have 12.706 standard errors on either side."""
     found = results(finished)
@@ -272,7 +325,8 @@ REFUSED = [
     ('{base} --dataset hfids/{}/hub', 'a streaming set does not tell its classes'),
     ('{base} --freeze head', "--freeze: must be one of none, stem, body, got 'head'"),
     ('{base} --train-fraction 0.5 1.01', '--train-fraction: must be at most 1, got 1.01'),
-    ('{base} --mode ctc', '--mode: no such flag'),
+    ('{base} --mode ctc --num-negatives 0', '--num-negatives: must be at least 1, got 0'),
+    ('{base} --mode ctc --temporal-temperature 0.001', '--temporal-temperature 0.001: must be at least 0.012'),
     ('{base} --opt adamm', '--opt adamm: unknown to timm; nearest: adam'),
 ]
 

@@ -76,7 +76,9 @@ def test_batch_norms_without_parameters() -> None:
             return self.fc(self.drop(self.norm(self.stem(x))))
 
     model = Model()
-    task = SupervisedTask(model, freeze(model, 'body'), criterion=nn.CrossEntropyLoss(), verbose=False).train()
+    task = SupervisedTask(model, criterion=nn.CrossEntropyLoss(), verbose=False)
+    task.frozen = tuple(freeze(model, 'body'))
+    task.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     task(torch.randn(8, 4), torch.arange(8) % 2)['loss'].backward()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -124,6 +124,18 @@ def test_learning_rate_by_batch_size(values: dict[str, Any], expected: float) ->
     assert resolve_lr(settings, batch_size=128, world_size=2) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    'values', [{}, {'warmup_epochs': 2}, {'sched': 'step', 'decay_epochs': 3, 'warmup_prefix': True}]
+)
+def test_a_temporal_stage_from_the_start(values: dict[str, Any]) -> None:
+    """Its schedule is that of a run of one stage: at the full rate, with the warm-up."""
+    mine = schedule(sgd(), epochs=8, temporal_from_start=True, **values)
+    alone = schedule(sgd(), epochs=8, two_stages=False, **values)
+    assert mine.temporal_start == 0 and mine.stage(0) == 'temporal' and rates(mine) == rates(alone)
+    with pytest.raises(UserError, match='`temporal_start_epoch` 3: is 0 with `temporal_from_start`; leave one'):
+        schedule(sgd(), epochs=8, temporal_from_start=True, temporal_start_epoch=3)
+
+
 @st.composite
 def schedules(draw: Any) -> dict[str, Any]:
     """Settings of a schedule that make sense."""
@@ -150,7 +162,7 @@ def groups(optimizer: Any) -> list[float]:
 @given(schedules(), st.integers(1, 4), st.integers(0, 2**31 - 1))
 @settings(max_examples=120)
 def test_each_stage_is_timms_schedule(values: dict[str, Any], updates: int, seed: int) -> None:
-    """Of its length, the second one scaled and without warm-up, whatever schedule it is; and of the place alone."""
+    """Of its length, the second one scaled and, after a first, without warm-up; and of the place alone."""
     lr, start, on_updates = values.pop('lr'), values['temporal_start_epoch'], values['sched_on_updates']
 
     def optimizer() -> torch.optim.SGD:
@@ -161,7 +173,7 @@ def test_each_stage_is_timms_schedule(values: dict[str, Any], updates: int, seed
     assert mine.temporal_start == start and mine.num_epochs == values['epochs']
     for epoch, length, warmup, scale in (
         (0, start, values['warmup_epochs'], 1.0),
-        (start, values['epochs'] - start, 0, values['temporal_lr_scale']),
+        (start, values['epochs'] - start, 0 if start else values['warmup_epochs'], values['temporal_lr_scale']),
     ):
         of = {key: values[key] for key in ('sched', 'decay_epochs', 'warmup_lr', 'min_lr')}
         of |= dict(num_epochs=length, warmup_epochs=warmup, step_on_epochs=not on_updates, updates_per_epoch=updates)
