@@ -38,6 +38,11 @@ class Private:
         with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
             names.add(getpass.getuser())
         self.names = {name for name in names if len(name) > 1 and name != 'localhost'}
+        self.folders = [Path()]  # where a relative path may start
+
+    def is_file(self, name: str) -> bool:
+        """Whether a name is a file or a folder of this machine."""
+        return any((folder / name).exists() for folder in self.folders)
 
     def find(self, text: str) -> str:
         """What a text of a run would give away, or an empty text."""

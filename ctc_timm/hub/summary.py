@@ -105,6 +105,7 @@ def summarize(folder: str | os.PathLike, settings: Collection[str], private: Pri
         UserError: No sound run, or one with links that lead out of it.
     """
     run, private = Run(folder), private or Private()
+    private.folders += run.path.resolve().parents  # in one of which it was probably trained
     if not run.config_file.is_file():
         raise UserError(f'{run}: no run; name a folder with config.json in it, as training writes it')
     architecture, config, model_args = read_config(run.path)
@@ -171,7 +172,7 @@ def _public_name(data: str, private: Private) -> str:
 def _hub_id(data: str, private: Private) -> str:
     """The id of a data set on the Hub, as its name in a run's settings tells it; empty for all others."""
     reader, _, rest = split_config(data)[0].partition('/')
-    on_hub = reader in _HUB and (is_repo_id(rest) or is_word(rest)) and not Path(rest).exists()
+    on_hub = reader in _HUB and (is_repo_id(rest) or is_word(rest)) and not private.is_file(rest)
     return rest if on_hub and not private.find(rest) else ''
 
 

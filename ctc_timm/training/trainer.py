@@ -108,8 +108,9 @@ class Trainer:
                 self._lock = self.run.lock()
                 taken = [self._lock is not None and not (fresh and self.run.args_file.exists())]
         if not broadcast_object_list(taken)[0]:
-            fault = f'{self.run} is in use by another training process'
-            raise UserError(f'`experiment` {self.run.path.name}: {fault}; wait for its end, or choose another name')
+            raise UserError(
+                f'{self.run}: is in use by another training process; wait for its end, or name another folder'
+            )
 
     def _resume(self, point: ResumePoint) -> None:
         assert point.state is not None

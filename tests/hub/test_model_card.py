@@ -260,11 +260,14 @@ def test_links_out_of_a_run_are_refused(run, tmp_path, name):
     push(run, REPO, SETTINGS, dry_run=True)
 
 
-def test_only_a_set_on_the_hub_is_named_as_one(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize('elsewhere', [False, True])
+def test_only_a_set_on_the_hub_is_named_as_one(run, tmp_path, monkeypatch, elsewhere):
     """Not a folder that is called like one."""
     args = yaml.safe_load((run / 'args.yaml').read_text())
     (tmp_path / 'someone' / 'flowers').mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
+    if elsewhere:  # the run lies in tmp_path/runs
+        (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere' if elsewhere else tmp_path)
     for name, folder, known in (
         ('hfds/someone/plants', '', ['someone/plants']),
         ('hfds/someone/flowers', '', None),

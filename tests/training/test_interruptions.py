@@ -219,7 +219,7 @@ def test_two_at_once_in_one_folder(whole: Path, tmp_path: Path, resume: str, cap
     before = sorted(run.path.rglob('*'))
     assert lock is not None and apart(main, 'train', command(values)) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert f'--experiment run: {run} is in use by another training process' in error
+    assert f'{run}: is in use by another training process' in error
     assert sorted(run.path.rglob('*')) == before
     lock.close()
     assert apart(main, 'train', command(values)) == 0
