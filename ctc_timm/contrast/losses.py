@@ -307,7 +307,7 @@ class Backbone(nn.Module):
 class CTCModule(nn.Module):
     """All that has gradients: the model and both losses' projectors, one module so that DDP sees one forward."""
 
-    def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: TemporalContrastLoss) -> None:
+    def __init__(self, model: nn.Module, instance: InstanceDiscriminationLoss, temporal: BankLoss) -> None:
         super().__init__()
         self.body, self.instance, self.temporal = Backbone(model), instance, temporal
         # DDP need not broadcast the banks: every rank holds the same ones, or its shard, see `banks`.

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from ..models.backbones import feature_dim
 from ..utils.errors import UserError
 from ..utils.tasks import StateReader, TrainerTask
+from .distillation import FeatureDistillationLoss
 from .losses import MIN_TEMPERATURE, Backbone, CTCModule, InstanceDiscriminationLoss, TemporalContrastLoss, check_range
 from .negatives import NegativeSampler
 from .sharding import BankShard
@@ -70,6 +71,7 @@ class CTCTask(TrainerTask):
         instance_temperature, temporal_temperature, instance_momentum, temporal_momentum: T and m of each stage.
         train_projector: Train the instance stage's projector; the published code does not.
         temporal_projector: 'separate', as published, 'shared', 'fixed' or 'none'; see `TemporalContrastLoss`.
+        temporal_term: 'contrast', or 'cosine', distillation of the features, which draws no negatives and has no bank.
         bank_dtype: Of all three banks, float32 or bfloat16.
         split_banks: Each of P ranks holds N / P rows of every bank, see `sharding`. Losses stay the same, with drawn
             negatives in expectation. The process group must be there already.
@@ -100,6 +102,7 @@ class CTCTask(TrainerTask):
         temporal_momentum: float = 0.9,
         train_projector: bool = False,
         temporal_projector: str = 'separate',
+        temporal_term: str = 'contrast',
         bank_dtype: torch.dtype = torch.float32,
         split_banks: bool = False,
         seed: int = 42,
@@ -131,7 +134,11 @@ class CTCTask(TrainerTask):
         instance = InstanceDiscriminationLoss(*sizes, instance_temperature, instance_momentum, *banks)
         instance.projector.requires_grad_(train_projector)
         options = num_negatives, temporal_temperature, temporal_momentum
-        temporal = TemporalContrastLoss(*sizes, *options, *banks, projector=temporal_projector)
+        temporal: Any = FeatureDistillationLoss(dim, labels.numel())
+        if temporal_term == 'contrast':
+            temporal = TemporalContrastLoss(*sizes, *options, *banks, projector=temporal_projector)
+        elif past_features == 'bank':
+            raise UserError("`past_features` 'bank': distillation needs the information bank itself, 'model'")
         self.trainable_module: nn.Module = CTCModule(model, instance, temporal).to(self.device)
         self.information_bank: Backbone | None = None
         self._compile_kwargs: dict[str, Any] | None = None
@@ -177,7 +184,7 @@ class CTCTask(TrainerTask):
         if self.stage == 'temporal':
             raise RuntimeError('the temporal stage has started already')
         bank = self.freeze()
-        for images, _, index in loader:
+        for images, _, index in loader if self.temporal.bank_names else ():
             features_BD, _ = bank(images.to(self.device))
             self.temporal.refresh(features_BD, index.to(self.device))
         self.stage = 'temporal'

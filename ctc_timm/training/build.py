@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from ..utils.tasks import Evaluator, Loader, TrainerTask
 from .checkpoints import ResumePoint, locate_run
 from .monitor import create_monitor
 from .optimization import TwoStageSchedule, create_optimizer, resolve_lr, temporal_start
+from .retention import retain
 from .settings import CommandSettings, StageSettings, TrainSettings
 from .tasks import PrepareBatch, create_task
 from .trainer import Trainer
@@ -80,12 +82,11 @@ def build_trainer(
         UserError: Settings or data that cannot work; nothing has been written then.
     """
     data, loading, execution, average = settings.data, settings.loader, settings.execution, settings.ema
-    two_stages, stages = settings.ctc.mode == 'ctc', settings.stages
+    two_stages, stages = settings.ctc.mode != 'vanilla', settings.stages
     if two_stages and is_streaming(data.dataset):
-        raise UserError(
-            f"`dataset` {data.dataset}: a stream gives its images no stable index, which `mode='ctc'` needs; use a "
-            f"map-style reader such as hfds/NAME or `data_dir='FOLDER'`, or `mode='vanilla'`"
-        )
+        needs = f'a stream gives its images no stable index, which `mode={settings.ctc.mode!r}` needs'
+        instead = "use a map-style reader such as hfds/NAME or `data_dir='FOLDER'`, or `mode='vanilla'`"
+        raise UserError(f'`dataset` {data.dataset}: {needs}; {instead}')
     accelerator = open_accelerator(settings, find_unused_parameters=two_stages)
     run, point = locate_run(settings)
     device, world_size, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
@@ -147,6 +148,7 @@ def build_trainer(
         point,
         lambda: run.write_config(model, config, training.class_names),
         stages if two_stages else None,
+        partial(retain, model=model, settings=settings.retention),
         facts={**facts, 'mode': settings.ctc.mode},
         images=images,
         mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
@@ -165,6 +167,7 @@ def assemble_trainer(
     point: ResumePoint,
     write_config: Callable[[], object] = tuple,
     stages: StageSettings | None = None,
+    change_optimizer: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> Trainer:
     """Add optimizer and schedule to the parts of a `Trainer`, and continue its run or create the folder."""
@@ -172,6 +175,8 @@ def assemble_trainer(
     # Values that were computed are kept with the run, so that a resume for more epochs does not move them.
     settings = replace(settings, lr=lr)
     optimizer = create_optimizer(settings.optimizer, task.get_trainable_module())
+    if change_optimizer is not None:
+        change_optimizer(optimizer)
     updates = math.ceil(len(loader) / settings.optimizer.grad_accum_steps)  # a last, smaller group is a step too
     schedule = TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed)
     trainer = Trainer(settings, task, loader, evaluator, optimizer, schedule, run, accelerator, **options)

@@ -98,7 +98,7 @@ class FineTuning:
         assert self.train.labels_N is not None and self.test.labels_N is not None
         self.labels = self.train.labels_N, self.test.labels_N
         self.num_classes = self._check_classes()
-        self.method = 'finetune' + '-ctc' * (settings.ctc.mode == 'ctc')
+        self.method = 'finetune' if settings.ctc.mode == 'vanilla' else f'finetune-{settings.ctc.mode}'
         self.method += '' if plan.freeze == 'none' else f'-{plan.freeze}-frozen'
         self.folder = Path(plan.output) if plan.output else self._default_folder()
         self.compared = {
@@ -187,7 +187,7 @@ class FineTuning:
         groups |= {
             'loader': dataclasses.replace(of.loader, batch_size=plan.batch_size),
             'model': ModelSettings(model=architecture(self.loaded.model), num_classes=self.num_classes),
-            'stages': StageSettings(temporal_lr_scale=1.0, temporal_from_start=of.ctc.mode == 'ctc'),
+            'stages': StageSettings(temporal_lr_scale=1.0, temporal_from_start=of.ctc.mode != 'vanilla'),
             'folder': FolderSettings(output=str(self.folder), experiment=plan.folder.name, resume='auto'),
             'run': dataclasses.replace(of.run, seed=plan.seed),
         }

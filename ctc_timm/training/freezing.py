@@ -20,7 +20,8 @@ def freeze(model: Any, part: str) -> list[str]:
 
     Args:
         model: A timm model with a classifier.
-        part: 'none'; 'stem', the first of the groups that timm cuts the model into; 'body', all but the classifier.
+        part: 'none'; 'stem', the first of the groups that timm cuts the model into; 'body', all but the classifier;
+            'batch_norm', every batch norm.
 
     Returns:
         Names of the outermost modules all of whose parameters and buffers are frozen.
@@ -32,7 +33,10 @@ def freeze(model: Any, part: str) -> list[str]:
         return []
     parameters = dict(model.named_parameters())
     names = [*parameters, *(name for name, _ in model.named_buffers())]
-    if part == 'stem':
+    if part == 'batch_norm':
+        norms = [name for name, m in model.named_modules() if getattr(m, 'running_mean', None) is not None]
+        frozen = {f'{norm}.{name}' for norm in norms for name in model.get_submodule(norm).state_dict()}
+    elif part == 'stem':
         frozen = stage_tensors(model, 1, '`freeze` stem')
     else:
         found = model.get_classifier()

@@ -17,7 +17,9 @@ Schedule = Literal['cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly',
 class CTCSettings:
     """Contrastive temporal coding; see `contrast.task.CTCTask`."""
 
-    mode: Literal['ctc', 'vanilla'] = setting('ctc', 'ctc, or supervised training without it')
+    mode: Literal['ctc', 'vanilla', 'distill'] = setting(
+        'ctc', 'ctc; supervised training without it; or distillation of the features in place of the temporal contrast'
+    )
     instance_weight: float = setting(0.5, "instance term's weight (alpha)", low=0, metavar='W')
     temporal_weight: float = setting(1.0, "temporal term's weight (beta)", low=0, metavar='W')
     instance_temperature: float = setting(0.1, 'of the instance term', above=0, metavar='T')
@@ -35,6 +37,14 @@ class CTCSettings:
     )
     bank_dtype: Literal['float32', 'bfloat16'] = setting('float32', "precision of the banks' rows")
     split_banks: bool = setting(False, 'each process holds a share of the banks', aliases=('--shard-banks',))
+
+
+@dataclass(frozen=True)
+class RetentionSettings:
+    """Other ways to keep what the initial model knows; see `retention`."""
+
+    l2_sp: float = setting(0.0, 'pull all but the classifier to the start, as L2-SP does', low=0, metavar='W')
+    body_lr_scale: float = setting(1.0, 'learning rate of all but the classifier over its own', above=0, metavar='X')
 
 
 @dataclass(frozen=True)
@@ -187,6 +197,7 @@ class TrainSettings:
     architecture: ArchitectureSettings = group('Architecture', ArchitectureSettings)
     ctc: CTCSettings = group('Contrastive temporal coding', CTCSettings)
     stages: StageSettings = group('Two stages', StageSettings)
+    retention: RetentionSettings = group('Keeping what the initial model knows', RetentionSettings)
     loss: LossSettings = group('Classification loss', LossSettings)
     schedule: ScheduleSettings = group('Schedule', ScheduleSettings)
     optimizer: OptimizerSettings = group('Optimizer', OptimizerSettings)
@@ -206,7 +217,9 @@ class TrainSettings:
 class PlanSettings:
     """What fine-tuning keeps, and which runs it makes."""
 
-    freeze: Literal['none', 'stem', 'body'] = setting('none', 'what stays as it is; body is all but the classifier')
+    freeze: Literal['none', 'stem', 'body', 'batch_norm'] = setting(
+        'none', 'what stays as it is; body is all but the classifier'
+    )
     train_fraction: tuple[float, ...] = setting((1.0,), 'of the training images', above=0, high=1, metavar='F')
     seeds: int = setting(3, 'runs of each, from seed on', low=1, metavar='N')
     min_updates: int = setting(500, 'a fraction gets as many as all images, up to this', low=0, metavar='N')
@@ -227,6 +240,7 @@ class FinetuneSettings:
         negatives='all',
         temporal_projector='fixed',
     )
+    retention: RetentionSettings = group('Keeping what the start knows', RetentionSettings)
     plan: PlanSettings = group('Fine-tuning', PlanSettings)
     data: DataSettings = group('Data', DataSettings)
     loader: LoaderSettings = group('Loading', LoaderSettings, batch_size=64)
