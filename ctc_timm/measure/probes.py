@@ -98,6 +98,14 @@ def predict(
     if method == 'sgd':
         last_MC, best_MC, epoch = train_head(train, test, num_classes, seed)
         return [Prediction('sgd-last', last_MC, {'epoch': EPOCHS}), Prediction('sgd-best', best_MC, {'epoch': epoch})]
+    weights_DC, bias_C, settings = fit_linear(method, train, num_classes, fold_N)
+    return [Prediction(method, torch.addmm(bias_C, test.features_ND.double(), weights_DC), settings)]
+
+
+def fit_linear(
+    method: str, train: LabeledFeatures, num_classes: int, fold_N: Tensor
+) -> tuple[Tensor, Tensor, dict[str, float | int | None]]:
+    """Fit `ridge` or `logistic` as `predict` does: weights [D, C] and bias [C], float64, and what was chosen."""
     solver = ridge if method == 'ridge' else logistic
     strength, accuracy, hits = solver.DEFAULT_STRENGTH, None, [0] * len(solver.STRENGTHS)
     for fold in range(int(fold_N.max()) + 1):
@@ -108,8 +116,7 @@ def predict(
     if (fold_N != NEVER).any():
         strength, accuracy = solver.STRENGTHS[hits.index(max(hits))], 100 * max(hits) / int((fold_N != NEVER).sum())
     weights_DC, bias_C = next(solver.solve(train, num_classes, [strength]))
-    logits_MC = torch.addmm(bias_C, test.features_ND.double(), weights_DC)
-    return [Prediction(method, logits_MC, {'strength': strength, 'selection_accuracy': accuracy})]
+    return weights_DC, bias_C, {'strength': strength, 'selection_accuracy': accuracy}
 
 
 def hold_out(labels_N: Tensor, seed: int) -> Tensor:

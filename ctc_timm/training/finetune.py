@@ -11,19 +11,22 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from timm.utils import random_seed
+from timm.utils import random_seed, unwrap_model
 from torch import Tensor
 
 from ..data import digits
 from ..data.datasets import DatasetSplit, is_streaming, open_split, open_test
+from ..data.loaders import RefreshLoader
 from ..data.subsets import draw, part_of
 from ..data.transforms import data_config, fit_channels
-from ..measure.features import LabeledFeatures, SplitImages
+from ..measure.features import LabeledFeatures, SplitImages, compute_features
+from ..measure.probes import fit_linear, hold_out
 from ..measure.results import write_json
 from ..measure.scores import bootstrap_scores
 from ..measure.transfer_sets import check_sets, slug
@@ -39,6 +42,7 @@ from ..utils.weights_files import tensors_hash
 from .build import build_trainer
 from .finetune_results import RESULTS, SETTINGS, check_folder, conclude, plain, write_results
 from .freezing import freeze
+from .retention import average_with_start, set_classifier
 from .settings import FinetuneSettings, FolderSettings, ModelSettings, StageSettings, TrainSettings
 from .trainer import Trainer
 
@@ -192,20 +196,45 @@ class FineTuning:
             'run': dataclasses.replace(of.run, seed=plan.seed),
         }
         settings = TrainSettings(**{name: group for name, group in groups.items() if group is not None})
+        model = self._start(plan)
+        frozen = freeze(model, of.plan.freeze)
+        part = part_of(self.train, plan.index_n.repeat(plan.passes))
+        return build_trainer(
+            settings, model=model, splits=(part, self.test), reopen=partial(self._reopen, plan), frozen=frozen
+        )
+
+    def _start(self, plan: Plan) -> Any:
+        """Make the model that a run starts from, the same at each call and in all processes."""
         model: Any = copy.deepcopy(self.loaded.model)
-        random_seed(plan.seed)  # the new head is the same in all processes
+        random_seed(plan.seed)
         if has_classification_head(model):
             model.reset_classifier(self.num_classes)
         if not has_classification_head(model) or model.num_classes != self.num_classes:
             raise UserError(f'{self.loaded.weights}: {architecture(model)} takes no new classification head')
-        frozen = freeze(model, of.plan.freeze)
-        index_n = plan.index_n.repeat(plan.passes)
-        part = part_of(self.train, index_n)
+        if self.settings.plan.probe_first:
+            images = SplitImages(self._reopen(plan, 1), self.settings.loader, self.config, self.accelerator)
+            features = compute_features(model.to(self.accelerator.device), images, self.accelerator)
+            folds_N = hold_out(features.labels_N, plan.seed)
+            weights_DC, bias_C, _ = fit_linear('logistic', features, self.num_classes, folds_N)
+            set_classifier(model.cpu(), weights_DC, bias_C)
+        return model
 
-        def reopen() -> DatasetSplit:
-            return part_of(open_split(of.data, of.data.train_split), index_n)
+    def _reopen(self, plan: Plan, passes: int = 0) -> DatasetSplit:
+        """Open a run's training images anew, for passes without augmentation; as often as in an epoch, or so often."""
+        data = self.settings.data
+        return part_of(open_split(data, data.train_split), plan.index_n.repeat(passes or plan.passes))
 
-        return build_trainer(settings, model=model, splits=(part, self.test), reopen=reopen, frozen=frozen)
+    def _average(self, trainer: Trainer, plan: Plan) -> None:
+        """Average a run's weights with its start, and save them as its best and its last."""
+        share, model = self.settings.plan.start_share, unwrap_model(trainer.eval_model())
+        loader, device = self.settings.loader, self.accelerator.device
+        images = RefreshLoader(self._reopen(plan, 1), loader, self.config, device)
+        start = self._start(plan)
+        average_with_start(model, start, share, images, device, classifier=self.settings.plan.probe_first)
+        metadata = {**trainer.facts, 'epoch': trainer.state.epoch - 1, 'start_share': share}
+        if self.accelerator.is_main_process:
+            for name in ('best', 'last'):
+                trainer.run.save_weights(name, model, metadata)
 
     def _train(self, plan: Plan) -> dict[str, Any]:
         """Make a run, or what is left of it, and measure its last epoch."""
@@ -213,6 +242,8 @@ class FineTuning:
         if self.accelerator.is_main_process:
             write_json(self.folder / SETTINGS, plain(self.compared))
         trainer.fit()
+        if self.settings.plan.start_share:
+            self._average(trainer, plan)
         logits_NC, labels_N = self._measure(trainer.eval_model())
         row: dict[str, Any] = {
             'target': self.target,

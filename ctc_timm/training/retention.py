@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import update_bn
 
+from ..models.backbones import architecture
+from ..utils.errors import UserError
 from .settings import RetentionSettings
 
 
@@ -20,12 +24,48 @@ def retain(optimizer: Optimizer, model: Any, settings: RetentionSettings) -> Non
         pull_to_start(optimizer, body, settings.l2_sp)
 
 
-def body_of(model: Any) -> list[nn.Parameter]:
-    """List what is trained of a model but its classifier."""
+def set_classifier(model: Any, weights_DC: Tensor, bias_C: Tensor) -> None:
+    """Give a model a linear classifier of its features, as linear probing before fine-tuning does (arXiv 2202.10054).
+
+    A class without images has a bias of minus infinity, in whose place comes the smallest other one.
+
+    Raises:
+        UserError: The model's classifier is no single linear layer.
+    """
+    classifier = model.get_classifier()
+    if not isinstance(classifier, (nn.Linear, nn.Conv2d)) or classifier.weight.numel() != weights_DC.numel():
+        raise UserError(f'`probe_first`: the classifier of {architecture(model)} is no linear layer; leave it out')
+    finite_C = bias_C.isfinite()
+    with torch.no_grad():
+        classifier.weight.copy_(weights_DC.T.reshape(classifier.weight.shape))
+        if classifier.bias is not None:
+            classifier.bias.copy_(torch.where(finite_C, bias_C, bias_C[finite_C].min()))
+
+
+@torch.no_grad()
+def average_with_start(
+    model: Any, start: Any, share: float, images: Iterable[Any], device: torch.device, classifier: bool
+) -> None:
+    """Average weights with those of the start, whose part is `share`, as WiSE-FT does (arXiv 2109.01903, equation 1).
+
+    The classifier is averaged only if asked for: a start that never saw the classes has none to average with. The
+    statistics of batch norms are computed anew over `images`, batches whose first part they are.
+    """
+    averaged = dict(model.named_parameters())
+    inside = {id(p) for p in body_of(model, trained=False)}
+    for name, at_start in start.named_parameters():
+        if classifier or id(averaged[name]) in inside:
+            averaged[name].lerp_(at_start.to(averaged[name]), share)
+    update_bn(images, model, device)
+    model.eval()
+
+
+def body_of(model: Any, trained: bool = True) -> list[nn.Parameter]:
+    """List the parameters of a model but its classifier's; only those that are trained, unless told otherwise."""
     found = model.get_classifier()
     heads = [found] if isinstance(found, nn.Module) else list(found)  # distilled models have several
     classifier = {id(parameter) for head in heads for parameter in head.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in classifier]
+    return [p for p in model.parameters() if (p.requires_grad or not trained) and id(p) not in classifier]
 
 
 def scale_body_lr(optimizer: Optimizer, body: list[nn.Parameter], scale: float) -> None:

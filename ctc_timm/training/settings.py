@@ -220,6 +220,8 @@ class PlanSettings:
     freeze: Literal['none', 'stem', 'body', 'batch_norm'] = setting(
         'none', 'what stays as it is; body is all but the classifier'
     )
+    probe_first: bool = setting(False, 'fit the new classifier to the features before anything else is trained')
+    start_share: float = setting(0.0, "the start's in the weights averaged after training", low=0, high=1, metavar='F')
     train_fraction: tuple[float, ...] = setting((1.0,), 'of the training images', above=0, high=1, metavar='F')
     seeds: int = setting(3, 'runs of each, from seed on', low=1, metavar='N')
     min_updates: int = setting(500, 'a fraction gets as many as all images, up to this', low=0, metavar='N')

@@ -23,6 +23,8 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_model_data_config
 
 from ctc_timm.cli.flags import Parser, add_settings, read_flags
+from ctc_timm.measure.features import SplitImages, compute_features
+from ctc_timm.measure.probes import probe
 from ctc_timm.training.build import train
 from ctc_timm.training.finetune import FineTuning
 from ctc_timm.training.settings import FinetuneSettings
@@ -155,6 +157,36 @@ def test_contrast_with_the_start_goes_on_after_an_interruption(base: Path, tmp_p
     assert whole.read_bytes() == cut.read_bytes()
     assert results(tmp_path / 'cut')['rows'] == results(tmp_path / 'whole')['rows']
     assert results(tmp_path / 'cut')['rows'][0]['method'] == 'finetune-ctc'
+
+
+def test_linear_probe_first_and_the_start_averaged_in(base: Path, tmp_path: Path) -> None:
+    """The start answers as a logistic probe of its features; the run's weights are the average, which is measured."""
+    words = (base, *TARGET, '--seeds', '1', '--probe-first', '--start-share', '0.5', '--output', tmp_path / 'out')
+    tuning = FineTuning(read(*words))
+    (plan,) = tuning.plans
+    start = tuning._start(plan)
+    parts = (
+        SplitImages(split, tuning.settings.loader, tuning.config, tuning.accelerator)
+        for split in (tuning.train, tuning.test)
+    )
+    trained, tested = (compute_features(start, images, tuning.accelerator, logits=True) for images in parts)
+    (expected,) = probe('logistic', trained, tested, 10, plan.seed)
+    assert tested.logits_NC is not None
+    assert 100 * (tested.logits_NC.argmax(dim=1) == tested.labels_N).double().mean() == pytest.approx(expected['top1'])
+    run = tuning.run()
+    best, last = (load_file(run.path / f'{name}.safetensors') for name in ('best', 'last'))
+    assert all(torch.equal(best[name], tensor) for name, tensor in last.items())
+    trainer = tuning.trainer(plan)  # which holds the weights of the last step
+    for name, tensor in trainer.eval_model().named_parameters():
+        torch.testing.assert_close(
+            last[name], (tensor + dict(start.named_parameters())[name]) / 2, rtol=1e-5, atol=1e-6
+        )
+    model = timm.create_model('test_resnet', num_classes=10, in_chans=1).eval()
+    model.load_state_dict(last)
+    again = compute_features(model, tuning.test_images, tuning.accelerator, logits=True)
+    assert again.logits_NC is not None
+    hits = (again.logits_NC.argmax(dim=1) == again.labels_N).double().mean()
+    assert results(tmp_path / 'out')['rows'][0]['top1'] == pytest.approx(100 * float(hits))
 
 
 def test_means_over_seeds(finished: Path) -> None:
@@ -323,7 +355,7 @@ REFUSED = [
     ('{base} --data-dir {}/one', "of class 0 ('class0')"),
     ('{base} --data-dir {}/absent', "of class 2 ('class2')"),
     ('{base} --dataset hfids/{}/hub', 'a streaming set does not tell its classes'),
-    ('{base} --freeze head', "--freeze: must be one of none, stem, body, got 'head'"),
+    ('{base} --freeze head', "--freeze: must be one of none, stem, body, batch_norm, got 'head'"),
     ('{base} --train-fraction 0.5 1.01', '--train-fraction: must be at most 1, got 1.01'),
     ('{base} --mode ctc --num-negatives 0', '--num-negatives: must be at least 1, got 0'),
     ('{base} --mode ctc --temporal-temperature 0.001', '--temporal-temperature 0.001: must be at least 0.012'),

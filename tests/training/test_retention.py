@@ -18,7 +18,13 @@ from ctc_timm import CTCTask
 from ctc_timm.runs import Run
 from ctc_timm.training.build import build_trainer, train
 from ctc_timm.training.freezing import freeze
-from ctc_timm.training.retention import body_of, pull_to_start, scale_body_lr
+from ctc_timm.training.retention import (
+    average_with_start,
+    body_of,
+    pull_to_start,
+    scale_body_lr,
+    set_classifier,
+)
 from ctc_timm.utils.errors import UserError
 
 Flags = Callable[..., Any]
@@ -140,3 +146,41 @@ def test_each_goes_on_after_an_interruption(flags: Flags, tiny: list[str], tmp_p
     assert cut.last_weights.read_bytes() == whole.last_weights.read_bytes()
     without = train(flags(*tiny, '--epochs 2 --mode vanilla', f'--output {tmp_path} --experiment without'))
     assert without.last_weights.read_bytes() != whole.last_weights.read_bytes()
+
+
+@pytest.mark.parametrize('share, classifier', [(0.25, True), (0.25, False), (1.0, False)])
+def test_weights_averaged_with_the_start(share: float, classifier: bool) -> None:
+    """Each parameter is the mean that it should be, and batch norms have the statistics of these very weights."""
+    torch.manual_seed(0)
+    start, model = (timm.create_model('test_resnet', num_classes=4) for _ in range(2))
+    before = copy.deepcopy(model)
+    batches = [(torch.randn(6, 3, 32, 32), None, None) for _ in range(3)]
+    average_with_start(model, start, share, batches, torch.device('cpu'), classifier)
+    theirs, old = dict(start.named_parameters()), dict(before.named_parameters())
+    for name, parameter in model.named_parameters():
+        part = share if classifier or not name.startswith('fc.') else 0.0
+        torch.testing.assert_close(parameter, (1 - part) * old[name] + part * theirs[name], rtol=1e-5, atol=1e-6)
+    seen: list[Tensor] = []
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        for images, *_ in batches:
+            model.eval()(images)
+    means = torch.stack([output.mean(dim=(0, 2, 3)) for output in seen])
+    torch.testing.assert_close(norm.running_mean, means.mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_from_a_probe() -> None:
+    """Logits are those of the probe, also of a class without images; others than linear ones are refused."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=3).eval()
+    weights_DC, bias_C = torch.randn(model.num_features, 3).double(), torch.tensor([0.5, -torch.inf, -1.0]).double()
+    set_classifier(model, weights_DC, bias_C)
+    images = torch.randn(5, 3, 32, 32)
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    expected = features @ weights_DC.float() + torch.tensor([0.5, -1.0, -1.0])
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match='`probe_first`: the classifier of test_vit is no linear layer'):
+        vit = timm.create_model('test_vit', num_classes=3)
+        vit.head = nn.Sequential(vit.head)
+        set_classifier(vit, weights_DC, bias_C)
