@@ -127,6 +127,11 @@ def test_what_a_run_leaves(whole: Trainer) -> None:
     facts, top1 = weights_metadata(run.best_weights), float(best['eval_top1'])
     assert facts['epoch'] == best['epoch'] and float(facts['eval_top1']) == pytest.approx(top1, 1e-5)
     assert (facts['architecture'], facts['num_classes'], facts['mode']) == ('test_resnet', '10', 'ctc')
+    config = json.loads(run.config_file.read_text())
+    assert config['label_names'] == [str(digit) for digit in range(10)] == list(run.class_names().values())
+    theirs = timm.get_pretrained_cfg('test_resnet').to_dict()  # of weights that the run never had
+    gone = {'tag', 'license', 'hf_hub_id'}
+    assert gone <= {key for key, value in theirs.items() if value} and not gone & config['pretrained_cfg'].keys()
     assert run.kept_weights() == {i: run.path / f'weights/epoch-{i:04d}.safetensors' for i in range(4)}
     assert {p.name for p in run.path.iterdir()} == {
         *('args.yaml', 'config.json', 'summary.csv', 'metrics.jsonl', 'weights', 'best.safetensors'),
