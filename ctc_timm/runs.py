@@ -5,6 +5,7 @@ runs/NAME/
   config.json        architecture, classes and image transform, as timm reads them
   summary.csv        a row an epoch
   metrics.jsonl      log rows
+  start.json         transfer of the initial model, with `keep_report`
   best.safetensors   last.safetensors   weights/epoch-0005.safetensors
   state/             what a resume needs, after epoch 3 in epoch-0003, and within epoch 4, after the run's 120th
                      optimizer step, in epoch-0004-step-000120; and the lock of the process that trains
@@ -55,6 +56,7 @@ class Run:
         self.config_file = self.path / 'config.json'
         self.summary_file = self.path / 'summary.csv'
         self.metrics_file = self.path / 'metrics.jsonl'
+        self.start_file = self.path / 'start.json'
         self.last_weights = self.path / 'last.safetensors'
         self.weights_folder = self.path / 'weights'
         self.state_folder = self.path / 'state'
@@ -155,6 +157,14 @@ class Run:
         file = self.path / f'{name}.safetensors'
         save_weights(file.with_suffix('.tmp'), model.state_dict(), metadata)
         atomic_rename(file.with_suffix('.tmp'), file)
+
+    def write_start(self, values: Mapping[str, float | None]) -> None:
+        """Keep what was measured of the initial model."""
+        write_text(self.start_file, json.dumps(values) + '\n')
+
+    def start(self) -> dict[str, Any]:
+        """What was measured of the initial model; empty where nothing was."""
+        return read_mapping(self.start_file) if self.start_file.is_file() else {}
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row to metrics.jsonl."""

@@ -157,6 +157,8 @@ def _read_recipe(details: RunDetails, args: dict[str, Any], private: Private) ->
     shown = {k: v for k, v in values.items() if v is not None and v not in ('', {}, [])}
     if (watched := str(shown.get('monitor_target', ''))) != NAME and not _hub_id(watched, private):
         shown.pop('monitor_target', None)
+    if not all(name == NAME or _hub_id(str(name), private) for name in shown.get('keep_report', ())):
+        shown.pop('keep_report')
     details.recipe = private.clean(shown)
     lost = [key for key in sorted(values) if values[key] and details.recipe.get(key) != values[key]]
     details.notes += [f'`{key}` or a part of it, which tells something private' for key in lost]

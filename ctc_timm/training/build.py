@@ -34,7 +34,7 @@ from ..utils.progress import clock
 from ..utils.settings import replace
 from ..utils.tasks import Evaluator, Loader, TrainerTask
 from .checkpoints import ResumePoint, locate_run
-from .monitor import create_monitor
+from .keep_report import create_watcher
 from .optimization import TwoStageSchedule, create_optimizer, resolve_lr, temporal_start
 from .retention import retain
 from .settings import CommandSettings, StageSettings, TrainSettings
@@ -117,7 +117,7 @@ def build_trainer(
     count = 0 if labels_N is None else len(labels_N)
     facts = {'architecture': architecture(model), 'num_classes': classes, 'num_instances': count}
     task = create_task(settings, model, labels_N, accelerator, frozen)
-    monitor = create_monitor(settings, config, accelerator, count, run if point.state else None)
+    monitor = create_watcher(settings, config, accelerator, count, run, resumed=point.state is not None)
     mixup = create_mixup(settings.mixup, classes, settings.loss.smoothing)
     if mixup is not None and loading.batch_size % 2:
         raise UserError(f'`batch_size` {loading.batch_size}: must be even with `mixup` or `cutmix`')

@@ -50,7 +50,7 @@ from .trainer import Trainer
 _NOT_COMPARED = {
     *('source', 'checkpoint', 'model', 'pretrained', 'output', 'seed', 'seeds', 'train_fraction'),
     *('workers', 'cache_dataset', 'pin_mem', 'validation_batch_size', 'dataset_download', 'log_with', 'log_interval'),
-    *('checkpoint_hist', 'keep_every', 'monitor_target', 'monitor_every', 'monitor_images'),
+    *('checkpoint_hist', 'keep_every', 'monitor_target', 'monitor_every', 'monitor_images', 'keep_report'),
 }
 
 logger = get_logger(__name__)

@@ -22,8 +22,7 @@ from ..measure.features import compute_features
 from ..measure.geometry import class_spread, effective_rank
 from ..measure.probes import ridge_scores
 from ..measure.transfer_sets import TransferSet
-from ..runs import Run
-from ..utils.errors import UserError
+from ..utils.tasks import Evaluator
 from .settings import TrainSettings
 
 COST = 0.02  # of the training time, which the default interval does not exceed
@@ -39,18 +38,9 @@ class Monitor:
     def __init__(
         self, settings: TrainSettings, config: dict[str, Any], accelerator: Accelerator, num_instances: int
     ) -> None:
-        monitor, default = settings.monitor, DataSettings()
-        names = ('train_split', 'val_split', 'class_map', 'input_key', 'target_key')  # the run's are of its own data
-        data = dataclasses.replace(settings.data, **{name: getattr(default, name) for name in names})
-        fitted = max(1, round(monitor.monitor_images * 2 / 3))  # the probe is; the rest is measured
-        most = (fitted, max(1, monitor.monitor_images - fitted))
-        name, channels = monitor.monitor_target, config['input_size'][0]
-        self.target = TransferSet(name, data, settings.loader, channels, accelerator, most, 'monitor_target')
+        self.target = watched_set(settings, settings.monitor.monitor_target, 'monitor_target', config, accelerator)
         self._splits, self._accelerator = self.target.images(config), accelerator
-        # A training image's forward and backward are taken as three forward passes.
-        cheap = math.ceil(monitor.monitor_images / (3 * COST * num_instances)) if num_instances else 1
-        epochs = settings.schedule.epochs
-        self._every = monitor.monitor_every or min(max(round(epochs / 20), cheap, 1), epochs)
+        self._every = measure_every(settings, 1, num_instances)
 
     def due(self, epoch: int, last: bool) -> bool:
         """Whether to measure after this epoch."""
@@ -66,17 +56,29 @@ class Monitor:
         self.seconds += time.monotonic() - started
         return dict(zip(COLUMNS, values))
 
+    def begin(self, model: nn.Module, evaluate: Evaluator) -> None:
+        """Nothing: only epochs are watched."""
 
-def create_monitor(
-    settings: TrainSettings, config: dict[str, Any], accelerator: Accelerator, num_instances: int, resumed: Run | None
-) -> Monitor | None:
-    """Create the monitor that the settings ask for, if any; it can't join a run whose summary.csv lacks its columns."""
-    target = settings.monitor.monitor_target
-    if not target:
-        return None
-    if resumed and not all(f'eval_{column}' in row for row in resumed.rows() for column in COLUMNS):
-        raise UserError(
-            f'`monitor_target` {target}: {resumed} was started without it, and its summary.csv has no columns for it; '
-            f'leave it out to go on'
-        )
-    return Monitor(settings, config, accelerator, num_instances)
+    def conclude(self) -> str:
+        """Nothing: the picture says it."""
+        return ''
+
+
+def watched_set(
+    settings: TrainSettings, name: str, setting: str, config: dict[str, Any], accelerator: Accelerator
+) -> TransferSet:
+    """Open a set to watch transfer to, of which few images are drawn; `setting` names it in messages."""
+    default, count = DataSettings(), settings.monitor.monitor_images
+    names = ('train_split', 'val_split', 'class_map', 'input_key', 'target_key')  # the run's are of its own data
+    data = dataclasses.replace(settings.data, **{name: getattr(default, name) for name in names})
+    fitted = max(1, round(count * 2 / 3))  # the probe is; the rest is measured
+    most = (fitted, max(1, count - fitted))
+    return TransferSet(name, data, settings.loader, config['input_size'][0], accelerator, most, setting)
+
+
+def measure_every(settings: TrainSettings, sets: int, num_instances: int) -> int:
+    """Choose how many epochs lie between two measurements of so many sets."""
+    # A training image's forward and backward are taken as three forward passes.
+    images, epochs = sets * settings.monitor.monitor_images, settings.schedule.epochs
+    cheap = math.ceil(images / (3 * COST * num_instances)) if num_instances else 1
+    return settings.monitor.monitor_every or min(max(round(epochs / 20), cheap, 1), epochs)

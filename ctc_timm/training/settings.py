@@ -152,6 +152,9 @@ class MonitorSettings:
 
     monitor_target: str = setting('', 'watch transfer to this data set or folder', metavar='DATASET')
     monitor_every: int | None = setting(None, 'epochs between; about 20 over the run, or fewer', low=1, metavar='N')
+    keep_report: tuple[str, ...] = setting(
+        (), "report what is kept of the initial model's transfer to these sets or folders", metavar='DATASET'
+    )
     monitor_images: int = setting(1500, 'images, two thirds to fit the probe', low=1, metavar='N')
 
 

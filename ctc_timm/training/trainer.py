@@ -142,6 +142,9 @@ class Trainer:
         started, first, epochs = time.monotonic(), self.state.epoch, self.schedule.num_epochs
         metrics: dict[str, float] = {}
         with self._lock or nullcontext(), self.stop.heeded(self.run, self.state, self._save_state):
+            if self.monitor is not None and not self.state.updates:
+                with self.stop.at_once(self.accelerator.num_processes == 1):
+                    self.monitor.begin(self.eval_model(), self.evaluator)
             while self.state.epoch < epochs:
                 metrics, line = self._run_epoch(self.state.epoch)
                 spent = time.monotonic() - started
@@ -153,6 +156,8 @@ class Trainer:
             logger.info(f'monitoring took {100 * share:.1f}% of the time')
         if self.accelerator.is_main_process:
             plot_run(self.run)
+            if self.monitor is not None and (kept := self.monitor.conclude()):
+                logger.info(kept)
         for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
             tracker.finish()
         return metrics

@@ -44,6 +44,8 @@ class Watcher(Protocol):
 
     def due(self, epoch: int, last: bool) -> bool: ...
     def measure(self, model: nn.Module) -> dict[str, float]: ...
+    def begin(self, model: nn.Module, evaluate: Evaluator) -> None: ...  # before the first step of a run
+    def conclude(self) -> str: ...  # a line for the end of a run, or ''
 
 
 class StateReader:

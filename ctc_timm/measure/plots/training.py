@@ -67,6 +67,7 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
                 _plot(ax, part, 'train_ctc_loss', f'{stage} term (nats)', **options, markersize=3)
                 ax.yaxis.label.set_color(options['color'])
         metrics = [name for name in rows[0] if name.startswith('eval_') and name not in (*_MONITORED, 'eval_loss')]
+        metrics = [name for name in metrics if not name.startswith('eval_keep_')]  # which have a picture of their own
         ylabel = 'validation accuracy (%)' if 'eval_top1' in metrics else 'validation'
         for i, column in enumerate(metrics):
             _plot(axes[-2], rows, column, ylabel, label=literal(column.removeprefix('eval_')), **look(i))
