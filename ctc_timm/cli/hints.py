@@ -14,17 +14,21 @@ def train(**given: Any) -> None:
 
     if not PartialState().is_main_process:
         return
-    path, evaluated = run.path, run.best_weights != run.last_weights
+    path, kept = run.path, bool(run.kept_weights())
     weights = [file for file in (run.best_weights, run.last_weights) if file.is_file()]
+    files = [*map(str, dict.fromkeys(weights)), *([f'{run.weights_folder}/'] if kept else [])]
+    next_lines = [
+        f'validate {path}{" --split SPLIT" if run.best_weights == run.last_weights else ""}',
+        f'linear-probe {path}',
+        *([f'dynamics {path}'] if kept else []),
+    ]
     print(f"""\
-  weights   {', '.join(map(str, dict.fromkeys(weights)))}, {run.weights_folder}/
+  weights   {', '.join(files)}
   numbers   {path / 'summary.csv'}, {path / 'metrics.jsonl'}
   pictures  {', '.join(map(str, sorted(run.plots.glob('*.png'))))}
-next:
-  ctc-timm validate {path}{'' if evaluated else ' --split SPLIT'}
-  ctc-timm linear-probe {path}
-  ctc-timm dynamics {path}
-  python -c "import timm, ctc_timm; model = timm.create_model('local-dir:{path}', pretrained=True)\"""")
+next:""")
+    print(*(f'  ctc-timm {line}' for line in next_lines), sep='\n')
+    print(f"""  python -c "import timm, ctc_timm; model = timm.create_model('local-dir:{path}', pretrained=True)\"""")
 
 
 def write_scenes(**given: Any) -> None:

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from ctc_timm.models.loading import load_model
+from runs import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 Script = Callable[..., Any]
@@ -53,6 +54,7 @@ assert not any(name.startswith('ctc_timm') for name in sys.modules)
 def execute(*words: str, limit: int = 120) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
     environment['OMP_NUM_THREADS'] = '1'
+    environment['PYTHONWARNINGS'] = 'error:`torch.distributed:FutureWarning'  # a deprecated call of several processes
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
     )
@@ -122,6 +124,23 @@ def test_validate_agrees_with_the_summary(script: Script, trained: Path, tmp_pat
             assert results[key] == pytest.approx(float(row[f'eval_{key}']), rel=1e-5)
         by_class = [line['top1'] for line in results['per_class']]
         assert results['mean_per_class'] == pytest.approx(sum(by_class) / len(by_class))
+
+
+@pytest.mark.filterwarnings('error:No artists')
+@pytest.mark.parametrize(
+    'words', [['--val-split', ''], ['--val-split', '', '--keep-every', '0'], ['--keep-every', '0']]
+)
+def test_what_is_named_at_the_end_is_there(script: Script, tmp_path: Path, words: list[str]) -> None:
+    """Files and folders, with and without an evaluation and kept epochs."""
+    ended = script('train.py', *TINY, '--epochs', '1', '--output', str(tmp_path), *words)
+    assert ended.code == 0, ended.err
+    (run,) = tmp_path.iterdir()
+    report = ended.out[ended.out.index('  weights  ') :]
+    files = [word.strip(',') for word in report[: report.index('next:')].split() if word.startswith(str(tmp_path))]
+    assert all(Path(file).exists() for file in files) and f'{run / "last.safetensors"}' in files
+    assert (f'{run / "best.safetensors"}' in files) == (run / 'best.safetensors').exists() == ('' not in words)
+    assert ('ctc-timm dynamics' in report) == (f'{run / "weights"}/' in files) == ('0' not in words)
+    assert ('--split SPLIT' in report) == ('' in words)
 
 
 def test_resume_goes_on_in_the_temporal_stage(script: Script, trained: Path) -> None:

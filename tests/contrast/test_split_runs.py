@@ -37,11 +37,13 @@ def rows_of(state, name):
 def test_two_processes_with_split_banks(tmp_path):
     """`all` negatives and a model without batch statistics: two processes are one, while training and after a stop."""
     environment = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')}
+    # A deprecated call of several processes is an error.
+    environment |= {'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'error:`torch.distributed:FutureWarning'}
     flags = [f'--{name.replace("_", "-")}={value}' for name, value in SMALL.items()]
     ended = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'train.py', *flags,
          '--split-banks', '-b=16', '--epochs=2', f'--output={tmp_path}', '--experiment=two'],
-        cwd=ROOT, env={**environment, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-2000:]
     alone = trainer_of(output=str(tmp_path), experiment='one')

@@ -71,7 +71,8 @@ def plot_run(run: str | os.PathLike) -> list[Path]:
         ylabel = 'validation accuracy (%)' if 'eval_top1' in metrics else 'validation'
         for i, column in enumerate(metrics):
             _plot(axes[-2], rows, column, ylabel, label=literal(column.removeprefix('eval_')), **look(i))
-        axes[-2].legend(ncols=2, fontsize=8)
+        if axes[-2].lines:
+            axes[-2].legend(ncols=2, fontsize=8)
         _plot(axes[-1], rows, 'lr', 'learning rate', color=GREEN, drawstyle='steps-mid')
         axes[-1].set_yscale('log' if all(float(row.get('lr') or 1) > 0 for row in rows) else 'linear')
     if all(column in rows[0] for column in _MONITORED):
