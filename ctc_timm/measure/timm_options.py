@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from ..data.datasets import DatasetSplit
 from ..models.backbones import architecture
 from ..utils.errors import UserError, one_line
+from ..utils.settings import shorten
 
 
 def valid_labels(file: str) -> Tensor | None:
@@ -29,20 +32,44 @@ def valid_labels(file: str) -> Tensor | None:
     return torch.tensor(columns)
 
 
-def real_labels(file: str, source: DatasetSplit, accelerator: Accelerator) -> RealLabelsImagenet:
+def real_labels(file: str, source: DatasetSplit, classes: int, accelerator: Accelerator) -> RealLabelsImagenet:
     """timm's scores by the labels of ImageNet-ReaL (arXiv 2006.07159), of which an image has none or several."""
+    where = f'`real_labels` {file}'
     if accelerator.num_processes > 1:
-        raise UserError(f'`real_labels` {file}: is for one process')
+        raise UserError(f'{where}: is for one process')
+    try:
+        content = json.loads(Path(file).read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{where}: is no JSON that can be read: {one_line(error)}') from None
+    if not isinstance(content, list):
+        raise UserError(f'{where}: must hold a list of classes for each image, got a {type(content).__name__}')
+    for number, labels in enumerate(content, 1):
+        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < classes for label in labels):
+            fault = f'image {number} must have a list of classes from 0 to {classes - 1}'
+            raise UserError(f'{where}: {fault}, got {shorten(labels)}')
     try:
         names = source.dataset.filenames(basename=True)
-        real = RealLabelsImagenet(names, real_json=file)
-        if unknown := [name for name in names if name not in real.real_labels]:
-            raise UserError(f'`real_labels` {file}: has no image {unknown[0]}, as ILSVRC2012_val_00000001.JPEG')
-        return real
+        real = RealLabelsImagenet(names, real_json=file, topk=(1, min(5, classes)))
     except AssertionError:
-        raise UserError(f'`real_labels` {file}: is not for the {len(names):,} images of {source.name}') from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f'`real_labels` {file}: {one_line(error)}') from None
+        raise UserError(f'{where}: is not for the {len(names):,} images of {source.name}') from None
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise UserError(f'{where}: {source.name} has no file names: {one_line(error)}') from None
+    if unknown := [name for name in names if name not in real.real_labels]:
+        raise UserError(f'{where}: has no image {unknown[0]}, as ILSVRC2012_val_00000001.JPEG')
+    if not any(content):
+        raise UserError(f'{where}: has no label of any image')
+    return real
+
+
+def check_results_file(file: str) -> None:
+    """Refuse a file that can't be written, before its numbers are measured."""
+    path = Path(file).absolute()
+    if path.suffix not in ('.csv', '.json'):
+        raise UserError(f'`results_file` {file}: must end in .csv or .json')
+    folder = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        fault = 'is a folder' if path.is_dir() else f'{folder} is no folder that can be written to'
+        raise UserError(f'`results_file` {file}: {fault}')
 
 
 def pool_at_test_time(model: Any, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -26,7 +26,7 @@ from ..utils.text import sanitize
 from ..utils.weights_files import HASH, tensors_hash
 from .results import write_csv, write_json
 from .settings import ValidateSettings
-from .timm_options import as_timm, pool_at_test_time, real_labels, valid_labels
+from .timm_options import as_timm, check_results_file, pool_at_test_time, real_labels, valid_labels
 
 logger = get_logger(__name__)
 
@@ -40,8 +40,8 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     data, chosen, named = settings.data, settings.validation, named_source(settings.source)
     accelerator = create_accelerator(settings.precision)
     split, columns = chosen.split or data.val_split, valid_labels(chosen.valid_labels)
-    if chosen.results_file and Path(chosen.results_file).suffix not in ('.csv', '.json'):
-        raise UserError(f'`results_file` {chosen.results_file}: must end in .csv or .json')
+    if chosen.results_file:
+        check_results_file(chosen.results_file)
     options = {'num_classes': chosen.num_classes, 'in_chans': data.in_chans, **settings.built.model_kwargs}
     loaded = load_model(**named, **options)
     classes = loaded.model.num_classes if columns is None else len(columns)
@@ -70,7 +70,7 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
         model, config = pool_at_test_time(model, config)
     model, device = model.to(accelerator.device), accelerator.device
     loader = create_eval_loader(source.dataset, settings.loader, config, device, accelerator.num_processes > 1)
-    real = real_labels(chosen.real_labels, source, accelerator) if chosen.real_labels else None
+    real = real_labels(chosen.real_labels, source, classes, accelerator) if chosen.real_labels else None
 
     def outputs_of(images: Tensor) -> Tensor:
         output = model(images) if columns is None else model(images)[:, columns]
@@ -81,8 +81,7 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     model.eval()
     metrics = evaluate(outputs_of, loader, accelerator, classes, settings.built.channels_last)
     if real is not None:
-        metrics |= {f'top{k}': value for k, value in real.get_accuracy().items()}
-        facts['real_labels'] = chosen.real_labels
+        metrics |= dict(zip(('top1', 'top5'), map(real.get_accuracy, real.topk)))
     accuracies = {index: top1 for index, top1 in enumerate(metrics['per_class']) if top1 is not None}
     names = source.class_names
     per_class = [{'class': i, 'name': names.get(i, str(i)), 'top1': top1} for i, top1 in accuracies.items()]
@@ -95,6 +94,10 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
         'mean_per_class': sum(row['top1'] for row in per_class) / max(len(per_class), 1),
         'per_class': per_class,
     }
+    changed = {name: getattr(chosen, name) for name in ('real_labels', 'valid_labels', 'test_pool')}
+    if any(changed.values()):
+        results |= changed
+        loaded.run = None  # whose results hold its own accuracy, which is published
     if accelerator.is_main_process:
         folder = Path(chosen.output or (loaded.run or Path('results') / loaded.name) / 'validation')
         write_json(folder / 'results.json', results)

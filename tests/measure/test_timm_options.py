@@ -19,6 +19,7 @@ from timm.layers import apply_test_time_pool
 
 from ctc_timm.measure.settings import ValidateSettings
 from ctc_timm.measure.validation import validate
+from ctc_timm.runs import Run
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build
 from runs import CONFIG
@@ -104,11 +105,18 @@ def test_imagenet_real(measured: Any, model: Any, images: Any, tmp_path: Path) -
     assert results['top1'] == theirs.get_accuracy(1)
     for text, words in (
         (json.dumps(real[1:]), 'is not for the 12 images'),
-        ('[1', 'real.json: '),
-        ('{}', 'is not for'),
+        ('[1', 'is no JSON that can be read'),
+        ('[' * 100_000, 'is no JSON that can be read'),
+        (b'\xff', 'is no JSON that can be read'),
+        ('{"1": [0]}', 'a list of classes for each image, got a dict'),
+        (json.dumps([*real[:-1], [3, 10]]), 'image 12 must have a list of classes from 0 to 9, got .3, 10'),
+        (json.dumps([*real[:-1], [-1]]), 'image 12 must have a list of classes'),
+        (json.dumps([5, *real[1:]]), 'image 1 must have a list of classes from 0 to 9, got 5'),
+        (json.dumps([['5'], *real[1:]]), 'image 1 must have'),
+        (json.dumps([[]] * 12), 'has no label of any image'),
     ):
-        file.write_text(text)
-        with pytest.raises(UserError, match=words):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(UserError, match=f'^`real_labels` {file}: .*{words}'):
             measured(real_labels=str(file))
     file.write_text(json.dumps(real))
     images[3][0].rename(images[3][0].with_name('other.JPEG'))
@@ -148,5 +156,31 @@ def test_results_file(measured: Any, tmp_path: Path, suffix: str) -> None:
     assert list(row) == columns and row['model'] == 'test_resnet'
     assert float(row['top1']) == pytest.approx(results['top1'], abs=1e-4)
     assert float(row['top1']) + float(row['top1_err']) == pytest.approx(100)
-    with pytest.raises(UserError, match='`results_file` x.txt: must end in .csv or .json'):
-        measured(results_file='x.txt')
+    (tmp_path / 'folder.csv').mkdir()
+    for name, words in (
+        ('x.txt', 'must end in .csv or .json'),
+        ('folder.csv', 'is a folder'),
+        ('w.safetensors/row.csv', 'w.safetensors is no folder that can be written to'),
+    ):
+        with pytest.raises(UserError, match=f'`results_file` {tmp_path / name}: .*{words}'):
+            measured(results_file=str(tmp_path / name), output=str(tmp_path / 'refused'))
+    assert not (tmp_path / 'refused').exists()
+
+
+def test_what_is_published_stays(measured: Any, model: Any, images: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Accuracies by other labels, on some classes or with pooling are not written into a run's folder."""
+    monkeypatch.chdir(tmp_path)
+    run = Run(tmp_path / 'run')
+    run.create({})
+    run.write_config(model, CONFIG32, {})
+    run.save_weights('best', model, {})
+    given = {'source': str(run), 'output': '', 'model': ''}
+    measured(**given)
+    before = (run.validation / 'results.json').read_bytes()
+    (tmp_path / 'real.json').write_text(json.dumps([[3]] * 12))
+    (tmp_path / 'valid.txt').write_text('4\n5\n6\n')
+    for options in ({'real_labels': 'real.json'}, {'valid_labels': 'valid.txt'}, {'test_pool': True}):
+        results = measured(**given, **options)
+        assert options.items() <= results.items() and (run.validation / 'results.json').read_bytes() == before
+        (file,) = (tmp_path / 'results').glob('*/validation/results.json')
+        assert json.loads(file.read_text())['top1'] == pytest.approx(results['top1'])
