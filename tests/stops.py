@@ -18,9 +18,9 @@ STEP = 4
 
 
 def stop_and_go_on(
-    script: Callable[..., Ended], name: str, words: list[str], folder: Path, owner: Any, loss: str
+    script: Callable[..., Ended], name: str, words: list[str], folder: Path, owner: Any, loss: str, step: int = STEP
 ) -> None:
-    """Run a script whole, and another time with SIGTERM in a step; the second must end in the bits of the first.
+    """Run a script whole, and another time with SIGTERM in this step; the second must end in the bits of the first.
 
     `owner` is the module or class that holds the function, named `loss`, that each step calls.
     """
@@ -31,7 +31,7 @@ def stop_and_go_on(
     def stopping(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == STEP:
+        if calls == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return of_a_step(*args)
 
@@ -39,7 +39,7 @@ def stop_and_go_on(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, loss, stopping)
         ended = script(name, *words, '--experiment', 'cut')
-    assert ended.code == 75 and f'stopped by SIGTERM after step {STEP}' in ended.err
+    assert ended.code == 75 and f'stopped by SIGTERM after step {step}' in ended.err
     forget_processes()
     ended = script(name, '--resume', str(folder / 'cut'))
     assert ended.code == 0, ended.err

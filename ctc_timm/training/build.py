@@ -178,7 +178,10 @@ def assemble_trainer(
     if change_optimizer is not None:
         change_optimizer(optimizer)
     updates = math.ceil(len(loader) / settings.optimizer.grad_accum_steps)  # a last, smaller group is a step too
-    schedule = TwoStageSchedule(optimizer, settings.schedule, stages, updates, settings.run.seed)
+    if settings.schedule.sched == 'plateau' and not evaluator.columns:
+        raise UserError("`sched` plateau: follows an evaluation; name a `val_split`, or use `sched='wsd'`")
+    seed, metric = settings.run.seed, evaluator.best_metric
+    schedule = TwoStageSchedule(optimizer, settings.schedule, stages, updates, seed, metric)
     trainer = Trainer(settings, task, loader, evaluator, optimizer, schedule, run, accelerator, **options)
     trainer.open_run(point, write_config)
     return trainer

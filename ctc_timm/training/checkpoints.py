@@ -51,6 +51,7 @@ class TrainState:
     updates: int = 0  # optimizer steps so far, discarded ones included
     bad_in_a_row: int = 0  # steps discarded since the last one that was taken
     best: tuple[float, int] | None = None  # value of the evaluator's best metric, and its epoch
+    metrics: list[float | None] = field(default_factory=list)  # of each epoch before, the evaluator's best metric
     sums: dict[str, Tensor] = field(default_factory=dict)  # losses of this rank over the epoch so far
     batches: int = 0  # how many they are sums of
     skipped: int = 0  # images of this rank that could not be read in the epoch so far
@@ -75,7 +76,7 @@ class TrainState:
     def progress(self) -> dict[str, Any]:
         """What is the same on all ranks, in plain values."""
         best = dict(zip(('best_top1', 'best_epoch'), self.best or (None, None)))
-        return {name: getattr(self, name) for name in _PLACE} | best
+        return {name: getattr(self, name) for name in _PLACE} | best | {'metrics': self.metrics}
 
     def rank_state(self) -> dict[str, Tensor]:
         """What differs between ranks."""
@@ -86,6 +87,7 @@ class TrainState:
     def restore(cls, progress: dict[str, Any], rank_state: dict[str, Tensor], device: torch.device) -> TrainState:
         """Read back what `progress` and `rank_state` gave; the latter is empty on a rank that was not there."""
         state = cls(**{name: progress[name] for name in _PLACE})
+        state.metrics = progress.get('metrics', [None] * state.epoch)
         if progress['best_epoch'] is not None:
             state.best = (progress['best_top1'], progress['best_epoch'])
         if 'counts' in rank_state:

@@ -7,12 +7,14 @@ another stage.
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.optim._optim_factory import optimizer_kwargs
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2, scheduler_kwargs
 from torch.optim import Optimizer
@@ -68,6 +70,7 @@ class TwoStageSchedule:
     Args:
         stages: Where the temporal stage starts and how its schedule differs; None for one schedule over the whole run.
         updates_per_epoch: Optimizer steps in an epoch.
+        metric: Name of the metric that a plateau is one of; larger is better, but of 'loss'.
 
     Attributes:
         num_epochs: Length of the run.
@@ -84,7 +87,11 @@ class TwoStageSchedule:
         stages: StageSettings | None,
         updates_per_epoch: int,
         seed: int = 42,
+        metric: str = 'top1',
     ) -> None:
+        if settings.sched == 'plateau' and settings.sched_on_updates:
+            raise UserError('`sched` plateau: changes the rate after an epoch; use `sched_on_updates=False`')
+        self.metric = metric
         self.optimizer, self.settings, self.updates_per_epoch = optimizer, settings, updates_per_epoch
         self.two_stages, self.on_updates = stages is not None, settings.sched_on_updates
         self._lr_scale = stages.temporal_lr_scale if stages and not stages.temporal_from_start else 1.0
@@ -101,11 +108,15 @@ class TwoStageSchedule:
         """A schedule, and how many epochs it takes with warm-up prefix, cycles and cool-down."""
         if not epochs:
             return None, 0
-        options = scheduler_kwargs(SimpleNamespace(**dataclasses.asdict(self.settings), seed=seed))
+        options = scheduler_kwargs(
+            SimpleNamespace(**dataclasses.asdict(self.settings), seed=seed, eval_metric=self.metric)
+        )
         options |= {'num_epochs': epochs, **changes}
         try:
             if options['sched'] != 'cosine_open':
-                return create_scheduler_v2(self.optimizer, **options, updates_per_epoch=self.updates_per_epoch)
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore', FutureWarning)  # of a plateau that can't resume; see `_replay`
+                    return create_scheduler_v2(self.optimizer, **options, updates_per_epoch=self.updates_per_epoch)
             per_epoch = 1 if options['step_on_epochs'] else self.updates_per_epoch
             scheduler = CosineOpenLRScheduler(
                 self.optimizer,
@@ -123,8 +134,11 @@ class TwoStageSchedule:
         """'instance' or 'temporal'."""
         return 'temporal' if epoch >= self.temporal_start else 'instance'
 
-    def step(self, epoch: int, update: int = 0) -> None:
+    def step(self, epoch: int, update: int = 0, metrics: Sequence[float | None] = ()) -> None:
         """Set the groups for an update of an epoch, both counted from 0; the update counts with `sched_on_updates`.
+
+        `metrics` has the metric of each epoch before, None of one that was not evaluated; the plateau follows those of
+        its own stage.
 
         Raises:
             UserError: The learning rate overflows.
@@ -133,7 +147,9 @@ class TwoStageSchedule:
         scheduler = self._second if temporal else self._first
         local_epoch = epoch - self.temporal_start if temporal else epoch
         try:
-            if scheduler is not None and self.on_updates:
+            if isinstance(scheduler, PlateauLRScheduler):
+                _replay(scheduler, metrics[epoch - local_epoch : epoch])
+            elif scheduler is not None and self.on_updates:
                 scheduler.step_update(local_epoch * self.updates_per_epoch + update)
             elif scheduler is not None:
                 scheduler.step(local_epoch)
@@ -146,6 +162,15 @@ class TwoStageSchedule:
             if temporal:
                 group['lr'] *= self._lr_scale
             group['weight_decay'] = decay if temporal else decay * self._decay_scale
+
+
+def _replay(scheduler: PlateauLRScheduler, metrics: Sequence[float | None]) -> None:
+    """Step timm's plateau schedule through a stage's metrics from its start, so that it needs no state of its own."""
+    scheduler.restore_lr = None
+    scheduler.lr_scheduler._reset()
+    scheduler.update_groups(scheduler.warmup_lr_init if scheduler.warmup_t else scheduler.base_values)
+    for epoch, metric in enumerate(metrics, 1):
+        scheduler.step(epoch, metric)
 
 
 def temporal_start(stages: StageSettings, epochs: int) -> int:

@@ -10,7 +10,9 @@ from ..models.settings import ArchitectureSettings, BatchNormSettings, Execution
 from ..utils.precision import PrecisionSettings
 from ..utils.settings import group, setting
 
-Schedule = Literal['cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none']
+Schedule = Literal[
+    'cosine', 'cosine_open', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'plateau', 'none'
+]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ class ScheduleSettings:
     cooldown_epochs: int = setting(0, 'epochs at the lower bound, on top', low=0, metavar='N')
     decay_epochs: float | None = setting(None, 'interval (step) or length (wsd, rsqrt) of decay', above=0, metavar='N')
     decay_milestones: tuple[int, ...] = setting((90, 180, 270), 'for multistep', low=1, metavar='N')
-    decay_rate: float = setting(0.1, 'of step, multistep, poly', low=1e-6, high=10, aliases=('--dr',), metavar='RATE')
+    patience_epochs: int = setting(10, 'evaluations without a better one before plateau decays', low=0, metavar='N')
+    decay_rate: float = setting(
+        0.1, 'of step, multistep, poly, plateau', low=1e-6, high=10, aliases=('--dr',), metavar='RATE'
+    )
     lr_noise: tuple[float, ...] | None = setting(None, 'noise on and off, of the run', low=0, high=1, metavar='PCT')
     lr_noise_pct: float = setting(0.67, 'limit of the noise', low=0.01, high=1, metavar='PCT')
     lr_noise_std: float = setting(1.0, 'standard deviation of the noise', low=0, high=10, metavar='STD')

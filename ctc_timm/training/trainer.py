@@ -205,7 +205,7 @@ class Trainer:
         self.task.train()
         self.loader.set_epoch(epoch, state.batch)
         self._skipped_before = (self.loader.skipped or 0) - state.skipped
-        self.schedule.step(epoch, min(state.batch // accumulate, self.schedule.updates_per_epoch - 1))
+        self.schedule.step(epoch, min(state.batch // accumulate, self.schedule.updates_per_epoch - 1), state.metrics)
         total, seen = len(self.loader), list[Batch]()
         name = f'epoch {epoch} of {self.schedule.num_epochs} ({self._stage(epoch)})'
         bar = progress_bar(self.loader if state.batch < total else (), name, self.accelerator, state.batch)
@@ -295,7 +295,8 @@ class Trainer:
     def _finish_epoch(self, epoch: int, train: dict[str, float], metrics: Mapping[str, float]) -> None:
         """Write the epoch's numbers, weights and state."""
         state, value = self.state, metrics.get(self.evaluator.best_metric)
-        if value is not None:
+        state.metrics.append(value)
+        if value is not None and value == value:  # a NaN is never the best
             # An epoch of the instance stage has not seen the temporal term: it is best only until one has.
             outdated = state.best is not None and state.best[1] < self.schedule.temporal_start <= epoch
             sign = -1 if self.evaluator.best_metric == 'loss' else 1

@@ -9,7 +9,7 @@ from typing import Any
 _MARKS = {'aug_splits', 'jsd_loss', 'recovery_interval', 'local_rank', 'no_resume_opt', 'worker_seeding'}
 # How timm runs, not what it trains: the device and its processes are Accelerate's, states are saved anyway.
 _NO_EFFECT = {
-    *('amp_impl', 'device', 'dist_backend', 'fuser', 'local_rank', 'no_ddp_bb', 'no_prefetcher', 'patience_epochs'),
+    *('amp_impl', 'device', 'dist_backend', 'fuser', 'local_rank', 'no_ddp_bb', 'no_prefetcher'),
     *('recovery_interval', 'save_images', 'synchronize_step', 'use_multi_epochs_loader', 'worker_seeding'),
 }
 

@@ -169,8 +169,14 @@ def test_all_that_is_asked_for_and_not_there_is_named_at_once(tmp_path: Path) ->
         read(tmp_path, **asked)
     assert all(repr(name) in str(caught.value) for name in asked) and '5 names are no settings' in str(caught.value)
     assert 'torchscript' not in str(caught.value) and '\n' not in str(caught.value)
-    with pytest.raises(UserError, match="args.yaml: `sched`: must be one of .* got 'plateau'"):
-        read(tmp_path, sched='plateau')
+    with pytest.raises(UserError, match="args.yaml: `sched`: must be one of .* got 'exp'"):
+        read(tmp_path, sched='exp')
+    plateau = read(tmp_path, sched='plateau', eval_metric='loss', patience_epochs=3)
+    assert (plateau.schedule.sched, plateau.schedule.patience_epochs, plateau.loss.eval_metric) == (
+        'plateau',
+        3,
+        'loss',
+    )
 
 
 def test_other_recipes_are_read_as_they_are(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -11,14 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from torch import nn
 
+from ctc_timm import CTCTask
 from ctc_timm.training.optimization import TwoStageSchedule, create_optimizer, resolve_lr
 from ctc_timm.training.settings import OptimizerSettings, ScheduleSettings, StageSettings, TrainSettings
 from ctc_timm.utils.errors import UserError
 from ctc_timm.utils.settings import build, replace
 from ctc_timm.utils.yaml_files import read_recipe
+from stops import stop_and_go_on
 
 GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'schedules.json').read_text())
 
@@ -134,6 +137,68 @@ def test_a_temporal_stage_from_the_start(values: dict[str, Any]) -> None:
     assert mine.temporal_start == 0 and mine.stage(0) == 'temporal' and rates(mine) == rates(alone)
     with pytest.raises(UserError, match='`temporal_start_epoch` 3: is 0 with `temporal_from_start`; leave one'):
         schedule(sgd(), epochs=8, temporal_from_start=True, temporal_start_epoch=3)
+
+
+@pytest.mark.filterwarnings('error:PlateauLRScheduler')
+@pytest.mark.parametrize('metric', ['top1', 'loss'])
+@pytest.mark.parametrize('values', [{}, {'warmup_epochs': 3, 'warmup_lr': 1e-3}, {'lr_noise': (0.2, 0.8)}])
+def test_plateau_is_timms_in_each_stage(metric: str, values: dict[str, Any]) -> None:
+    """timm's schedule, stepped after each epoch; the second anew, scaled, and without warm-up. And of the place alone.
+
+    An epoch without an evaluation changes nothing, one whose loss is no number counts as no better.
+    """
+    draw = torch.Generator().manual_seed(0)
+    metrics: list[float | None] = torch.rand(26, generator=draw).mul(100).tolist()
+    metrics[4], metrics[9], metrics[20] = None, math.nan, None
+    given = dict(epochs=26, temporal_start_epoch=14, sched='plateau', patience_epochs=1, decay_rate=0.5, min_lr=1e-4)
+    given |= values
+    stages = StageSettings(temporal_start_epoch=14)
+    groups = [{'params': [nn.Parameter(torch.zeros(1))], 'lr_scale': scale} for scale in (1.0, 0.5)]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    mine = TwoStageSchedule(optimizer, replace(ScheduleSettings(), **given), stages, 10, metric=metric)
+    seen, expected = [], []
+    for first, length, scale, warmup in ((0, 14, 1.0, given.get('warmup_epochs', 0)), (14, 12, 0.1, 0)):
+        alone = torch.optim.SGD([dict(group, params=[nn.Parameter(torch.zeros(1))]) for group in groups], lr=0.1)
+        with pytest.warns(FutureWarning):
+            plain = PlateauLRScheduler(
+                alone, 0.5, patience_t=1, warmup_t=warmup, warmup_lr_init=1e-3, lr_min=1e-4,
+                mode='min' if metric == 'loss' else 'max', noise_seed=42,
+                noise_range_t=[0.2 * length, 0.8 * length] if 'lr_noise' in given else None,
+            )  # fmt: skip
+        for epoch in range(first, first + length):
+            if epoch > first:
+                plain.step(epoch - first, metrics[epoch - 1])
+            expected.append([scale * group['lr'] for group in alone.param_groups])
+            mine.step(epoch, metrics=metrics[:epoch])
+            seen.append([group['lr'] for group in optimizer.param_groups])
+    assert seen == [pytest.approx(rates, rel=1e-12) for rates in expected]
+    assert len({rates[0] for rates in seen[:14]}) > 2 and len({rates[0] for rates in seen[14:]}) > 2
+    for epoch in torch.randint(26, (20,), generator=draw).tolist():
+        mine.step(epoch, 3, metrics[:epoch])  # as after a resume
+        assert [group['lr'] for group in optimizer.param_groups] == seen[epoch]
+
+
+def test_a_plateau_of_what_is_not_measured() -> None:
+    with pytest.raises(UserError, match='`sched` plateau: .* use `sched_on_updates=False`'):
+        schedule(sgd(), sched='plateau', sched_on_updates=True)
+
+
+def test_a_run_on_a_plateau_resumes_bit_exact(script: Any, tiny: list[str], tmp_path: Path) -> None:
+    """Stopped within an epoch of the second stage, after the rate had decayed in both; and without an evaluation."""
+    words = [*tiny, '--sched', 'plateau', '--patience-epochs', '0', '--epochs', '8', '--temporal-start-epoch', '4']
+    words += ['--decay-rate', '0.5', '--lr', '0.2', '--eval-metric', 'loss']
+    stop_and_go_on(script, 'train.py', words, tmp_path, CTCTask, 'run_batch', step=30)
+    with (tmp_path / 'cut' / 'summary.csv').open(newline='') as stream:
+        table = [(float(row['lr']), float(row['eval_loss'])) for row in csv.DictReader(stream)]
+    for first, scale in ((0, 1.0), (4, 0.1)):
+        rate, best = 0.2, math.inf
+        for lr, loss in table[first : first + 4]:
+            assert lr == pytest.approx(scale * rate)
+            rate, best = (rate, loss) if loss < best * (1 - 1e-4) else (rate / 2, best)
+        assert len({lr for lr, _ in table[first : first + 4]}) > 1
+    ended = script('train.py', *words, '--val-split', '', '--output', str(tmp_path), '--experiment', 'none')
+    assert ended.code == 2 and '--sched plateau: follows an evaluation; name a --val-split' in ended.err
+    assert not (tmp_path / 'none').exists()
 
 
 @st.composite
