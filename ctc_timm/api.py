@@ -228,8 +228,9 @@ def _given(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _over_recipe(cls: type, settings: Mapping[str, Any], otherwise: str = '') -> dict[str, Any]:
     """What a caller gave, checked, over the recipe that `config` names or else over a shipped one."""
     recipe = settings.get('config') or otherwise
-    values = from_timm(read_recipe(recipe), settings_of(cls)) if recipe else {}
-    preset = check_values(cls, values, f'`config` {recipe}')
+    where = f'`config` {recipe}'
+    values = from_timm(read_recipe(recipe), settings_of(cls), where) if recipe else {}
+    preset = check_values(cls, values, where)
     return {**preset, **_given(cls, settings)}
 
 

@@ -147,7 +147,7 @@ class RunSettings:
     keep_every: int | None = setting(None, 'keep weights each N epochs, 0: none; 20 over the run', low=0, metavar='N')
     log_interval: int = setting(50, 'batches between log lines', low=1, metavar='N')
     log_with: str | None = setting(None, "Accelerate's trackers: tensorboard, wandb, ...", metavar='TRACKER')
-    eval_interval: int = setting(1, 'epochs between evaluations', low=1, metavar='N')
+    eval_interval: int = setting(1, 'epochs between evaluations', low=1, aliases=('--val-interval',), metavar='N')
     max_bad_steps: int = setting(10, 'stop after N steps in a row that are not finite; 0: never', low=0, metavar='N')
 
 
