@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,10 +94,10 @@ def test_best_is_of_the_temporal_stage_once_there_is_one(flags: Flags, tiny: lis
 
 @pytest.mark.parametrize('metric, best', [('top1', 1), ('loss', 2), ('top5', 0)])
 def test_the_metric_of_the_best_epoch(flags: Flags, tiny: list[str], tmp_path: Path, metric: str, best: int) -> None:
-    """Of a loss the smallest is the best; a resume by another metric is refused."""
+    """Of a loss the smallest is the best, and never one that is no number; a resume by another metric is refused."""
     words = ['--epochs 3 --mode vanilla', f'--output {tmp_path} --experiment run --eval-metric {metric}']
     trainer = build_trainer(flags(*tiny, *words))
-    losses, top5s = iter([0.9, 0.7, 0.2]), iter([99.0, 98.0, 97.0])
+    losses, top5s = iter([math.nan, 0.7, 0.2]), iter([99.0, 98.0, 97.0])
     trainer.evaluator = Scripted(trainer.evaluator, iter([50.0, 60.0, 55.0]), losses, top5s)
     trainer.fit()
     assert trainer.state.best is not None and trainer.state.best[1] == best
