@@ -27,7 +27,7 @@ from ..models.catalog import is_repo_id
 from ..models.download import HubError, translate_errors
 from ..models.pretrained_cfg import own_config
 from ..utils.errors import UserError, one_line
-from ..utils.weights_files import read_weights
+from ..utils.weights_files import read_weights, tensors_hash
 from .model_card import write_card
 from .privacy import Private
 from .summary import RunDetails, summarize
@@ -133,6 +133,8 @@ def _export(run: RunDetails, folder: Path) -> None:
     try:
         model = timm.create_model(f'local-dir:{run.path}', pretrained=False)
         weights, _ = read_weights(run.weights)
+        if tensors_hash(weights) != run.tensors_hash:  # whose numbers the card shows
+            raise UserError(f'{run.weights}: was exchanged while it was being published; publish again')
         model.load_state_dict(weights)
         about = {'label_names': run.class_names, 'epoch': run.epoch, 'stage': run.stage}
         about = {name: value for name, value in about.items() if value not in (None, '', [])}

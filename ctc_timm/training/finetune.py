@@ -228,7 +228,8 @@ class FineTuning:
         """Average a run's weights with its start, and save them as its best and its last."""
         share, model = self.settings.plan.start_share, unwrap_model(trainer.eval_model())
         loader, device = self.settings.loader, self.accelerator.device
-        images = RefreshLoader(self._reopen(plan, 1), loader, self.config, device)
+        kept = self.settings.plan.freeze == 'batch_norm'
+        images = None if kept else RefreshLoader(self._reopen(plan, 1), loader, self.config, device)
         start = self._start(plan)
         average_with_start(model, start, share, images, device, classifier=self.settings.plan.probe_first)
         metadata = {**trainer.facts, 'epoch': trainer.state.epoch - 1, 'start_share': share}

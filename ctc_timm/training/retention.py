@@ -44,19 +44,20 @@ def set_classifier(model: Any, weights_DC: Tensor, bias_C: Tensor) -> None:
 
 @torch.no_grad()
 def average_with_start(
-    model: Any, start: Any, share: float, images: Iterable[Any], device: torch.device, classifier: bool
+    model: Any, start: Any, share: float, images: Iterable[Any] | None, device: torch.device, classifier: bool
 ) -> None:
     """Average weights with those of the start, whose part is `share`, as WiSE-FT does (arXiv 2109.01903, equation 1).
 
     The classifier is averaged only if asked for: a start that never saw the classes has none to average with. The
-    statistics of batch norms are computed anew over `images`, batches whose first part they are.
+    statistics of batch norms are computed anew over `images`, batches whose first part they are; None leaves them.
     """
     averaged = dict(model.named_parameters())
     inside = {id(p) for p in body_of(model, trained=False)}
     for name, at_start in start.named_parameters():
         if classifier or id(averaged[name]) in inside:
             averaged[name].lerp_(at_start.to(averaged[name]), share)
-    update_bn(images, model, device)
+    if images is not None:
+        update_bn(images, model, device)
     model.eval()
 
 

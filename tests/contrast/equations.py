@@ -87,3 +87,9 @@ def weights_of(negatives: Any, num_rows: int) -> Tensor:
     elif weights is None:
         weights = torch.ones(len(weight_BN), len(rows))
     return weight_BN.index_add_(1, rows, weights.double())
+
+
+def same_value_and_slopes(value: Tensor, expected: Tensor, of: list[Tensor]) -> None:
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(value, of), torch.autograd.grad(expected, of)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9 * max(1.0, float(theirs.abs().max())))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equations import embedding, instance_loss, temporal_loss, updated_bank, weights_of
+from equations import embedding, instance_loss, same_value_and_slopes, temporal_loss, updated_bank, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -114,12 +114,6 @@ def test_refresh_golden(golden):
     golden.close(loss.past_bank, 'refresh.past_bank_after')
 
 
-def same_value_and_slopes(value: Tensor, expected: Tensor, of: list[Tensor]) -> None:
-    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
-    for mine, theirs in zip(torch.autograd.grad(value, of), torch.autograd.grad(expected, of)):
-        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9 * max(1.0, float(theirs.abs().max())))
-
-
 @st.composite
 def sizes(draw: Any) -> dict[str, int]:
     return {name: draw(st.integers(*limits)) for name, limits in dict(B=(1, 5), D=(1, 6), E=(2, 6), N=(2, 24)).items()}
@@ -172,48 +166,6 @@ def test_temporal_loss_is_its_equation(
     expected = temporal_loss(loss, present_BD, past, drawn.positives_B, scaled_BN, lam_B, embedded=stored)
     value = loss(present_BD, None if stored else past_BD, index_B, drawn, lam_B)
     same_value_and_slopes(value, expected, [present_BD, loss.present_projector.weight] + [past_BD] * (not stored))
-
-
-@pytest.mark.parametrize('projector', ['separate', 'shared', 'fixed', 'none'])
-@pytest.mark.parametrize('stored', [False, True])
-def test_every_projector_is_its_equation(projector: str, stored: bool) -> None:
-    """Value and slopes of features and of what is trained; a fixed projector keeps angles as they are."""
-    torch.manual_seed(0)
-    N, D, E, B = 11, 6, 4, 5
-    loss = TemporalContrastLoss(D, N, E, num_negatives=7, temperature=0.3, projector=projector).double()
-    trained = {'separate': 4, 'shared': 2, 'fixed': 0, 'none': 0}[projector]
-    assert sum(p.requires_grad for p in loss.parameters()) == trained
-    assert loss.past_bank.shape == loss.present_bank.shape == (N, D if projector == 'none' else E)
-    loss.refresh(torch.randn(N, D, dtype=torch.float64), torch.arange(N))
-    assert torch.equal(loss.present_bank, loss.past_bank) == (projector != 'separate')
-    for normalizer in (loss.log_present_normalizer, loss.log_past_normalizer):
-        normalizer.fill_(2.5)
-    loss.eval()
-    present_BD, past_BD = (torch.randn(B, D, dtype=torch.float64).requires_grad_() for _ in range(2))
-    index_B, weight_BN = torch.arange(B), torch.ones(B, N, dtype=torch.float64)
-    drawn = Negatives(torch.full((B,), float(N)).double(), torch.ones(B).double(), index_B)
-    past = loss.past_bank[index_B] if stored else past_BD
-    expected = temporal_loss(loss, present_BD, past, index_B, weight_BN, embedded=stored)
-    value = loss(present_BD, None if stored else past_BD, index_B, drawn)
-    used = list(loss.present_projector.parameters()) if stored else list(loss.parameters())
-    wrt = [present_BD, *([] if stored else [past_BD]), *(p for p in used if p.requires_grad)]
-    same_value_and_slopes(value, expected, wrt)
-
-
-def test_a_fixed_projector_is_orthonormal_and_seeded() -> None:
-    """However large E is: its rows, or its columns, are orthonormal, so that distances keep their order."""
-    for E in (3, 8, 20):
-        made = [
-            TemporalContrastLoss(8, 5, E, projector='fixed', generator=torch.Generator().manual_seed(seed))
-            for seed in (1, 1, 2)
-        ]
-        weights = [loss.present_projector.weight for loss in made]
-        gram = weights[0] @ weights[0].T if E <= 8 else weights[0].T @ weights[0]
-        torch.testing.assert_close(gram, torch.eye(min(E, 8)), atol=1e-5, rtol=0)
-        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-        assert not made[0].present_projector.bias.any()
-    with pytest.raises(UserError, match="`temporal_projector` 'mine': must be one of separate, shared, fixed, none"):
-        TemporalContrastLoss(8, 5, projector='mine')
 
 
 @pytest.mark.parametrize('T, N, K', [(0.012, 50_000, 4096), (0.0129, 1_000, 900), (0.04, 50_000, 40_000)])

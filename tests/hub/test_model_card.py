@@ -19,6 +19,7 @@ import ctc_timm
 from ctc_timm.api import recipe_settings
 from ctc_timm.hub.privacy import Private
 from ctc_timm.hub.publish import push
+from ctc_timm.hub.summary import summarize
 from ctc_timm.utils.weights_files import HASH, save_weights, tensors_hash, weights_metadata
 from hub_client import PUBLISHED
 
@@ -229,6 +230,19 @@ def test_no_number_is_taken_from_weights_that_anybody_changed(run):
     file.write_bytes(content.replace(b'"99.5"', b'"99.9"'))
     with pytest.raises(ctc_timm.UserError, match='was changed after it was written'):
         card_of(run)
+
+
+def test_weights_that_are_exchanged_meanwhile_are_not_published(run, monkeypatch):
+    """The numbers of the card are of the weights that were read before."""
+
+    def exchanged(*args):
+        details, file = summarize(*args), run / 'best.safetensors'
+        save_weights(file, {key: value * 2 for key, value in load_file(file).items()}, weights_metadata(file))
+        return details
+
+    monkeypatch.setattr('ctc_timm.hub.publish.summarize', exchanged)
+    with pytest.raises(ctc_timm.UserError, match='was exchanged while it was being published'):
+        push(run, REPO, SETTINGS, dry_run=True)
 
 
 def test_the_epoch_and_its_stage_are_published(run):

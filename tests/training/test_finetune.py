@@ -22,29 +22,12 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_model_data_config
 
-from ctc_timm.cli.flags import Parser, add_settings, read_flags
-from ctc_timm.measure.features import SplitImages, compute_features
-from ctc_timm.measure.probes import probe
 from ctc_timm.training.build import train
 from ctc_timm.training.finetune import FineTuning
-from ctc_timm.training.settings import FinetuneSettings
-from ctc_timm.utils.settings import build
-from ctc_timm.utils.yaml_files import read_recipe
+from finetuning import STEM, TARGET, read, results
 
 Script = Callable[..., Any]
-RECIPE = '-c finetune_digits --train-split train[:128] --val-split validation[:70] -b 32 --epochs 2'
-TARGET = RECIPE.split()
-STEM = ('conv1.', 'bn1.')  # of timm's ResNets
 FROZEN = {'none': (), 'stem': STEM, 'body': (*STEM, 'layer')}
-
-
-@pytest.fixture(scope='module')
-def base(flags: Callable[..., Any], tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of test_resnet on digits as pixels of one channel, with weights of both its epochs."""
-    output = tmp_path_factory.mktemp('runs')
-    words = f'--mode vanilla --epochs 2 --keep-every 1 --in-chans 1 --output {output} --experiment base'
-    train(flags(*tiny, words))
-    return output / 'base'
 
 
 @pytest.fixture(scope='module')
@@ -56,20 +39,8 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read(*words: Any) -> FinetuneSettings:
-    """The settings that these words of `ctc-timm finetune` mean."""
-    parser = Parser()
-    add_settings(parser, FinetuneSettings)
-    given = read_flags(parser, FinetuneSettings, [str(word) for word in words])
-    return build(FinetuneSettings, {**read_recipe(given.pop('config')), **given})
-
-
 def contents(folder: Path) -> dict[Path, bytes]:
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob('*') if file.is_file()}
-
-
-def results(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / 'results.json').read_text())
 
 
 def table(file: Path) -> list[dict[str, str]]:
@@ -104,89 +75,6 @@ def test_a_row_is_what_plain_timm_measures(finished: Path) -> None:
         assert row['best_epoch_top1'] == pytest.approx(max(float(epoch['eval_top1']) for epoch in epochs))
         assert (row['num_train'], row['num_test']) == (26 if row['train_fraction'] == 0.2 else 128, 70)
         assert (row['target'], row['method'], row['freeze']) == ('digits', 'finetune', 'none')
-
-
-def embedded(model: Any, task: Any, images: torch.Tensor) -> torch.Tensor:
-    """Unit embeddings of images by a model, through the task's projector."""
-    projector = task.temporal.present_projector
-    with torch.no_grad():
-        features = model.eval().forward_head(model.forward_features(images), pre_logits=True)
-        return torch.nn.functional.normalize(features @ projector.weight.T, dim=1)
-
-
-def test_contrast_with_the_start(base: Path, tmp_path: Path) -> None:
-    """The past is what the model was; the banks hold its features of these very images, also where some come twice."""
-    words = (base, *TARGET, '--mode', 'ctc', '--seeds', '1', '--train-fraction', '0.2', '--min-updates', '6')
-    words = (*words, '--embed-dim', '16', '--freeze', 'stem', '--output', tmp_path / 'out')
-    tuning = FineTuning(read(*words))
-    (plan,) = tuning.plans
-    trainer = tuning.trainer(plan)
-    task: Any = trainer.task
-    task.prepare_epoch('temporal', trainer.training_images)
-    assert plan.passes > 1 and task.stage == 'temporal' and trainer.schedule.stage(0) == 'temporal'
-    start = timm.create_model(f'local-dir:{base}', pretrained=True)
-    before, past = start.state_dict(), task.information_bank.model.state_dict()
-    assert all(torch.equal(past[name], tensor) for name, tensor in before.items() if not name.startswith('fc.'))
-
-    digits = load_digits()
-    split = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-    pixels = np.rint(split[0][:128] * (255 / 16)).astype(np.uint8)[plan.index_n.repeat(plan.passes)]
-    transform = create_transform(**resolve_model_data_config(start))
-    rows = embedded(start, task, torch.stack([transform(Image.fromarray(image)) for image in pixels]))
-    for bank in (task.temporal.past_bank, task.temporal.present_bank):
-        torch.testing.assert_close(bank, rows, atol=1e-4, rtol=0)
-    trainer.fit()
-    now = task.model.state_dict()
-    assert all(torch.equal(now[name], before[name]) == name.startswith(STEM) for name in before if 'weight' in name)
-    assert not torch.equal(task.temporal.present_bank, task.temporal.past_bank)
-    assert not task.temporal.present_projector.weight.requires_grad
-
-
-def test_contrast_with_the_start_goes_on_after_an_interruption(base: Path, tmp_path: Path) -> None:
-    """From the state after its first epoch, to the same bits; its rows are of a method of their own."""
-    words = (base, *TARGET, '--mode', 'ctc', '--seeds', '1', '--checkpoint-hist', '3')
-    FineTuning(read(*words, '--output', tmp_path / 'whole')).run()
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
-    run = tmp_path / 'cut' / 'fraction-1-seed-0'
-    (run / 'results.json').unlink()
-    shutil.rmtree(run / 'state' / 'epoch-0001')
-    FineTuning(read(*words, '--output', tmp_path / 'cut')).run()
-    whole, cut = (
-        folder / 'fraction-1-seed-0' / 'last.safetensors' for folder in (tmp_path / 'whole', tmp_path / 'cut')
-    )
-    assert whole.read_bytes() == cut.read_bytes()
-    assert results(tmp_path / 'cut')['rows'] == results(tmp_path / 'whole')['rows']
-    assert results(tmp_path / 'cut')['rows'][0]['method'] == 'finetune-ctc'
-
-
-def test_linear_probe_first_and_the_start_averaged_in(base: Path, tmp_path: Path) -> None:
-    """The start answers as a logistic probe of its features; the run's weights are the average, which is measured."""
-    words = (base, *TARGET, '--seeds', '1', '--probe-first', '--start-share', '0.5', '--output', tmp_path / 'out')
-    tuning = FineTuning(read(*words))
-    (plan,) = tuning.plans
-    start = tuning._start(plan)
-    parts = (
-        SplitImages(split, tuning.settings.loader, tuning.config, tuning.accelerator)
-        for split in (tuning.train, tuning.test)
-    )
-    trained, tested = (compute_features(start, images, tuning.accelerator, logits=True) for images in parts)
-    (expected,) = probe('logistic', trained, tested, 10, plan.seed)
-    assert tested.logits_NC is not None
-    assert 100 * (tested.logits_NC.argmax(dim=1) == tested.labels_N).double().mean() == pytest.approx(expected['top1'])
-    run = tuning.run()
-    best, last = (load_file(run.path / f'{name}.safetensors') for name in ('best', 'last'))
-    assert all(torch.equal(best[name], tensor) for name, tensor in last.items())
-    trainer = tuning.trainer(plan)  # which holds the weights of the last step
-    for name, tensor in trainer.eval_model().named_parameters():
-        torch.testing.assert_close(
-            last[name], (tensor + dict(start.named_parameters())[name]) / 2, rtol=1e-5, atol=1e-6
-        )
-    model = timm.create_model('test_resnet', num_classes=10, in_chans=1).eval()
-    model.load_state_dict(last)
-    again = compute_features(model, tuning.test_images, tuning.accelerator, logits=True)
-    assert again.logits_NC is not None
-    hits = (again.logits_NC.argmax(dim=1) == again.labels_N).double().mean()
-    assert results(tmp_path / 'out')['rows'][0]['top1'] == pytest.approx(100 * float(hits))
 
 
 def test_means_over_seeds(finished: Path) -> None:

@@ -155,6 +155,9 @@ def test_weights_averaged_with_the_start(share: float, classifier: bool) -> None
     start, model = (timm.create_model('test_resnet', num_classes=4) for _ in range(2))
     before = copy.deepcopy(model)
     batches = [(torch.randn(6, 3, 32, 32), None, None) for _ in range(3)]
+    left = copy.deepcopy(model)
+    average_with_start(left, start, share, None, torch.device('cpu'), classifier)
+    assert all(torch.equal(b, dict(before.named_buffers())[name]) for name, b in left.named_buffers())
     average_with_start(model, start, share, batches, torch.device('cpu'), classifier)
     theirs, old = dict(start.named_parameters()), dict(before.named_parameters())
     for name, parameter in model.named_parameters():
