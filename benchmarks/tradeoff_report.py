@@ -6,14 +6,13 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from ctc_timm.measure.plots.style import COLORS, GRAY, MARKERS, drawing, plt, save
 from harness import markdown
+from intervals import interval, show
+from pretrained_report import pretrained_tables, redraw_pretrained
 
 BASELINE = 'vanilla'
 # supervised training's best kept epoch on the source's validation rows, with either schedule
@@ -63,23 +62,6 @@ def ends_of(results: dict[str, Any]) -> dict[str, dict[int, Numbers]]:
         if run['method'] in EARLY and 'best' in run['ends']:
             ends.setdefault(EARLY[run['method']], {})[run['seed']] = flatten(run['ends']['best'])
     return ends
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half width of its 95% interval by Student's t; None for a single value."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, float(stats.t.interval(0.95, len(values) - 1, scale=stats.sem(values))[1])
-
-
-def show(values: Sequence[float], digits: int = 1, sign: str = '') -> str:
-    """A mean with its interval."""
-    if not values:
-        return ''
-    mean, half = interval(values)
-    mean = round(mean, digits) + 0.0  # never "-0.0"
-    return f'{mean:{sign}.{digits}f}' + ('' if half is None else f' ± {half:.{digits}f}')
 
 
 def differences(seeds: dict[int, Numbers], others: dict[int, Numbers], path: str) -> list[float]:
@@ -216,6 +198,7 @@ def blocks(docs: Path) -> dict[str, str]:
     comparisons = stored(docs)
     found = {name: tradeoff_tables(name, results) for name, results in comparisons.items()}
     found |= {name: dense_tables(results) for name, results in stored(docs, 'dense').items()}
+    found |= pretrained_tables(docs)
     return found | ({'results': readme_table(comparisons[MAIN])} if MAIN in comparisons else {})
 
 
@@ -232,6 +215,7 @@ def redraw(docs: Path) -> None:
     """Write the pictures, and the generated blocks of docs/results.md and of the README beside docs."""
     for name, results in stored(docs).items():
         draw(results, docs / f'{name}.png')
+    redraw_pretrained(docs)
     for file in (docs / 'results.md', docs.parent / 'README.md'):
         if file.is_file():
             file.write_text(fill(file.read_text(encoding='utf-8'), blocks(docs)), encoding='utf-8')

@@ -107,7 +107,7 @@ def check_sets(
         present[name] = set(classes)
     if len(present['training'] | present['test']) < 2:
         only = label(int(train.labels_N[0]))
-        raise UserError(f'{what}: every image is of {only}, but a probe needs at least two classes')
+        raise UserError(f'{what}: every image is of {only}, but at least two classes are needed')
     for name, other in (('test', 'training'), ('training', 'test')):
         if absent := sorted(present[other] - present[name]):
             classes = label(absent[0]) + (f' and {len(absent) - 1} more' if len(absent) > 1 else '')

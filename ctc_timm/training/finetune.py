@@ -43,7 +43,7 @@ from .build import build_trainer
 from .finetune_results import RESULTS, SETTINGS, check_folder, conclude, plain, write_results
 from .freezing import freeze
 from .retention import average_with_start, set_classifier
-from .settings import FinetuneSettings, FolderSettings, ModelSettings, StageSettings, TrainSettings
+from .settings import FinetuneSettings, FolderSettings, ModelSettings, TrainSettings
 from .trainer import Trainer
 
 # What tells two runs of the same settings apart, or does not change what is measured.
@@ -191,7 +191,6 @@ class FineTuning:
         groups |= {
             'loader': dataclasses.replace(of.loader, batch_size=plan.batch_size),
             'model': ModelSettings(model=architecture(self.loaded.model), num_classes=self.num_classes),
-            'stages': StageSettings(temporal_lr_scale=1.0, temporal_from_start=of.ctc.mode != 'vanilla'),
             'folder': FolderSettings(output=str(self.folder), experiment=plan.folder.name, resume='auto'),
             'run': dataclasses.replace(of.run, seed=plan.seed),
         }

@@ -248,8 +248,10 @@ class FinetuneSettings:
         mode='vanilla',
         num_negatives=4096,
         negatives='all',
-        temporal_projector='fixed',
+        past_features='bank',
+        temporal_projector='none',
     )
+    stages: StageSettings = group('Two stages', StageSettings, temporal_from_start=True, temporal_lr_scale=1.0)
     retention: RetentionSettings = group('Keeping what the start knows', RetentionSettings)
     plan: PlanSettings = group('Fine-tuning', PlanSettings)
     data: DataSettings = group('Data', DataSettings)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ctc_timm.cli.flags import Parser, add_settings, as_flags, read_flags
 from ctc_timm.cli.main import COMMANDS, main, settings_class
-from ctc_timm.training.settings import TrainSettings
+from ctc_timm.training.settings import FinetuneSettings, TrainSettings
 from ctc_timm.utils.errors import RunError, Stopped, UserError
 from ctc_timm.utils.settings import Setting, build, flatten, settings_of
 from ctc_timm.utils.yaml_files import RECIPES, read_recipe
@@ -257,6 +257,18 @@ def test_recipes_are_read(file: Path) -> None:
     values = flatten(build(settings_class(command), read_recipe(file.stem)))
     for key, value in yaml.safe_load(file.read_text()).items():
         assert values[key.replace('-', '_')] == value, key
+
+
+def test_the_recipe_of_fine_tuning_is_one_for_both_commands() -> None:
+    """It makes `train` what `finetune --mode ctc` is, and changes nothing else of `finetune`."""
+    recipe = read_recipe('finetune')
+    default, tuned, trained = (
+        flatten(build(cls, values))
+        for cls, values in ((FinetuneSettings, {'mode': 'ctc'}), (FinetuneSettings, recipe), (TrainSettings, recipe))
+    )
+    assert default == tuned
+    own = {'model', 'pretrained', 'use_ema', 'output', 'seed', 'keep_every', 'checkpoint_hist'}  # start and folder
+    assert {name for name in tuned.keys() & trained.keys() if tuned[name] != trained[name]} <= own
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,15 @@ def embedded(model: Any, task: Any, images: torch.Tensor) -> torch.Tensor:
     projector = task.temporal.present_projector
     with torch.no_grad():
         features = model.eval().forward_head(model.forward_features(images), pre_logits=True)
-        return torch.nn.functional.normalize(features @ projector.weight.T, dim=1)
+        return torch.nn.functional.normalize(projector(features), dim=1)
 
 
-def test_contrast_with_the_start(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize('form', ['fixed --past-features model', 'none'])
+def test_contrast_with_the_start(base: Path, tmp_path: Path, form: str) -> None:
     """The past is what the model was; the banks hold its features of these very images, also where some come twice."""
     words = (base, *TARGET, '--mode', 'ctc', '--seeds', '1', '--train-fraction', '0.2', '--min-updates', '6')
     words = (*words, '--embed-dim', '16', '--freeze', 'stem', '--output', tmp_path / 'out')
+    words = (*words, '--temporal-projector', *form.split())
     tuning = FineTuning(read(*words))
     (plan,) = tuning.plans
     trainer = tuning.trainer(plan)
@@ -55,7 +57,7 @@ def test_contrast_with_the_start(base: Path, tmp_path: Path) -> None:
     now = task.model.state_dict()
     assert all(torch.equal(now[name], before[name]) == name.startswith(STEM) for name in before if 'weight' in name)
     assert not torch.equal(task.temporal.present_bank, task.temporal.past_bank)
-    assert not task.temporal.present_projector.weight.requires_grad
+    assert not any(p.requires_grad for p in task.temporal.present_projector.parameters())
 
 
 def test_contrast_with_the_start_goes_on_after_an_interruption(base: Path, tmp_path: Path) -> None:
