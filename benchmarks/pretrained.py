@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The comparison of ways to fine-tune pretrained weights: accuracy on the source, and what is left for other sets.
 
-Each method gets the same trials, all with seed 0: the learning rates with its first strength, then its other strengths
-with the best rate. The best trial has the highest mean log-odds of the accuracy on validation rows of the source and of
-a ridge probe on training images of CIFAR-10. It is then repeated with every seed and measured on the test images.
+Each method is tried with seed 0: at each learning rate with its first strength, then with its other strengths at the
+best rate, on the first source alone. The best trial has the highest mean log-odds of the accuracy on validation rows of
+the source and of a ridge probe on training images of CIFAR-10. It is then repeated with every seed and measured on the
+test images.
 
 Stop this script at any time. The same command continues, and what docs/results/pretrained.json holds is not run again.
 
@@ -99,12 +100,20 @@ class Comparison:
     def tune(self, source: str) -> list[Trial]:
         """Make the trials of all methods; return the best trial of each."""
         rates = [rate for rate in self.args.rates if rate] or SOURCES[source][2]
-        trials = {m: [Trial(source, m, METHODS[m][0], lr, 0) for lr in rates] for m in self.args.methods}
+        first = source == next(iter(SOURCES))
+        flags = {m: METHODS[m][0] if first else self._strength(m) for m in self.args.methods}
+        trials = {m: [Trial(source, m, flags[m], lr, 0) for lr in rates] for m in self.args.methods}
         self.make([trial for tried in trials.values() for trial in tried], 'validation')
         best = {method: max(tried, key=self._score) for method, tried in trials.items()}
-        others = {m: [replace(best[m], flags=flags) for flags in METHODS[m][1:]] for m in trials}
+        others = {m: [replace(best[m], flags=flags) for flags in METHODS[m][1:] if first] for m in trials}
         self.make([trial for tried in others.values() for trial in tried], 'validation')
         return [max([best[m], *others[m]], key=self._score) for m in trials]
+
+    def _strength(self, method: str) -> str:
+        """The flags of a method's best trial on the first source."""
+        first = [row for row in self.rows if row['source'] == next(iter(SOURCES)) and row['method'] == method]
+        tried = [row for row in first if TUNED_ON in row.get('validation', {})]
+        return max(tried, key=lambda row: mean_log_odds(row['validation']))['flags'] if tried else METHODS[method][0]
 
     def _score(self, trial: Trial) -> float:
         row = self.row(trial, 'validation')

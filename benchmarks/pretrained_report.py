@@ -25,7 +25,7 @@ _CTC = '--mode ctc --past-features'
 METHODS: dict[str, tuple[str, ...]] = {
     START: ('',),
     BASELINE: ('',),
-    'distill': tuple(f'--mode distill --temporal-weight {w}' for w in (10, 3, 30)),
+    'distill': tuple(f'--mode distill --temporal-weight {w}' for w in (3, 10, 30)),
     'l2-sp': tuple(f'--l2-sp {w}' for w in (0.01, 0.1)),
     'averaged': tuple(f'--start-share {share}' for share in (0.5, 0.3)),
     'body-rate': tuple(f'--body-lr-scale {scale}' for scale in (0.3, 0.1)),
@@ -43,7 +43,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     'ctc-none-warm': (f'{_CTC} bank --temporal-projector none --temporal-temperature 0.2',),
     'ctc-none-averaged': (f'{_CTC} bank --temporal-projector none --start-share 0.3',),
     'ctc-none-body-rate': (f'{_CTC} bank --temporal-projector none --body-lr-scale 0.3',),
-    'ctc-none-l2-sp': (f'{_CTC} bank --temporal-projector none --l2-sp 0.01',),
+    'ctc-none-probe-first': (f'{_CTC} bank --temporal-projector none --probe-first',),
+    'distill-probe-first': ('--mode distill --temporal-weight 3 --probe-first',),
 }
 Row = dict[str, Any]
 

@@ -52,6 +52,7 @@ def steps_of(model: str, args: argparse.Namespace) -> dict[str, Callable[[], Non
 
     def ctc(negatives: str, past_features: str = 'model') -> CTCTask:
         options = {'num_negatives': args.num_negatives, 'negatives': negatives, 'past_features': past_features}
+        options |= {'temporal_projector': args.temporal_projector}
         return CTCTask(timm.create_model(model, num_classes=CLASSES), labels, **options, verbose=False)
 
     supervised = ClassificationTask(timm.create_model(model, num_classes=CLASSES), verbose=False)
@@ -68,7 +69,7 @@ def steps_of(model: str, args: argparse.Namespace) -> dict[str, Callable[[], Non
 if __name__ == '__main__':
     args = read_flags(
         __doc__, models=['cifar_resnet20', 'cifar_resnet18'], batch_size=64, instances=50_000, num_negatives=16_384,
-        img_size=32, rounds=20, threads=0, output='', compare='',
+        img_size=32, temporal_projector='separate', rounds=20, threads=0, output='', compare='',
     )  # fmt: skip
     torch.set_num_threads(args.threads or torch.get_num_threads())
     tables = {model: timing_table(steps_of(model, args), args.rounds, model, warmup=2) for model in args.models}

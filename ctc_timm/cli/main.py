@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from .. import __version__
 from ..utils.errors import Stopped, UserError, nearest
+from ..utils.memory import keep_freed_memory
 from ..utils.settings import shorten
 from ..utils.text import sanitize
 from . import hints, zoo
@@ -143,6 +144,7 @@ def _run(program: str, command: str, settings: type, words: list[str]) -> None:
     import huggingface_hub
 
     huggingface_hub.logging.set_verbosity_error()  # a Hub out of reach is reported once, not at each retry
+    keep_freed_memory()
     try:
         COMMANDS[command].run(**given)
     except RuntimeError:  # PyTorch raises the death of a data loading process wherever the program is

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -43,7 +42,8 @@ from ..models.backbones import feature_dim
 from ..utils.errors import UserError
 from ..utils.tasks import StateReader, TrainerTask
 from .distillation import FeatureDistillationLoss
-from .losses import MIN_TEMPERATURE, Backbone, CTCModule, InstanceDiscriminationLoss, TemporalContrastLoss, check_range
+from .information_bank import InformationBank
+from .losses import MIN_TEMPERATURE, CTCModule, InstanceDiscriminationLoss, TemporalContrastLoss, check_range
 from .negatives import NegativeSampler
 from .sharding import BankShard
 
@@ -140,7 +140,7 @@ class CTCTask(TrainerTask):
         elif past_features == 'bank':
             raise UserError("`past_features` 'bank': distillation needs the information bank itself, 'model'")
         self.trainable_module: nn.Module = CTCModule(model, instance, temporal).to(self.device)
-        self.information_bank: Backbone | None = None
+        self.information_bank: InformationBank | None = None
         self._compile_kwargs: dict[str, Any] | None = None
         if self.verbose:
             _logger.info(f'CTCTask: {labels.numel()} instances, D={dim}, E={embed_dim}, K={num_negatives} {negatives}')
@@ -165,8 +165,7 @@ class CTCTask(TrainerTask):
             past_BD = None
             if self.past_features == 'model':
                 assert self.information_bank is not None
-                with torch.no_grad():
-                    past_BD, _ = self.information_bank(input)
+                past_BD = self.information_bank(input)
             self.temporal.sync_normalizer_flag()
             negatives = self.sampler.draw(index, None if lam is None else index.flip(0))
             output, ctc_loss = self.trainable_module(input, index, lam, past_BD, negatives)
@@ -185,8 +184,7 @@ class CTCTask(TrainerTask):
             raise RuntimeError('the temporal stage has started already')
         bank = self.freeze()
         for images, _, index in loader if self.temporal.bank_names else ():
-            features_BD, _ = bank(images.to(self.device))
-            self.temporal.refresh(features_BD, index.to(self.device))
+            self.temporal.refresh(bank(images.to(self.device)), index.to(self.device))
         self.stage = 'temporal'
 
     @property
@@ -211,12 +209,9 @@ class CTCTask(TrainerTask):
         losses = {'instance': self.instance, 'temporal': self.temporal}
         return {f'{stage}.{name}': getattr(loss, name) for stage, loss in losses.items() for name in loss.bank_names}
 
-    def freeze(self) -> Backbone:
+    def freeze(self) -> InformationBank:
         """Make the information bank of the model as it is."""
-        # Compiled or not is a property of the module that deepcopy would carry along; the copy is made plain.
-        self.information_bank = Backbone(deepcopy(self.model)).requires_grad_(False).eval()
-        if self._compile_kwargs is not None:
-            self.information_bank.compile(**self._compile_kwargs)
+        self.information_bank = InformationBank(self.model, self._compile_kwargs)
         return self.information_bank
 
     def train(self, mode: bool = True) -> CTCTask:

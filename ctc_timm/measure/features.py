@@ -25,6 +25,7 @@ from ..data.loaders import create_eval_loader
 from ..data.settings import LoaderSettings
 from ..data.subsets import draw, part_of
 from ..models.backbones import check_input, features_and_logits
+from ..models.folding import fold_batch_norms
 from ..models.loading import LoadedModel
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
@@ -153,11 +154,12 @@ def compute_features(
     model: nn.Module, images: SplitImages, accelerator: Accelerator, logits: bool = False
 ) -> LabeledFeatures:
     """Pass a split once through a model, which must have a head; features and logits are float32."""
-    model.eval()
+    folded: nn.Module | None = None
     rows: list[tuple[Tensor, ...]] = []
     for batch, targets in images.batches(f'features of {images.source.name}'):
+        folded = folded or fold_batch_norms(model, batch[:2])
         with accelerator.autocast():
-            features_BD, logits_BC = features_and_logits(model, batch)
+            features_BD, logits_BC = features_and_logits(folded, batch)
         rows.append((features_BD.float(), targets, logits_BC.float())[: 2 + logits])
     return LabeledFeatures(*(images.gather(list(part)) for part in zip(*rows)))
 

@@ -30,6 +30,7 @@ from ..models.pretrained_cfg import own_config
 from ..runs import Run, format_metrics
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError, nearest
+from ..utils.memory import note
 from ..utils.progress import clock
 from ..utils.settings import replace
 from ..utils.tasks import Evaluator, Loader, TrainerTask
@@ -52,7 +53,7 @@ def train(settings: TrainSettings) -> Run:
     logger.info(
         f'{facts["mode"]}: {facts["architecture"]}, {facts["num_classes"]} classes, on {images} of '
         f'{data.dataset or data.data_dir}, {trainer.schedule.num_epochs} epochs, batch {settings.loader.batch_size} on '
-        f'{trainer.accelerator.num_processes} process(es), {trainer.accelerator.device}, to {trainer.run}'
+        f'{trainer.accelerator.num_processes} process(es), {trainer.accelerator.device}, to {trainer.run}{note()}'
     )
     trainer.fit()
     best = trainer.state.best
