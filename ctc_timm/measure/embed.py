@@ -34,6 +34,7 @@ from ..data.indexed import IndexedDataset
 from ..data.loaders import create_eval_loader
 from ..data.transforms import data_config, fit_channels
 from ..models.backbones import check_input, features_and_logits, has_classification_head
+from ..models.layout import use_layout
 from ..models.loading import load_model, named_source
 from ..utils.distributed import create_accelerator
 from ..utils.errors import UserError
@@ -65,7 +66,9 @@ def embed(settings: EmbedSettings) -> Path:
         source = open_split(fit_channels(data, loaded.model), split, labeled=False)
     config = data_config(data, loaded.model)
     check_input(loaded.model, config['input_size'])
-    batches = _embedded(loaded.model.to(accelerator.device), source, settings, config, accelerator)
+    device = accelerator.device
+    model = use_layout(loaded.model.to(device), settings.built.channels_last, device)
+    batches = _embedded(model, source, settings, config, accelerator)
     first = next(batches, None)
     if first is None:
         raise UserError(f'{source.name}: no image can be read')
@@ -100,8 +103,6 @@ def _embedded(
     loader = create_eval_loader(dataset, settings.loader, config, accelerator.device, distributed=several)
     done, unreadable = 0, []
     for images, targets in progress_bar(loader, 'embed', accelerator):
-        if settings.built.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         values: tuple[torch.Tensor, ...]
         with accelerator.autocast():
             if has_head:

@@ -26,6 +26,7 @@ from ..data.settings import LoaderSettings
 from ..data.subsets import draw, part_of
 from ..models.backbones import check_input, features_and_logits
 from ..models.folding import fold_batch_norms
+from ..models.layout import use_layout
 from ..models.loading import LoadedModel
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
@@ -157,7 +158,8 @@ def compute_features(
     folded: nn.Module | None = None
     rows: list[tuple[Tensor, ...]] = []
     for batch, targets in images.batches(f'features of {images.source.name}'):
-        folded = folded or fold_batch_norms(model, batch[:2])
+        if folded is None:
+            folded = use_layout(fold_batch_norms(model, batch[:2]), None, batch.device)
         with accelerator.autocast():
             features_BD, logits_BC = features_and_logits(folded, batch)
         rows.append((features_BD.float(), targets, logits_BC.float())[: 2 + logits])

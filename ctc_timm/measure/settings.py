@@ -18,7 +18,7 @@ class MeasuredModelSettings:
     """How a model is built and run to be measured."""
 
     model_kwargs: dict[str, Any] = setting({}, 'more for the model', metavar='KEY=VALUE')
-    channels_last: bool = setting(False, 'channels-last memory layout')
+    channels_last: bool | None = setting(None, 'channels-last memory layout; where it is faster when not given')
 
 
 @dataclass(frozen=True)

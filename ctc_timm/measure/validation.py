@@ -17,6 +17,7 @@ from ..data.datasets import check_labels, match_classes, open_split
 from ..data.loaders import create_eval_loader
 from ..data.transforms import data_config, fit_channels
 from ..models.backbones import architecture, check_input
+from ..models.layout import use_layout
 from ..models.loading import load_model, named_source
 from ..runs import Run
 from ..utils.distributed import create_accelerator
@@ -68,7 +69,8 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
     model = loaded.model
     if chosen.test_pool:
         model, config = pool_at_test_time(model, config)
-    model, device = model.to(accelerator.device), accelerator.device
+    device = accelerator.device
+    model = use_layout(model.to(device), settings.built.channels_last, device)
     loader = create_eval_loader(source.dataset, settings.loader, config, device, accelerator.num_processes > 1)
     real = real_labels(chosen.real_labels, source, classes, accelerator) if chosen.real_labels else None
 
@@ -79,7 +81,7 @@ def validate(settings: ValidateSettings) -> dict[str, Any]:
         return output
 
     model.eval()
-    metrics = evaluate(outputs_of, loader, accelerator, classes, settings.built.channels_last)
+    metrics = evaluate(outputs_of, loader, accelerator, classes)
     if real is not None:
         metrics |= dict(zip(('top1', 'top5'), map(real.get_accuracy, real.topk)))
     accuracies = {index: top1 for index, top1 in enumerate(metrics['per_class']) if top1 is not None}
@@ -131,13 +133,10 @@ def evaluate(
     loader: PrefetchLoader,
     accelerator: Accelerator,
     num_classes: int,
-    channels_last: bool = False,
 ) -> dict[str, Any]:
     """Pass a split through a model in evaluation mode, or what gives its logits; see `PerClassEvaluator.compute`."""
     evaluator = PerClassEvaluator(num_classes, accelerator.device, evaluation_sample_limit(loader))
     for images, targets in progress_bar(loader, 'validate', accelerator):
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             output = model(images)
         evaluator.update(output, targets)

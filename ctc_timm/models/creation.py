@@ -13,6 +13,7 @@ from timm.models import get_arch_name, resolve_model_input_args
 from ..utils.errors import UserError, nearest, one_line
 from .backbones import architecture, has_classification_head
 from .checkpoint import heads_of
+from .layout import use_layout
 from .loading import load_weights
 from .pretrained_cfg import check_source
 from .settings import ArchitectureSettings, BatchNormSettings, ExecutionSettings, ModelSettings
@@ -82,10 +83,7 @@ def prepare_model(
         if device.type == 'cpu':
             raise UserError('`sync_bn`: needs a GPU')  # as PyTorch's SyncBatchNorm does
         model = convert_sync_batchnorm(model)
-    model.to(device)
-    if execution.channels_last:
-        model.to(memory_format=torch.channels_last)
-    return model
+    return use_layout(model.to(device), execution.channels_last, device)
 
 
 def check_compiler(backend: str) -> None:

@@ -52,7 +52,7 @@ class ArchitectureSettings:
 class ExecutionSettings:
     """How a model runs while it trains."""
 
-    channels_last: bool = setting(False, 'channels-last memory layout')
+    channels_last: bool | None = setting(None, 'channels-last memory layout; where it is faster when not given')
     grad_checkpointing: bool = setting(False, 'trade time for memory')
     torchcompile: str | None = setting(None, 'compile the model', const='inductor', metavar='BACKEND')
     torchcompile_mode: Literal['default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs'] | None = (

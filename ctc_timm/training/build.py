@@ -131,7 +131,7 @@ def build_trainer(
     if validation is not None:
         eval_loader = create_eval_loader(validation.dataset, loading, config, device, spread, keep=keep)
         metric = settings.loss.eval_metric
-        evaluator = SplitEvaluator(eval_loader, accelerator, classes, execution.channels_last, best_metric=metric)
+        evaluator = SplitEvaluator(eval_loader, accelerator, classes, best_metric=metric)
     if execution.torchcompile:
         check_compiler(execution.torchcompile)
         task.compile(backend=execution.torchcompile, mode=execution.torchcompile_mode)
@@ -152,7 +152,7 @@ def build_trainer(
         partial(retain, model=model, settings=settings.retention),
         facts={**facts, 'mode': settings.ctc.mode},
         images=images,
-        mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch, execution.channels_last),
+        mixup=PrepareBatch(mixup, settings.mixup.mixup_off_epoch),
         monitor=monitor,
         training_images=lambda: RefreshLoader(opened(), loading, config, device, spread),
     )
@@ -220,10 +220,9 @@ class SplitEvaluator:
     loader: Any
     accelerator: Accelerator
     num_classes: int
-    channels_last: bool
     columns: tuple[str, ...] = ('loss', 'top1', 'top5')
     best_metric: str = 'top1'
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        metrics = evaluate(model.eval(), self.loader, self.accelerator, self.num_classes, self.channels_last)
+        metrics = evaluate(model.eval(), self.loader, self.accelerator, self.num_classes)
         return {name: metrics[name] for name in self.columns}

@@ -269,8 +269,6 @@ class FineTuning:
         model.eval()
         logits, labels = [], []
         for images, targets in self.test_images.batches('measure'):
-            if self.settings.execution.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
             with self.accelerator.autocast():
                 logits.append(model(images).float())
             labels.append(targets)

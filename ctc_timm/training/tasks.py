@@ -27,7 +27,6 @@ class PrepareBatch:
 
     mixup: InstanceMixup | None
     off_epoch: int  # from which nothing is mixed; 0 for never. The criterion still takes soft targets then.
-    channels_last: bool
 
     def __call__(self, batch: tuple[Any, ...], epoch: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Mix images [B, C, H, W] and classes [B] into soft targets [B, K]; lam [B] is None where nothing is mixed."""
@@ -38,8 +37,6 @@ class PrepareBatch:
         elif self.mixup is not None:
             classes, smoothing = self.mixup.num_classes, self.mixup.smoothing
             targets = nn.functional.one_hot(targets, classes).to(images.dtype) * (1 - smoothing) + smoothing / classes
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         return images, targets, index, lam
 
 
