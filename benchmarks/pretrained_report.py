@@ -79,6 +79,11 @@ def tested(results: dict[str, Any], source: str) -> dict[str, dict[int, Row]]:
     return found
 
 
+def compared(results: dict[str, Any]) -> list[str]:
+    """The sources with test numbers of more than the start."""
+    return [source for source in SOURCES if len(tested(results, source)) > 1]
+
+
 def table(results: dict[str, Any], source: str) -> str:
     """A row a method: test accuracies, then the paired difference from plain fine-tuning in mean log-odds, and cost."""
     methods, columns = tested(results, source), ['source', *TARGETS]
@@ -121,7 +126,7 @@ def stored(docs: Path) -> dict[str, Any]:
 def pretrained_tables(docs: Path) -> dict[str, str]:
     """The generated text: `pretrained`, test numbers of each source and all trials."""
     results, parts = stored(docs), ['![Transfer against source accuracy](pretrained.png)']
-    sources = [source for source in SOURCES if tested(results, source)]
+    sources = compared(results)
     for source in sources:
         parts += [f'### Fine-tuned on {source}', table(results, source)]
     for source in sources:
@@ -132,7 +137,7 @@ def pretrained_tables(docs: Path) -> dict[str, str]:
 def redraw_pretrained(docs: Path) -> None:
     """Write pretrained.png: a panel a source, mean transfer against source accuracy, a point a method."""
     results = stored(docs)
-    sources = [source for source in SOURCES if len(tested(results, source)) > 1]
+    sources = compared(results)
     if not sources:
         return
     with drawing():
