@@ -13,7 +13,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
-    return mean, float(stats.t.interval(0.95, len(values) - 1, scale=stats.sem(values))[1])
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def show(values: Sequence[float], digits: int = 1, sign: str = '') -> str:

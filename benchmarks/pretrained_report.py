@@ -41,6 +41,12 @@ METHODS: dict[str, tuple[str, ...]] = {
     'ctc-bank-sampled': (f'{_CTC} bank --temporal-projector fixed --negatives sampled --num-negatives 1024',),
     'ctc-none-cold': (f'{_CTC} bank --temporal-projector none --temporal-temperature 0.05',),
     'ctc-none-warm': (f'{_CTC} bank --temporal-projector none --temporal-temperature 0.2',),
+    'ctc-none-0.2-weights': tuple(
+        f'{_CTC} bank --temporal-projector none --temporal-temperature 0.2 --temporal-weight {w}' for w in (3, 10)
+    ),
+    'ctc-none-0.5-weights': tuple(
+        f'{_CTC} bank --temporal-projector none --temporal-temperature 0.5 --temporal-weight {w}' for w in (3, 10)
+    ),
     'ctc-none-averaged': (f'{_CTC} bank --temporal-projector none --start-share 0.3',),
     'ctc-none-body-rate': (f'{_CTC} bank --temporal-projector none --body-lr-scale 0.3',),
     'ctc-none-probe-first': (f'{_CTC} bank --temporal-projector none --probe-first',),
