@@ -9,7 +9,7 @@ test images.
 Stop this script at any time. The same command continues, and what docs/results/pretrained.json holds is not run again.
 
     python benchmarks/pretrained.py --data hfds/DATA --model tf_efficientnet_lite0.in1k
-    python benchmarks/pretrained.py --data hfds/DATA --model tf_efficientnet_lite0.in1k --methods ctc --seeds 0
+    python benchmarks/pretrained.py --data hfds/DATA --model tf_efficientnet_lite0.in1k --methods ctc-none --seeds 0
 """
 
 from __future__ import annotations

@@ -60,6 +60,20 @@ def test_contrast_with_the_start(base: Path, tmp_path: Path, form: str) -> None:
     assert not any(p.requires_grad for p in task.temporal.present_projector.parameters())
 
 
+def test_distillation_of_the_start(base: Path, tmp_path: Path) -> None:
+    """By its mode alone, at the command's defaults: the term of a model that is the start still is zero."""
+    words = (base, *TARGET, '--mode', 'distill', '--seeds', '1', '--drop', '0', '--output', tmp_path / 'out')
+    tuning = FineTuning(read(*words))
+    trainer = tuning.trainer(tuning.plans[0])
+    task: Any = trainer.task
+    task.prepare_epoch('temporal', trainer.training_images)
+    images, targets, index = next(iter(trainer.training_images()))
+    losses = task.eval()(images, targets, index)
+    assert float(losses['ctc_loss']) == pytest.approx(0, abs=1e-5)
+    run = tuning.run()
+    assert results(run.path.parent)['rows'][0]['method'] == 'finetune-distill'
+
+
 def test_contrast_with_the_start_goes_on_after_an_interruption(base: Path, tmp_path: Path) -> None:
     """From the state after its first epoch, to the same bits; its rows are of a method of their own."""
     words = (base, *TARGET, '--mode', 'ctc', '--seeds', '1', '--checkpoint-hist', '3')
