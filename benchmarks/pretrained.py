@@ -92,7 +92,7 @@ class Comparison:
                 self.rows.append(kept)
             kept[part] = json.loads(task.done.read_text())
             if trial.method != START:
-                kept['processor_seconds'] = kept.get('processor_seconds') or cpu_seconds(task.log)
+                kept['processor_seconds'] = cpu_seconds(task.log) or kept.get('processor_seconds')
                 found = json.loads((folder / 'results.json').read_text())['rows'][0]
                 kept['validation'] = {'source': found['top1']} | kept.get('validation', {})
             write_json(self.file, {'common': self.args.common, 'rows': self.rows})

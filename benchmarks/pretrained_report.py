@@ -20,12 +20,13 @@ SOURCES: dict[str, tuple[str, str, tuple[float, ...]]] = {
     'cifar100': ('train[:3000]', 'train[3000:5000]', (0.01, 0.02, 0.04)),
     'eurosat': ('train[:3000]', 'train[3000:4000]', (0.0025, 0.0075, 0.02)),
 }
-_CTC = '--mode ctc --past-features'
+_CTC, _DISTILL = '--mode ctc --past-features', '--mode distill --past-features'
 # Flags of a method with each of its strengths; the first is the one that learning rates are tried with.
 METHODS: dict[str, tuple[str, ...]] = {
     START: ('',),
     BASELINE: ('',),
-    'distill': tuple(f'--mode distill --temporal-weight {w}' for w in (3, 10, 30)),
+    'distill': tuple(f'{_DISTILL} model --temporal-weight {w}' for w in (3, 10, 30)),
+    'distill-bank': tuple(f'{_DISTILL} bank --temporal-weight {w}' for w in (10, 3, 30)),
     'l2-sp': tuple(f'--l2-sp {w}' for w in (0.01, 0.1)),
     'averaged': tuple(f'--start-share {share}' for share in (0.5, 0.3)),
     'body-rate': tuple(f'--body-lr-scale {scale}' for scale in (0.3, 0.1)),
@@ -49,8 +50,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     ),
     'ctc-none-averaged': (f'{_CTC} bank --temporal-projector none --start-share 0.3',),
     'ctc-none-body-rate': (f'{_CTC} bank --temporal-projector none --body-lr-scale 0.3',),
-    'ctc-none-probe-first': (f'{_CTC} bank --temporal-projector none --probe-first',),
-    'distill-probe-first': ('--mode distill --temporal-weight 3 --probe-first',),
+    'ctc-centered': tuple(f'{_CTC} bank --temporal-projector centered --temporal-weight {w}' for w in (1, 0.5, 2)),
 }
 Row = dict[str, Any]
 

@@ -20,12 +20,13 @@ from ..utils.errors import UserError
 from .banks import BANK_DTYPES, momentum_update, new_bank, unit
 from .blockwise import log_exponential_sums, logistic_terms, logsumexp_scores
 from .negatives import Negatives
+from .projectors import PROJECTORS, Centered, make_projector
 from .sharding import BankShard, gather_rows
 
 EPS = 1e-7
+_BLOCK_ROWS = 1 << 14
 MIN_TEMPERATURE = 0.012  # of the temporal stage: exp(1 / temperature) overflows float32 below
 NORMALIZERS = ('present_normalizer', 'past_normalizer')
-PROJECTORS = ('separate', 'shared', 'fixed', 'none')
 
 
 def check_range(name: str, value: float, low: float, below: float = math.inf, *, above: bool = False) -> None:
@@ -116,7 +117,7 @@ class InstanceDiscriminationLoss(BankLoss):
             rows_BE = self.shard.fetch(self.bank, index_B)
             own_B = (v_BE * rows_BE).sum(dim=1)
             if lam_B is not None:
-                own_B = _mix(lam_B, own_B, (v_BE * rows_BE.flip(0)).sum(dim=1))
+                own_B = mix(lam_B, own_B, (v_BE * rows_BE.flip(0)).sum(dim=1))
             spread_B = logsumexp_scores(v_BE, self.bank, self.temperature, self.shard)
             loss = (spread_B - own_B / self.temperature).mean()
         if self.training:
@@ -136,8 +137,8 @@ class TemporalContrastLoss(BankLoss):
 
     Arguments are those of `BankLoss`, with K and a temperature of at least 0.012, so that exp(1 / T) fits in float32.
     The projector of present and past: 'separate', one each, trained, as published; 'shared', one, trained; 'fixed', one
-    with random orthonormal rows, never trained; 'none', the features themselves, E = D. Two that are trained apart can
-    agree on features that drift; one cannot.
+    with random orthonormal rows, never trained; 'centered', unit features less their mean, E = D; 'none', the features
+    themselves, E = D. Two that are trained apart can agree on features that drift; one cannot.
     """
 
     projector_names, bank_names = ('present_projector', 'past_projector'), ('present_bank', 'past_bank')
@@ -165,16 +166,12 @@ class TemporalContrastLoss(BankLoss):
             raise UserError(f'`temporal_projector` {projector!r}: must be one of {", ".join(PROJECTORS)}')
         if projector != 'separate':
             self.projector_names = ('present_projector', 'present_projector')
-        embed_dim = feature_dim if projector == 'none' else embed_dim
+        embed_dim = feature_dim if projector in ('centered', 'none') else embed_dim
         super().__init__(
             feature_dim, num_instances, embed_dim, temperature, momentum, generator, bank_dtype, split_banks
         )
-        if projector == 'fixed':
-            fixed: Any = self.present_projector.requires_grad_(False)
-            nn.init.orthogonal_(fixed.weight, generator=generator)
-            nn.init.zeros_(fixed.bias)
-        elif projector == 'none':
-            self.present_projector = nn.Identity()
+        if projector in ('fixed', 'centered', 'none'):
+            self.present_projector = make_projector(projector, feature_dim, embed_dim, generator)
         check_range('num_negatives', num_negatives, 1)
         check_range('temperature', temperature, MIN_TEMPERATURE)
         self.num_negatives = num_negatives
@@ -244,7 +241,7 @@ class TemporalContrastLoss(BankLoss):
         positive_B = F.softplus(offset - score_B, threshold=50)
         if lam_B is not None:
             partner_B = (v_BE * positive_BE.flip(0)).sum(dim=1) / T
-            positive_B = _mix(lam_B, positive_B, F.softplus(offset - partner_B, threshold=50))
+            positive_B = mix(lam_B, positive_B, F.softplus(offset - partner_B, threshold=50))
         negative_B = logistic_terms(v_BE, bank, negatives, T, offset, math.log1p(EPS / q), self.shard)
         return (positive_B + negative_B).mean()
 
@@ -280,6 +277,16 @@ class TemporalContrastLoss(BankLoss):
                 v_BE = embed(features_BD, getattr(self, projector))
                 momentum_update(getattr(self, bank), index_B, v_BE, 0.0, self.shard)
 
+    @torch.no_grad()
+    def finish_refresh(self) -> None:
+        """Center both banks, once all their rows are filled, where the projector does that to features."""
+        if isinstance(self.present_projector, Centered):
+            total_E = self.past_bank.sum(dim=0, dtype=self.present_projector.center.dtype)
+            self.present_projector.center.copy_(self.shard.sum(total_E) / self.num_instances)
+            for name in self.bank_names:
+                for rows_RE in getattr(self, name).split(_BLOCK_ROWS):
+                    rows_RE.copy_(unit(rows_RE - self.present_projector.center))
+
 
 def embed(features_BD: Tensor, projector: nn.Module) -> Tensor:
     """Project features to unit embeddings, [B, E], in float32 or better: half precision is too coarse."""
@@ -287,7 +294,7 @@ def embed(features_BD: Tensor, projector: nn.Module) -> Tensor:
     return unit(projector(features_BD.to(weight.dtype)))
 
 
-def _mix(lam_B: Tensor, own_B: Tensor, partner_B: Tensor) -> Tensor:
+def mix(lam_B: Tensor, own_B: Tensor, partner_B: Tensor) -> Tensor:
     lam_B = lam_B.to(own_B.dtype)
     return lam_B * own_B + (1 - lam_B) * partner_B
 

@@ -70,8 +70,9 @@ class CTCTask(TrainerTask):
         instance_weight, temporal_weight: Of the stages' terms (alpha, beta); zero leaves a term out.
         instance_temperature, temporal_temperature, instance_momentum, temporal_momentum: T and m of each stage.
         train_projector: Train the instance stage's projector; the published code does not.
-        temporal_projector: 'separate', as published, 'shared', 'fixed' or 'none'; see `TemporalContrastLoss`.
-        temporal_term: 'contrast', or 'cosine', distillation of the features, which draws no negatives and has no bank.
+        temporal_projector: 'separate', as published, 'shared', 'fixed', 'centered' or 'none'; see
+            `TemporalContrastLoss`.
+        temporal_term: 'contrast', or 'cosine', distillation of the features, which uses no negatives.
         bank_dtype: Of all three banks, float32 or bfloat16.
         split_banks: Each of P ranks holds N / P rows of every bank, see `sharding`. Losses stay the same, with drawn
             negatives in expectation. The process group must be there already.
@@ -134,11 +135,10 @@ class CTCTask(TrainerTask):
         instance = InstanceDiscriminationLoss(*sizes, instance_temperature, instance_momentum, *banks)
         instance.projector.requires_grad_(train_projector)
         options = num_negatives, temporal_temperature, temporal_momentum
-        temporal: Any = FeatureDistillationLoss(dim, labels.numel())
         if temporal_term == 'contrast':
-            temporal = TemporalContrastLoss(*sizes, *options, *banks, projector=temporal_projector)
-        elif past_features == 'bank':
-            raise UserError("`past_features` 'bank': distillation needs the information bank itself, 'model'")
+            temporal: Any = TemporalContrastLoss(*sizes, *options, *banks, projector=temporal_projector)
+        else:
+            temporal = FeatureDistillationLoss(dim, labels.numel(), *banks, stored=past_features == 'bank')
         self.trainable_module: nn.Module = CTCModule(model, instance, temporal).to(self.device)
         self.information_bank: InformationBank | None = None
         self._compile_kwargs: dict[str, Any] | None = None
@@ -185,6 +185,7 @@ class CTCTask(TrainerTask):
         bank = self.freeze()
         for images, _, index in loader if self.temporal.bank_names else ():
             self.temporal.refresh(bank(images.to(self.device)), index.to(self.device))
+        self.temporal.finish_refresh()
         self.stage = 'temporal'
 
     @property

@@ -34,8 +34,9 @@ class CTCSettings:
     past_features: Literal['model', 'bank'] = setting('model', 'run the information bank on batches, or use its rows')
     embed_dim: int = setting(128, 'embedding size', low=1, high=65536, metavar='E')
     train_projector: bool = setting(False, "train the instance stage's projector too")
-    temporal_projector: Literal['separate', 'shared', 'fixed', 'none'] = setting(
-        'separate', 'present and past through one trained projector each, one trained, one fixed, or none'
+    temporal_projector: Literal['separate', 'shared', 'fixed', 'centered', 'none'] = setting(
+        'separate',
+        'one trained for present and one for past; one trained; one fixed; features, centered or as they are',
     )
     bank_dtype: Literal['float32', 'bfloat16'] = setting('float32', "precision of the banks' rows")
     split_banks: bool = setting(False, 'each process holds a share of the banks', aliases=('--shard-banks',))
@@ -249,7 +250,7 @@ class FinetuneSettings:
         num_negatives=4096,
         negatives='all',
         past_features='bank',
-        temporal_projector='none',
+        temporal_projector='centered',
     )
     stages: StageSettings = group('Two stages', StageSettings, temporal_from_start=True, temporal_lr_scale=1.0)
     retention: RetentionSettings = group('Keeping what the start knows', RetentionSettings)

@@ -67,8 +67,7 @@ def create_task(
     assert labels_N is not None
     options = {**dataclasses.asdict(settings.ctc), 'bank_dtype': getattr(torch, settings.ctc.bank_dtype)}
     if options.pop('mode') == 'distill':
-        # No negatives and no banks, so there are no stored rows to take the past from either.
-        options |= {'temporal_term': 'cosine', 'num_negatives': 1, 'embed_dim': 1, 'past_features': 'model'}
+        options |= {'temporal_term': 'cosine', 'num_negatives': 1, 'embed_dim': 1}
     task = CTCTask(model, labels_N, **options, seed=settings.run.seed, rank=accelerator.process_index, **common)
     task.frozen = tuple(frozen)
     return task

@@ -16,7 +16,9 @@ def unit(vector: Tensor) -> Tensor:
 
 
 def embedding(projector: Any, feature_D: Tensor) -> Tensor:
-    """normalize(W x + b), or normalize(x) without a projector."""
+    """normalize(W x + b), normalize(normalize(x) - c), or normalize(x) without a projector."""
+    if hasattr(projector, 'center'):
+        return unit(unit(feature_D) - projector.center)
     return unit(projector.weight @ feature_D + projector.bias if hasattr(projector, 'weight') else feature_D)
 
 

@@ -6,6 +6,7 @@ Letters: B batch, D feature size, E embedding size, K negatives an image, N inst
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,20 @@ SMALL = HERE.parents[1] / 'golden' / 'small.safetensors'
 WIDE = HERE.parents[3] / 'shared' / 'golden' / 'wide.safetensors'
 GOLDEN = [SMALL, WIDE] if WIDE.exists() else [SMALL]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+DEVICES = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
 SEEDS = st.integers(0, 2**31 - 1)
 EXTREMES = (0.0, -0.0, 1.0, -3.5, 1e30, -1e30, 1e-30, 1e-40, 1e-45, 65504.0, 1e-8)
 
 
 class Golden:
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, path: Path, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, device
         self.tensors = {}
         with safe_open(path, 'pt') as file:
             metadata = file.metadata()
             for key in file.keys():  # noqa: SIM118  (a safetensors file is no dict)
                 value = file.get_tensor(key).clone()
-                self.tensors[key] = value.to(dtype) if value.is_floating_point() else value
+                self.tensors[key] = value.to(device, dtype if value.is_floating_point() else None)
         self.sizes = {k: int(metadata[k]) for k in ('feature_dim', 'num_instances', 'embed_dim', 'num_negatives')}
         self.one = {k: float(metadata[f'{k}_one']) for k in ('temperature', 'momentum')}
         self.two = {k: float(metadata[f'{k}_two']) for k in ('temperature', 'momentum')}
@@ -57,7 +59,7 @@ class Golden:
         torch.testing.assert_close(actual, expected, rtol=TOLERANCE[self.dtype], atol=atol, msg=lambda m: f'{key}: {m}')
 
 
-@pytest.fixture(params=[(p, d) for p in GOLDEN for d in TOLERANCE], ids=lambda p: f'{p[0].stem}-{p[1]}')
+@pytest.fixture(params=list(product(GOLDEN, TOLERANCE, DEVICES)), ids=lambda p: f'{p[0].stem}-{p[1]}-{p[2]}')
 def golden(request):
     return Golden(*request.param)
 
@@ -68,7 +70,7 @@ def load_linear(module, golden, prefix):
 
 
 def golden_temporal_loss(golden, step=None):
-    loss = TemporalContrastLoss(**golden.sizes, **golden.two).to(golden.dtype)
+    loss = TemporalContrastLoss(**golden.sizes, **golden.two).to(golden.device, golden.dtype)
     for side in ('present', 'past'):
         load_linear(getattr(loss, f'{side}_projector'), golden, f'two.{side}_projector')
         bank = f'two.{side}_bank' if step is None else f'two.step{step}.{side}_bank_after'
@@ -78,7 +80,7 @@ def golden_temporal_loss(golden, step=None):
 
 def test_instance_discrimination_golden(golden):
     sizes = {k: v for k, v in golden.sizes.items() if k != 'num_negatives'}
-    loss = InstanceDiscriminationLoss(**sizes, **golden.one).to(golden.dtype)
+    loss = InstanceDiscriminationLoss(**sizes, **golden.one).to(golden.device, golden.dtype)
     load_linear(loss.projector, golden, 'one.projector')
     loss.bank = golden['one.bank']
     features = golden['one.features'].requires_grad_()
@@ -105,6 +107,16 @@ def test_temporal_contrast_golden(golden, ratio, monkeypatch):
             golden.close(getattr(loss, f'{side}_normalizer'), f'{step}.normalizer_{side}')
             golden.close(getattr(loss, f'{side}_bank'), f'{step}.{side}_bank_after')
             golden.close(getattr(loss, f'{side}_projector').weight.grad, f'{step}.grad_{side}_projector_weight')
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_losses_with_banks_in_bfloat16_golden(device):
+    """To the rounding of bfloat16, 2^-9 of a row, over the temperature."""
+    golden = Golden(SMALL, torch.float32, device)
+    loss = golden_temporal_loss(golden)
+    loss.present_bank, loss.past_bank = loss.present_bank.bfloat16(), loss.past_bank.bfloat16()
+    inputs = [golden[f'two.step1.{name}'] for name in ('features', 'past_features', 'index', 'negatives')]
+    torch.testing.assert_close(loss(*inputs), golden['two.step1.loss'].reshape(()), rtol=2e-3, atol=0)
 
 
 def test_refresh_golden(golden):

@@ -30,7 +30,7 @@ def embedded(model: Any, task: Any, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(projector(features), dim=1)
 
 
-@pytest.mark.parametrize('form', ['fixed --past-features model', 'none'])
+@pytest.mark.parametrize('form', ['fixed --past-features model', 'centered', 'none'])
 def test_contrast_with_the_start(base: Path, tmp_path: Path, form: str) -> None:
     """The past is what the model was; the banks hold its features of these very images, also where some come twice."""
     words = (base, *TARGET, '--mode', 'ctc', '--seeds', '1', '--train-fraction', '0.2', '--min-updates', '6')
@@ -51,6 +51,8 @@ def test_contrast_with_the_start(base: Path, tmp_path: Path, form: str) -> None:
     pixels = np.rint(split[0][:128] * (255 / 16)).astype(np.uint8)[plan.index_n.repeat(plan.passes)]
     transform = create_transform(**resolve_model_data_config(start))
     rows = embedded(start, task, torch.stack([transform(Image.fromarray(image)) for image in pixels]))
+    if form == 'centered':
+        assert rows.mean(dim=0).abs().max() < 0.1 < task.temporal.present_projector.center.abs().max()
     for bank in (task.temporal.past_bank, task.temporal.present_bank):
         torch.testing.assert_close(bank, rows, atol=1e-4, rtol=0)
     trainer.fit()
@@ -60,9 +62,23 @@ def test_contrast_with_the_start(base: Path, tmp_path: Path, form: str) -> None:
     assert not any(p.requires_grad for p in task.temporal.present_projector.parameters())
 
 
-def test_distillation_of_the_start(base: Path, tmp_path: Path) -> None:
-    """By its mode alone, at the command's defaults: the term of a model that is the start still is zero."""
-    words = (base, *TARGET, '--mode', 'distill', '--seeds', '1', '--drop', '0', '--output', tmp_path / 'out')
+@pytest.mark.parametrize('past', ['model', 'bank'])
+def test_distillation_of_the_start(base: Path, tmp_path: Path, past: str) -> None:
+    """The term of a model that is the start still is zero."""
+    words = (
+        base,
+        *TARGET,
+        '--mode',
+        'distill',
+        '--past-features',
+        past,
+        '--seeds',
+        '1',
+        '--drop',
+        '0',
+        '--output',
+        tmp_path / 'out',
+    )
     tuning = FineTuning(read(*words))
     trainer = tuning.trainer(tuning.plans[0])
     task: Any = trainer.task

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctc_timm import CTCTask
+from ctc_timm.contrast.distillation import FeatureDistillationLoss
 from ctc_timm.runs import Run
 from ctc_timm.training.build import build_trainer, train
 from ctc_timm.training.freezing import freeze
@@ -114,8 +115,24 @@ def test_distillation_is_its_equation() -> None:
         result['loss'].backward()
         optimizer.step()
     assert not task.temporal.bank_names and not list(task.temporal.parameters())
-    with pytest.raises(UserError, match="`past_features` 'bank': distillation needs the information bank"):
-        CTCTask(model, labels, past_features='bank', **options)
+
+
+@pytest.mark.parametrize('lam', [None, (1.0, 0.7, 0.2, 0.5)])
+def test_distillation_from_stored_features_is_its_equation(lam: tuple[float, ...] | None) -> None:
+    """Of the rows of the images as they were stored; with mixed images of both, by their shares."""
+    torch.manual_seed(0)
+    loss, features_ND, index_B = (
+        FeatureDistillationLoss(5, 7, stored=True),
+        torch.randn(7, 5),
+        torch.tensor([6, 0, 3, 2]),
+    )
+    loss.refresh(features_ND, torch.arange(7))
+    present_BD, lam_B = torch.randn(4, 5), torch.tensor(lam or (1.0,) * 4)
+    cosine_BN = torch.nn.functional.cosine_similarity(present_BD[:, None], features_ND[None], dim=2)
+    terms = [1 - lam_B[b] * cosine_BN[b, index_B[b]] - (1 - lam_B[b]) * cosine_BN[b, index_B[3 - b]] for b in range(4)]
+    value = loss(present_BD, None, index_B, None, lam_B if lam else None)
+    torch.testing.assert_close(value, torch.stack(terms).mean())
+    assert not list(loss.parameters())
 
 
 def test_batch_norms_alone_are_frozen() -> None:
@@ -128,7 +145,14 @@ def test_batch_norms_alone_are_frozen() -> None:
         freeze(timm.create_model('test_vit', num_classes=4), 'batch_norm')
 
 
-OPTIONS = ('--l2-sp 0.1', '--body-lr-scale 0.1', '--mode distill --temporal-from-start', '--l2-sp 0.1 --mode ctc')
+OPTIONS = (
+    '--l2-sp 0.1',
+    '--body-lr-scale 0.1',
+    '--mode distill --temporal-from-start',
+    '--mode distill --temporal-from-start --past-features bank',
+    '--mode ctc --temporal-from-start --temporal-projector centered',
+    '--l2-sp 0.1 --mode ctc',
+)
 
 
 @pytest.mark.parametrize('option', OPTIONS)
