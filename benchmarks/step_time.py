@@ -92,7 +92,11 @@ def print_profile(step: Callable[[], None], device: str) -> None:
     with profile(activities=kinds) as record:
         for _ in range(3):
             step()
-    print(record.key_averages().table(sort_by=f'self_{"device" if device == "cuda" else "cpu"}_time_total', row_limit=14, max_name_column_width=60))
+    print(
+        record.key_averages().table(
+            sort_by=f'self_{"device" if device == "cuda" else "cpu"}_time_total', row_limit=14, max_name_column_width=60
+        )
+    )
 
 
 if __name__ == '__main__':

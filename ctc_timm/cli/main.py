@@ -147,6 +147,8 @@ def _run(program: str, command: str, settings: type, words: list[str]) -> None:
     keep_freed_memory()
     try:
         COMMANDS[command].run(**given)
+        if 'torch' in sys.modules:
+            import_module('ctc_timm.utils.distributed').leave_process_group()
     except RuntimeError:  # PyTorch raises the death of a data loading process wherever the program is
         from ..data.decoding import translate_errors
 

@@ -12,7 +12,6 @@ Letters: B batch (of all ranks where banks are sharded), E embedding size, K row
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .negatives import Negatives, is_own_class
@@ -32,17 +31,14 @@ def rows_per_block(batch_size: int, device: torch.device) -> int:
 def logsumexp_scores(v_BE: Tensor, bank: Tensor, T: float, shard: BankShard) -> Tensor:
     """Compute log sum_n exp(<v_b, bank_n> / T), [B], the partition function of instance discrimination.
 
-    Its gradient is softmax attention over the bank, divided by T; both come from the same pass, with a
-    running maximum in place of a [B, N] softmax.
+    Its gradient is softmax attention over the bank, divided by T; both come from the same pass. Of unit vectors no
+    score is above 1 / T, so that no maximum need be taken off.
     """
-    peak_B, mass_B, attended_BE = _attention(shard.gather(v_BE), bank, T)
+    mass_B, attended_BE = _attention(shard.gather(v_BE), bank, T)
     if shard.world > 1:
-        all_peak_B = peak_B.clone()
-        dist.all_reduce(all_peak_B, op=dist.ReduceOp.MAX)
-        shrink_B1 = (peak_B - all_peak_B).exp()[:, None]
-        parts = shard.local(shard.sum(torch.cat([mass_B[:, None], attended_BE], dim=1) * shrink_B1))
-        peak_B, mass_B, attended_BE = shard.local(all_peak_B), parts[:, 0], parts[:, 1:]
-    return _with_slope(v_BE, mass_B.log() + peak_B, attended_BE / (mass_B * T)[:, None])
+        parts = shard.local(shard.sum(torch.cat([mass_B[:, None], attended_BE], dim=1)))
+        mass_B, attended_BE = parts[:, 0], parts[:, 1:]
+    return _with_slope(v_BE, mass_B.log().to(v_BE.dtype), (attended_BE / (mass_B * T)[:, None]).to(v_BE.dtype))
 
 
 def logistic_terms(
@@ -63,32 +59,33 @@ def log_exponential_sums(v_BE: Tensor, bank: Tensor, negatives: Negatives, T: fl
     return _logistic(shard.gather(v_BE), bank, *negatives[3:], T, None)[0]
 
 
+def _divided(queries_BE: Tensor, temperature: float) -> Tensor:
+    """Divide unit vectors by T; in float64 where exp(2 / T) would overflow float32, but on devices that have none."""
+    precise = temperature < 0.03 and queries_BE.device.type != 'mps'
+    return (queries_BE.double() if precise else queries_BE) / temperature
+
+
 def _with_slope(v_BE: Tensor, value_B: Tensor, slope_BE: Tensor) -> Tensor:
     """Make a value the function of v that has this slope; a second derivative would come out as zero."""
     return value_B + ((v_BE - v_BE.detach()) * slope_BE).sum(dim=1)
 
 
 @torch.library.custom_op('ctc_timm::attention', mutates_args=())
-def _attention(queries_BE: Tensor, bank_NE: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute, with x = <query, row_n> / T: max x, [B]; sum exp(x - max x), [B]; sum exp(x - max x) row_n, [B, E]."""
-    queries_EB = (queries_BE / temperature).T.contiguous()
+def _attention(queries_BE: Tensor, bank_NE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compute, with x = <query, row_n> / T: sum exp(x), [B]; sum exp(x) row_n, [B, E]."""
+    queries_EB = _divided(queries_BE, temperature).T.contiguous()
     batch_size = queries_EB.shape[1]
-    peak_1B = queries_EB.new_full((1, batch_size), -torch.inf)
-    mass_1B = queries_EB.new_zeros(1, batch_size)
+    mass_B = queries_EB.new_zeros(batch_size)
     attended_EB = torch.zeros_like(queries_EB)
     step = min(rows_per_block(batch_size, queries_EB.device), bank_NE.shape[0])
-    # Rows first: the products are faster that way round, and so are maxima and sums along the rows.
+    # Rows first: the products are faster that way round, and so are sums along the rows.
     scratch_RB = queries_EB.new_empty(step, batch_size)
     for rows_RE in bank_NE.split(step):
         rows_RE = rows_RE.to(queries_EB.dtype)
-        scores_RB = torch.mm(rows_RE, queries_EB, out=scratch_RB[: rows_RE.shape[0]])
-        new_peak_1B = torch.maximum(peak_1B, scores_RB.amax(dim=0, keepdim=True))
-        shrink_1B = (peak_1B - new_peak_1B).exp_()
-        weights_RB = scores_RB.sub_(new_peak_1B).exp_()
-        mass_1B.mul_(shrink_1B).add_(weights_RB.sum(dim=0, keepdim=True))
-        attended_EB.mul_(shrink_1B).addmm_(rows_RE.T, weights_RB)
-        peak_1B = new_peak_1B
-    return peak_1B[0], mass_1B[0], attended_EB.T.contiguous()
+        weights_RB = torch.mm(rows_RE, queries_EB, out=scratch_RB[: rows_RE.shape[0]]).exp_()
+        mass_B += weights_RB.sum(dim=0)
+        attended_EB.addmm_(rows_RE.T, weights_RB)
+    return mass_B, attended_EB.T.contiguous()
 
 
 @torch.library.custom_op('ctc_timm::logistic', mutates_args=())
@@ -108,9 +105,7 @@ def _logistic(
     are those of `Negatives`.
     """
     dtype, device = queries_BE.dtype, queries_BE.device
-    if temperature < 0.03 and device.type != 'mps':  # o may reach exp(2 / T), which overflows float32
-        queries_BE = queries_BE.double()
-    queries_BE = queries_BE / temperature
+    queries_BE = _divided(queries_BE, temperature)
     subtracted = 1 / temperature if offset is None else offset  # scores are at most 1 / T: no term is above one
     if rows is not None and rows.ndim == 2:  # one image at a time: the rows of all would take B K E
         values, slopes = [], []
@@ -148,5 +143,10 @@ def _logistic(
     return value_B.to(dtype), slope_BE.div_(temperature).to(dtype)
 
 
-_attention.register_fake(lambda q, *_: (q.new_empty(q.shape[0]), q.new_empty(q.shape[0]), torch.empty_like(q)))
+@_attention.register_fake
+def _(queries_BE: Tensor, bank_NE: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    attended_BE = torch.empty_like(_divided(queries_BE, temperature))
+    return attended_BE.new_empty(len(queries_BE)), attended_BE
+
+
 _logistic.register_fake(lambda q, *_: (q.new_empty(q.shape[0]), torch.empty_like(q)))

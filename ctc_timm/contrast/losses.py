@@ -25,7 +25,7 @@ from .sharding import BankShard, gather_rows
 
 EPS = 1e-7
 _BLOCK_ROWS = 1 << 14
-MIN_TEMPERATURE = 0.012  # of the temporal stage: exp(1 / temperature) overflows float32 below
+MIN_TEMPERATURE = 0.012  # exp(1 / temperature) overflows float32 below
 NORMALIZERS = ('present_normalizer', 'past_normalizer')
 
 
@@ -42,8 +42,9 @@ class BankLoss(nn.Module):
     With `defer_updates` they wait for `apply_updates`, so that a step of several batches is one step for the banks
     too; `discard_updates` leaves no trace of a step that was not taken.
 
-    The arguments are those of `CTCTask`, with D, N and the source of the banks' first values. Sharded banks are not in
-    the module's state. Raises UserError on an argument of another size or kind.
+    The arguments are those of `CTCTask`, with D, N and the source of the banks' first values. T is at least 0.012, so
+    that exp(1 / T) fits in float32. Sharded banks are not in the module's state. Raises UserError on an argument of
+    another size or kind.
     """
 
     projector_names: tuple[str, ...]
@@ -63,7 +64,7 @@ class BankLoss(nn.Module):
         super().__init__()
         for name, size in dict(feature_dim=feature_dim, num_instances=num_instances, embed_dim=embed_dim).items():
             check_range(name, size, 1)
-        check_range('temperature', temperature, 0, above=True)
+        check_range('temperature', temperature, MIN_TEMPERATURE)
         check_range('momentum', momentum, 0, 1)
         if bank_dtype not in BANK_DTYPES:
             raise UserError(f'`bank_dtype` {bank_dtype}: must be one of {", ".join(map(str, BANK_DTYPES))}')
@@ -135,7 +136,7 @@ class TemporalContrastLoss(BankLoss):
         loss.refresh(features_BD, index_B)                     # once, over the whole training set
         value = loss(present_BD, past_BD, index_B, sampler.draw(index_B))
 
-    Arguments are those of `BankLoss`, with K and a temperature of at least 0.012, so that exp(1 / T) fits in float32.
+    Arguments are those of `BankLoss`, with K.
     The projector of present and past: 'separate', one each, trained, as published; 'shared', one, trained; 'fixed', one
     with random orthonormal rows, never trained; 'centered', unit features less their mean, E = D; 'none', the features
     themselves, E = D. Two that are trained apart can agree on features that drift; one cannot.
@@ -173,7 +174,6 @@ class TemporalContrastLoss(BankLoss):
         if projector in ('fixed', 'centered', 'none'):
             self.present_projector = make_projector(projector, feature_dim, embed_dim, generator)
         check_range('num_negatives', num_negatives, 1)
-        check_range('temperature', temperature, MIN_TEMPERATURE)
         self.num_negatives = num_negatives
         for name in NORMALIZERS:
             self.register_buffer(f'log_{name}', torch.tensor(-math.inf))

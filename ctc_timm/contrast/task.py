@@ -115,7 +115,7 @@ class CTCTask(TrainerTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         check_range('instance_weight', instance_weight, 0)
         check_range('temporal_weight', temporal_weight, 0)
-        check_range('instance_temperature', instance_temperature, 0, above=True)
+        check_range('instance_temperature', instance_temperature, MIN_TEMPERATURE)
         check_range('temporal_temperature', temporal_temperature, MIN_TEMPERATURE)
         check_range('instance_momentum', instance_momentum, 0, 1)
         check_range('temporal_momentum', temporal_momentum, 0, 1)

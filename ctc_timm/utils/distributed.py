@@ -37,3 +37,9 @@ def create_accelerator(precision: PrecisionSettings, **options: Any) -> Accelera
     if accelerator.num_processes != launched and launched > 1:
         raise UserError(f'{launched} processes were launched, but Accelerate sees {accelerator.num_processes}')
     return accelerator
+
+
+def leave_process_group() -> None:
+    """Leave the group of processes; gloo's threads, if they still run at exit, now and then abort the process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -228,7 +228,7 @@ def test_compiled_body_gives_the_same_losses_and_names():
     'options, words',
     [
         ({'labels': torch.arange(N) % (C + 1)}, f'label {C} is outside'),
-        ({'instance_temperature': 0}, '`instance_temperature` 0: must be above 0'),
+        ({'instance_temperature': 0}, '`instance_temperature` 0: must be at least 0.012'),
         ({'temporal_temperature': 0.005}, '`temporal_temperature` 0.005: must be at least 0.012'),
         ({'instance_momentum': -0.1}, '`instance_momentum` -0.1'),
         ({'temporal_momentum': 1.0}, '`temporal_momentum` 1.0: must be at least 0 and below 1'),
