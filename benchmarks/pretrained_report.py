@@ -102,8 +102,9 @@ def table(results: dict[str, Any], source: str) -> str:
             pairs = [(row, plain[seed]) for seed, row in seeds.items() if seed in plain]
             gains = [transfer(source, row['test']) - transfer(source, base['test']) for row, base in pairs]
             odds = show(gains, 2, '+')
-            ratios = [row['processor_seconds'] / base['processor_seconds'] for row, base in pairs]
-            cost = f'{statistics.fmean(ratios):.2f}'
+            costs = [(row['processor_seconds'], base['processor_seconds']) for row, base in pairs]
+            ratios = [own / other for own, other in costs if own and other]  # none where a run was interrupted
+            cost = f'{statistics.fmean(ratios):.2f}' if ratios else ''
         rate = f'{next(iter(seeds.values()))["lr"]:g}' if name != START else ''
         rows.append([name, rate, str(len(seeds)), *cells, odds, cost])
     return markdown(rows)
@@ -146,17 +147,22 @@ def redraw_pretrained(docs: Path) -> None:
     sources = compared(results)
     if not sources:
         return
+    shown = [name for name in METHODS if name != START and any(name in tested(results, source) for source in sources)]
     with drawing():
         figure, axes = plt.subplots(1, len(sources), figsize=(5.2 * len(sources), 4.4), squeeze=False)
         for panel, source in zip(axes.flat, sources):
-            for index, (name, seeds) in enumerate(tested(results, source).items()):
+            for name, seeds in tested(results, source).items():
                 tests = [row['test'] for row in seeds.values()]
                 means = [statistics.fmean(test[target] for target in targets_of(source)) for test in tests]
                 if name == START:
                     panel.axhline(means[0], color=GRAY, linestyle='--', label='the start, frozen')
                     continue
                 (x, x_half), (y, y_half) = interval([test['source'] for test in tests]), interval(means)
-                style: dict[str, Any] = {'color': COLORS[index - 1], 'marker': MARKERS[index - 1], 'capsize': 3}
+                style: dict[str, Any] = {
+                    'color': COLORS[shown.index(name)],
+                    'marker': MARKERS[shown.index(name)],
+                    'capsize': 3,
+                }
                 panel.errorbar(x, y, xerr=x_half, yerr=y_half, markersize=8, linestyle='', label=name, **style)
             panel.set(xlabel=f'{source} top-1 (%)', ylabel='mean of the targets by ridge (%)')
             panel.set_title(f'fine-tuned on {source}', fontsize=10)

@@ -45,6 +45,8 @@ METHODS = {
     # chosen on validation rows of the source and training images of CIFAR-10
     'ctc-early-past': f'--temporal-weight 5 {STEPS}',
     'ctc-early-past-no-instance': f'--temporal-weight 5 --instance-weight 0 {STEPS}',
+    # the same with the projector that fine-tuning has
+    'ctc-early-past-centered': f'--temporal-weight 5 --temporal-projector centered {STEPS}',
     'ctc-no-temporal': '--temporal-start-epoch {epochs}',
     'ctc-no-instance': '--instance-weight 0',
     # supervised training with the learning rate of ctc-early-past
