@@ -21,6 +21,14 @@ SOURCES: dict[str, tuple[str, str, tuple[float, ...]]] = {
     'eurosat': ('train[:3000]', 'train[3000:4000]', (0.0025, 0.0075, 0.02)),
 }
 _CTC, _DISTILL = '--mode ctc --past-features', '--mode distill --past-features'
+_CENTERED = f'{_CTC} bank --temporal-projector centered'
+_JOINED = {
+    'averaged': '--start-share 0.3',
+    'body-rate': '--body-lr-scale 0.3',
+    'ema': '--model-ema --model-ema-decay 0.99',
+    'l2-sp': '--l2-sp 0.01',
+    'probe-first': '--probe-first',
+}
 # Flags of a method with each of its strengths; the first is the one that learning rates are tried with.
 METHODS: dict[str, tuple[str, ...]] = {
     START: ('',),
@@ -51,6 +59,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     'ctc-none-averaged': (f'{_CTC} bank --temporal-projector none --start-share 0.3',),
     'ctc-none-body-rate': (f'{_CTC} bank --temporal-projector none --body-lr-scale 0.3',),
     'ctc-centered': tuple(f'{_CTC} bank --temporal-projector centered --temporal-weight {w}' for w in (1, 0.5, 2)),
+    **{f'ctc-centered-{name}': (f'{_CENTERED} {flags}',) for name, flags in _JOINED.items()},
 }
 Row = dict[str, Any]
 

@@ -74,7 +74,7 @@ def test_processes(alone: Any, tmp_path: Path, world: int) -> None:
     found = run_processes(lambda rank, world: train(**values), world, tmp_path)
     assert len(losses) == 20
     for theirs, values in found:
-        assert theirs == pytest.approx(losses, abs=1e-5)
+        assert theirs == pytest.approx(losses, rel=2e-6, abs=1e-5)  # float32 has 1e-6 of a loss of ten
         for name, value in values.items():
             torch.testing.assert_close(value, state[name], atol=1e-4, rtol=1e-4, msg=name)
         for name in ('instance.bank', 'temporal.present_bank', 'temporal.past_bank'):
