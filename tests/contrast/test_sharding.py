@@ -101,7 +101,13 @@ def contrast(rank, world, split):
             for value in (one(x, own, share), two(x, past[part], own, draw, share), two(x, None, own, draw, share)):
                 values.append(value.detach())
                 slopes.append(torch.autograd.grad(value, x)[0])
-    return values, slopes, [two.present_normalizer, two.past_normalizer], [one.bank, two.present_bank, two.past_bank]
+    centered = TemporalContrastLoss(D, N, **options, projector='centered').double()
+    centered.refresh(
+        torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9)), torch.arange(N)
+    )
+    centered.finish_refresh()
+    banks = [one.bank, two.present_bank, two.past_bank, centered.past_bank]
+    return values, slopes, [two.present_normalizer, two.past_normalizer], banks
 
 
 def _two_processes(rank, world):
