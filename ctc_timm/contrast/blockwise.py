@@ -17,8 +17,9 @@ from torch import Tensor
 from .negatives import Negatives, is_own_class
 from .sharding import BankShard
 
-# About a MiB of float32 scores, which a CPU core's second-level cache holds. A GPU wants to fill its matrix units.
-BLOCK_SCORES = 1 << 18
+# A quarter of a MiB of float32 scores, which a CPU core's second-level cache holds beside their rows. A GPU wants to
+# fill its matrix units.
+BLOCK_SCORES = 1 << 16
 BLOCK_SCORES_GPU = 1 << 23
 
 
